@@ -1,0 +1,53 @@
+# Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-slow lint format wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## create .venv and install the pinned requirements
+
+# The stamp comes last: an interrupted run starts again. pyproject.toml counts because the list of packages is baked into
+# the editable install.
+$(STAMP): requirements-dev.txt requirements-data.txt pyproject.toml
+	@echo "installing the pinned requirements into $(VENV) (minutes on the first run)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -r requirements-dev.txt
+	@$(PIP) install --no-deps -r requirements-data.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(STAMP)  ## quantize a small MNIST network, from float to integers
+	@$(BIN)/python examples/mnist.py
+
+test: $(STAMP)  ## run the tests
+	@$(BIN)/pytest -q -n 2 --dist worksteal
+
+test-slow: $(STAMP)  ## run only the tests marked slow
+	@$(BIN)/pytest -q -n 2 --dist worksteal -m slow
+
+lint: $(STAMP)  ## check style, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)  ## fix style and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# build/ goes first: setuptools would ship what an earlier build left there.
+wheel: $(STAMP)  ## build dist/*.whl
+	@rm -rf build
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean:  ## remove what was built and cached, but not .venv
+	@rm -rf build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

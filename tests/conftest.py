@@ -1,0 +1,25 @@
+"""What every test runs under: one CPU device, strict dtype promotion, one profile for hypothesis."""
+
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported; set it outside to test on an accelerator
+
+import hypothesis
+import jax
+import pytest
+
+# A silent int8 + float32 -> float32 is the bug that this library exists to prevent.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The first call of a jitted function compiles, so a deadline would fail at random. CI draws the same examples every
+# time; elsewhere they vary, and print_blob tells how to replay a failure.
+hypothesis.settings.register_profile("jquant", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
+hypothesis.settings.load_profile("jquant")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """The suite runs one process a core; torch starting a thread a core in each only makes them wait for each other."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)

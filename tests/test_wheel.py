@@ -1,0 +1,75 @@
+"""The wheel holds every file of the packages, and imports where the checkout is out of sight."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"jquant": "jquant", "converters": "jquant_converters"}  # folder in the checkout: name once installed
+
+IGNORED = shutil.ignore_patterns("__pycache__", ".*", "*~")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the wheel is made of: no build/ or *.egg-info of an earlier build that could fill a gap."""
+    copy = tmp_path_factory.mktemp("source")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=IGNORED)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    build = subprocess.run([*pip, "--wheel-dir", folder, source], capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stdout + build.stderr
+    (wheel,) = folder.glob("jquant-*.whl")
+    return wheel
+
+
+def test_wheel_holds_exactly_the_files_of_the_packages(source: Path, wheel: Path) -> None:
+    """Modules, py.typed, templates: a package or a kind of data forgotten in pyproject.toml shows up here."""
+    # setuptools writes build/ and *.egg-info beside the folders, never into them, so the copy is still the truth.
+    expected = {
+        f"{installed}/{path.relative_to(source / folder).as_posix()}"
+        for folder, installed in FOLDERS.items()
+        for path in (source / folder).rglob("*")
+        if path.is_file()
+    }
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == expected
+    assert "jquant/py.typed" in held
+
+
+def test_wheel_imports_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """-I and -S keep out cwd, PYTHONPATH and the .pth files, thereby the editable install, which would fill any gap."""
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)  # what installing a pure wheel comes to
+    dependencies = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    modules = sorted(
+        ".".join(path.relative_to(installed).parent.parts)
+        for name in FOLDERS.values()
+        for path in (installed / name).rglob("__init__.py")
+    )
+    code = "\n".join(
+        [
+            "import sys",
+            f"sys.path[:0] = {[str(installed), *dependencies]}",
+            *(f"import {module}" for module in modules),
+            f"print(*(sys.modules[name].__file__ for name in {modules}), sep='\\n')",
+        ]
+    )
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [str(installed / module.replace(".", "/") / "__init__.py") for module in modules]
