@@ -1,0 +1,80 @@
+"""Rounding, shifting and saturation: section 2 of the specification. Integers are int32 unless a name says otherwise."""
+
+import jax
+import jax.numpy as jnp
+
+from jquant.types import Array, integer_range, storage_dtype
+
+MIN_SCALE = 2.0**-23  # real per LSB; no scale is smaller
+
+
+def divide(x: Array, scale: Array) -> Array:
+    """x / scale, correctly rounded in float32.
+
+    XLA rewrites a division by a broadcast scalar into a product with its reciprocal, which is one ulp off for one value
+    in seven and moves ties of the rounding that follows. A divisor that depends on x keeps the division.
+    """
+    return x / jnp.where(jnp.isnan(x), x, scale)
+
+
+def expand(scale: Array, axis: int | None, rank: int) -> Array:
+    """Shapes a scale [channels] so that it broadcasts along `axis` of a tensor of that rank; scalars stay scalars."""
+    scale = jnp.asarray(scale)
+    if axis is None or scale.ndim != 1:
+        return scale
+    return scale.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
+
+
+def to_int32(x: Array) -> Array:
+    """Float32 integers to int32, saturating at both ends."""
+    inside = jnp.where((x < 2.0**31) & (x >= -(2.0**31)), x, 0.0).astype(jnp.int32)
+    return jnp.where(x >= 2.0**31, jnp.int32(2**31 - 1), jnp.where(x < -(2.0**31), jnp.int32(-(2**31)), inside))
+
+
+def quantize(x: Array, scale: Array, dtype: str, rounding: str = "half_even") -> Array:
+    """sat(round(x / scale)), the division in float32.
+
+    Args:
+      x: real, any shape, float32.
+      scale: real per LSB, broadcastable to x.
+      dtype: the quantized dtype, "int8" for example.
+      rounding: "half_even", or "half_up" for the legacy rule floor(v + 1/2).
+    """
+    ratio = divide(x, scale)
+    rounded = jnp.round(ratio) if rounding == "half_even" else jnp.floor(ratio + 0.5)
+    if dtype == "int32":
+        return to_int32(rounded)
+    low, high = integer_range(dtype)
+    return jnp.clip(rounded, low, high).astype(storage_dtype(dtype))
+
+
+def dequantize(q: Array, scale: Array) -> Array:
+    """q * scale, in float32."""
+    return q.astype(jnp.float32) * scale
+
+
+def saturate(v: Array, dtype: str) -> Array:
+    """Clamps int32 to a quantized dtype and stores it there."""
+    return jnp.clip(v, *integer_range(dtype)).astype(storage_dtype(dtype))
+
+
+def shift_right(v: Array, n: Array, rounding: str) -> Array:
+    """v / 2^n for 0 <= n <= 31 with "floor", "half_up" (floor(v / 2^n + 1/2)) or "half_even"; never overflows."""
+    n = jnp.asarray(n, jnp.int32)
+    if rounding == "floor":
+        return v >> n
+    # The last bit shifted out decides: floor(v / 2^n + 1/2) = (v >> n) + bit n-1 of v.
+    quotient = v >> n
+    half = jnp.where(n > 0, (v >> jnp.maximum(n - 1, 0)) & 1, 0)
+    if rounding == "half_up":
+        return quotient + half
+    below = v & ((jnp.int32(1) << jnp.maximum(n - 1, 0)) - 1)  # the bits below the half bit
+    tie = (half == 1) & (below == 0)
+    return quotient + jnp.where(tie, quotient & 1, half)
+
+
+def snap_to_pow2(scale: Array) -> Array:
+    """The smallest power of two not below a positive normal float32, exactly: the exponent of the bit pattern."""
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(scale, jnp.float32), jnp.int32)
+    exponent = (bits >> 23) + jnp.where((bits & 0x7FFFFF) == 0, 0, 1)
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
