@@ -264,12 +264,14 @@ class Op:
     `needs_stats`  True where the output scale must come from data, so that it cannot be inserted after calibration
     `ports`        names of the operands, for `Policy.input` and error messages; the last one repeats
     `stochastic`   True where training needs a PRNG key
+    `weight_roles` the parameters that `Policy.weight` quantizes, channel axis 0
     """
 
     scale_rule: ClassVar[Literal["own", "same_as_input", "derived"]] = "own"
     needs_stats: ClassVar[bool] = True
     ports: ClassVar[tuple[str, ...]] = ("x",)
     stochastic: ClassVar[bool] = False
+    weight_roles: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""Activations: those that are exact on integers, and those that become tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jquant.numerics.rescale import Rescale, ratio, rescale_of, rescale_unsaturated
+from jquant.numerics.rounding import MIN_SCALE, expand, quantize, saturate, widen
+from jquant.ops.base import Lowered, Operand, eval_float, eval_integer, lower_op, to_channels_last
+from jquant.types import Array, LoweringError, NodeFormat, Op, Target, bit_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relu(Op):
+    """max(x, 0)."""
+
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relu6(Op):
+    """min(max(x, 0), 6)."""
+
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PRelu(Op):
+    """max(x, 0) + weight * min(x, 0). Parameter: weight [C] or [1]."""
+
+    channels_last: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakyRelu(Op):
+    """max(x, 0) + negative_slope * min(x, 0)."""
+
+    negative_slope: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(Op):
+    """1 / (1 + exp(-x))."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax(Op):
+    """exp(x) / sum(exp(x)) along `axis`."""
+
+    axis: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout(Op):
+    """Zeroes a share `rate` in training and scales the rest up; the identity everywhere else."""
+
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+    stochastic: ClassVar = True
+
+    rate: float = 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact on integers
+
+
+@eval_float.register
+def _(op: Relu, x: Array) -> Array:
+    return jnp.maximum(x, 0.0)
+
+
+@eval_float.register
+def _(op: Relu6, x: Array) -> Array:
+    return jnp.clip(x, 0.0, 6.0)
+
+
+@eval_float.register
+def _(op: Dropout, x: Array, *, rng: Array | None = None) -> Array:
+    if rng is None:
+        return x
+    keep = jax.random.bernoulli(rng, 1.0 - op.rate, x.shape)
+    return jnp.where(keep, x / (1.0 - op.rate), 0.0)
+
+
+@lower_op.register(Relu)
+@lower_op.register(Dropout)
+def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    return Lowered({})
+
+
+@eval_integer.register
+def _(op: Relu, node_format: NodeFormat, target: Target, x: Array) -> Array:
+    return jnp.maximum(x, 0)
+
+
+@eval_integer.register
+def _(op: Dropout, node_format: NodeFormat, target: Target, x: Array) -> Array:
+    return x
+
+
+@lower_op.register
+def _(op: Relu6, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    return Lowered({"upper": quantize(jnp.float32(6.0), output.scale, output.dtype, "half_up")})
+
+
+@eval_integer.register
+def _(op: Relu6, node_format: NodeFormat, target: Target, x: Array, *, upper: Array) -> Array:
+    return jnp.clip(x, 0, upper)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PReLU: rescale(max(x, 0)) + rescale(slope * min(x, 0)), one sum before saturation
+
+
+def _channel_axis(op: PRelu, rank: int) -> int:
+    return rank - 1 if op.channels_last else min(1, rank - 1)
+
+
+@eval_float.register
+def _(op: PRelu, x: Array, *, weight: Array) -> Array:
+    slope = weight if weight.size == 1 else expand(weight, _channel_axis(op, x.ndim), x.ndim)
+    return jnp.maximum(x, 0.0) + slope * jnp.minimum(x, 0.0)
+
+
+@lower_op.register
+def _(op: PRelu, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    (x,), bits = inputs, bit_width(output.dtype)
+    weight = params["weight"]
+    slope_scale = jnp.maximum(jnp.max(jnp.abs(weight)) / 32767.5, MIN_SCALE)
+    positive = rescale_of(ratio(x.scale, 1.0, output.scale, 1.0), bits=bits, narrow=True)
+    negative = rescale_of(ratio(x.scale, slope_scale, output.scale, 1.0), bits=bits)
+    slope = quantize(weight, slope_scale, "int16", target.quantize_rounding)
+    return Lowered({"slope": slope, **positive._asdict(), **{f"negative_{k}": v for k, v in negative._asdict().items()}})
+
+
+@eval_integer.register
+def _(op: PRelu, node_format: NodeFormat, target: Target, x: Array, *, slope: Array, **by: Array) -> Array:
+    x, bits = widen(x), bit_width(node_format.output)
+    factor = widen(slope)
+    factor = factor if factor.size == 1 else expand(factor, _channel_axis(op, x.ndim), x.ndim)
+    positive = Rescale(*(by[k] for k in Rescale._fields))
+    negative = Rescale(*(by[f"negative_{k}"] for k in Rescale._fields))
+    y = rescale_unsaturated(jnp.maximum(x, 0), positive, target, bits=bits)
+    y = y + rescale_unsaturated(factor * jnp.minimum(x, 0), negative, target, bits=bits)
+    return saturate(y, node_format.output)
+
+
+@to_channels_last.register
+def _(op: PRelu, rank: int) -> Op:
+    return replace(op, channels_last=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table functions: T[i] = quantize(f(i * s_x), s_y), exact for int8 input (specification, section 6)
+
+
+@eval_float.register
+def _(op: LeakyRelu, x: Array) -> Array:
+    return jnp.maximum(x, 0.0) + op.negative_slope * jnp.minimum(x, 0.0)
+
+
+@eval_float.register
+def _(op: Sigmoid, x: Array) -> Array:
+    return jax.nn.sigmoid(x)
+
+
+@eval_float.register
+def _(op: Softmax, x: Array) -> Array:
+    return jax.nn.softmax(x, axis=op.axis)
+
+
+@lower_op.register(LeakyRelu)
+@lower_op.register(Sigmoid)
+def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    (x,) = inputs
+    if x.dtype != "int8":
+        raise LoweringError(f"tables take int8, and the input is {x.dtype}; set the output of the node before it to int8")
+    # The barriers keep the function a computation of its own, so that a table has the same bits inside any jit.
+    real = jax.lax.optimization_barrier(jnp.arange(-128, 128, dtype=jnp.float32) * x.scale)
+    values = jax.lax.optimization_barrier(eval_float(op, real))
+    return Lowered({"table": quantize(values, output.scale, output.dtype, target.quantize_rounding)})
+
+
+@eval_integer.register(LeakyRelu)
+@eval_integer.register(Sigmoid)
+def _(op: Op, node_format: NodeFormat, target: Target, x: Array, *, table: Array) -> Array:
+    return table[widen(x) + 128]

@@ -1,0 +1,274 @@
+"""Convolution and linear layers, with the fused bias, add and activation of the chip's convolution unit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.numerics import limbs
+from jquant.numerics.convolution import Window, accumulate_exactly, convolve, matmul
+from jquant.numerics.limbs import Limbs
+from jquant.numerics.rescale import Rescale, multiplier_of, ratio, rescale, rescale_of
+from jquant.numerics.rounding import quantize, shift_right
+from jquant.ops.base import (
+    Lowered,
+    Operand,
+    constraints,
+    derived_scale,
+    eval_float,
+    eval_integer,
+    lower_op,
+    to_channels_last,
+)
+from jquant.types import Array, LoweringError, NodeFormat, Op, Target, bit_width
+
+Activation = Literal["none", "relu", "relu6"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv(Op):
+    """N-dimensional convolution, cross-correlation as in torch.
+
+    Operands: x [N, C, *S] (or [N, *S, C]), and with `addend` a second one of the output's shape.
+    Parameters: weight [O, C / groups, *K], bias [O] (optional).
+    """
+
+    ports: ClassVar = ("x", "addend")
+    weight_roles: ClassVar = ("weight",)
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    activation: Activation = "none"
+    addend: bool = False
+    channels_last: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Op):
+    """y = x @ weight.T + bias over the last axis. Parameters: weight [O, I], bias [O] (optional)."""
+
+    ports: ClassVar = ("x", "addend")
+    weight_roles: ClassVar = ("weight",)
+
+    activation: Activation = "none"
+    addend: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNorm(Op):
+    """Inference batch norm over channel axis 1. Parameters [C]: running_mean, running_var, weight and bias (optional)."""
+
+    epsilon: float = 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Float
+
+
+def activate(y: Array, activation: Activation) -> Array:
+    if activation == "none":
+        return y
+    y = jnp.maximum(y, 0.0)
+    return jnp.minimum(y, 6.0) if activation == "relu6" else y
+
+
+@eval_float.register
+def _(op: Conv, x: Array, addend: Array | None = None, *, weight: Array, bias: Array | None = None) -> Array:
+    if not op.channels_last:
+        x = jnp.moveaxis(x, 1, -1)
+        addend = None if addend is None else jnp.moveaxis(addend, 1, -1)
+    kernel = jnp.moveaxis(weight, (0, 1), (-1, -2))  # [O, I, *K] to [*K, I, O]
+    y = convolve(x, kernel, Window(op.strides, op.padding, op.dilation), op.groups)
+    y = _finish_float(y, bias, addend, op.activation)
+    return y if op.channels_last else jnp.moveaxis(y, -1, 1)
+
+
+@eval_float.register
+def _(op: Linear, x: Array, addend: Array | None = None, *, weight: Array, bias: Array | None = None) -> Array:
+    return _finish_float(matmul(x, weight.T), bias, addend, op.activation)
+
+
+def _finish_float(y: Array, bias: Array | None, addend: Array | None, activation: Activation) -> Array:
+    y = y if bias is None else y + bias
+    y = y if addend is None else y + addend
+    return activate(y, activation)
+
+
+@eval_float.register
+def _(
+    op: BatchNorm,
+    x: Array,
+    *,
+    running_mean: Array,
+    running_var: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+) -> Array:
+    multiplier, offset = batch_norm_affine(op, running_mean, running_var, weight, bias)
+    shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
+    return x * multiplier.reshape(shape) + offset.reshape(shape)
+
+
+def batch_norm_affine(
+    op: BatchNorm, mean: Array, variance: Array, weight: Array | None, bias: Array | None
+) -> tuple[Array, Array]:
+    """The multiplier and offset [C] that inference batch norm amounts to."""
+    multiplier = jax.lax.rsqrt(variance + op.epsilon) * (1.0 if weight is None else weight)
+    return multiplier, (0.0 if bias is None else bias) - mean * multiplier
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Integer: acc = sum x * w + bias + rsh(e * sumin_scale, sumin_rshift), rescaled, then clamped (specification, section 4)
+
+
+@eval_integer.register
+def _(op: Conv, node_format: NodeFormat, target: Target, x: Array, addend: Array | None = None, *, weight: Array, **post: Array) -> Array:
+    products = accumulate_exactly(x, weight, Window(op.strides, op.padding, op.dilation), op.groups)
+    return _post_process(op.activation, node_format, target, products, addend, **post)
+
+
+@eval_integer.register
+def _(op: Linear, node_format: NodeFormat, target: Target, x: Array, addend: Array | None = None, *, weight: Array, **post: Array) -> Array:
+    flat = x.reshape(-1, x.shape[-1])
+    products = accumulate_exactly(flat, weight, Window((), (), ()), 1)
+    products = jax.tree.map(lambda v: v.reshape(*x.shape[:-1], -1), products)
+    return _post_process(op.activation, node_format, target, products, addend, **post)
+
+
+def _post_process(
+    activation: Activation,
+    node_format: NodeFormat,
+    target: Target,
+    products: Array | Limbs,
+    addend: Array | None,
+    *,
+    bias: Array,
+    sumin_scale: Array | None = None,
+    sumin_rshift: Array | None = None,
+    upper: Array | None = None,
+    **by: Array,
+) -> Array:
+    terms: list[Array | Limbs] = [products, bias]
+    if addend is not None:
+        terms.append(shift_right(addend.astype(jnp.int32) * sumin_scale, sumin_rshift, "half_up"))
+    total = _sum(terms, node_format.accumulator)
+    if node_format.output == "int32":
+        y = limbs.saturate(total, "int32") if isinstance(total, Limbs) else total
+    else:
+        y = rescale(total, Rescale(**by), node_format.output, target)
+    if activation == "none":
+        return y
+    y = jnp.maximum(y, 0)
+    return y if upper is None else jnp.minimum(y, upper.astype(y.dtype))
+
+
+def _sum(terms: Sequence[Array | Limbs], accumulator: str) -> Array | Limbs:
+    if accumulator == "int32":
+        narrow = [(t.middle << 16) | t.low if isinstance(t, Limbs) else t for t in terms]
+        return sum(narrow[1:], narrow[0])
+    wide = [t if isinstance(t, Limbs) else limbs.from_int32(t) for t in terms]
+    total = wide[0]
+    for term in wide[1:]:
+        total = limbs.add(total, term)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lowering
+
+
+@lower_op.register
+def _(op: Conv, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    return _lower(op.activation, inputs, output, params, lambda w: jnp.moveaxis(w, (0, 1), (-1, -2)))
+
+
+@lower_op.register
+def _(op: Linear, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    return _lower(op.activation, inputs, output, params, jnp.transpose)
+
+
+def _lower(activation: Activation, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], layout: Any) -> Lowered:
+    x, *addends = inputs
+    if not isinstance(params["weight"], tuple):
+        raise LoweringError("the weight is float; give it a spec with Policy(weight=jq.int8(axis='out'))")
+    weight, weight_scale = params["weight"]
+    channels = weight.shape[0]
+    weight_scale = jnp.broadcast_to(weight_scale.reshape(-1), (channels,))
+    acc_scale = x.scale * weight_scale
+    bias = params.get("bias")
+    bias = jnp.zeros(channels, jnp.int32) if bias is None else quantize(bias, acc_scale, "int32")
+    constants = {"weight": layout(weight), "bias": bias}
+    if addends:
+        sumin = ratio(addends[0].scale, 1.0, x.scale, weight_scale)
+        constants["sumin_scale"], constants["sumin_rshift"] = multiplier_of(sumin, 31)
+        if not isinstance(sumin.exponent, jax.core.Tracer) and int(sumin.exponent.max()) > 15:
+            raise LoweringError(
+                "the scale of the fused addend is more than 32767 times that of the accumulator: the weight scale of a "
+                "channel has collapsed; check the weight, or keep the add apart with a float rule"
+            )
+    if output.dtype != "int32":
+        by = rescale_of(ratio(x.scale, weight_scale, output.scale, 1.0), bits=bit_width(output.dtype))
+        constants |= by._asdict()
+    if activation == "relu6":
+        scale = acc_scale if output.dtype == "int32" else output.scale
+        limit = quantize(jnp.float32(6.0), scale, output.dtype, "half_up")
+        constants["upper"] = limit.astype(jnp.int32)
+    worst = _worst_case(x, addends, constants)
+    return Lowered(constants, "int32" if worst is not None and worst < 2**31 else "limbs", worst)
+
+
+def _worst_case(x: Operand, addends: Sequence[Operand], constants: dict[str, Array]) -> int | None:
+    """Bound on |acc| over all channels; None while tracing, where the weights are not known."""
+    if any(isinstance(v, jax.core.Tracer) for v in constants.values()):
+        return None
+    weight = np.abs(np.asarray(constants["weight"]).astype(np.int64))
+    largest = weight.reshape(-1, weight.shape[-1]).sum(0) * 2 ** (bit_width(x.dtype) - 1)
+    largest += np.abs(np.asarray(constants["bias"]).astype(np.int64))
+    if addends:
+        scale, shift = (np.asarray(constants[k]).astype(np.int64) for k in ("sumin_scale", "sumin_rshift"))
+        largest += ((scale << (bit_width(addends[0].dtype) - 1)) >> shift) + 1
+    return int(largest.max())
+
+
+@derived_scale.register(Conv)
+@derived_scale.register(Linear)
+def _(op: Conv | Linear, *scales: Array, weight: Array) -> Array:
+    return scales[0] * weight.reshape(-1)  # [O], broadcasts along the last axis
+
+
+@constraints.register
+def _(op: Conv, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
+    return _weight_limits(inputs, weight_dtype)
+
+
+@constraints.register
+def _(op: Linear, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
+    return _weight_limits(inputs, weight_dtype)
+
+
+def _weight_limits(inputs: Sequence[Operand], weight_dtype: str | None) -> list[str]:
+    if weight_dtype == "int16" and inputs[0].dtype == "int16":
+        return ["input and weight are both int16; one of them has to be int8"]
+    return []
+
+
+def kernel_limits(weight_shape: Sequence[int], target: Target) -> list[str]:
+    """Documented limits on a weight [O, C / groups, *K]."""
+    _, per_group, *kernel = weight_shape
+    broken = []
+    if kernel and max(kernel) > target.max_kernel:
+        broken.append(f"kernel {tuple(kernel)} is larger than {target.max_kernel}")
+    if per_group * prod(kernel) > target.max_conv_inputs:
+        broken.append(f"{per_group * prod(kernel)} products a sum are more than {target.max_conv_inputs}")
+    return broken
+
+
+@to_channels_last.register
+def _(op: Conv, rank: int) -> Op:
+    return replace(op, channels_last=True)
