@@ -39,8 +39,8 @@ lint: $(STAMP)  ## check style, format and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(STAMP)  ## fix style and format
-	@$(BIN)/ruff check --fix .
+format: $(STAMP)  ## fix what of style and format can be fixed without a person
+	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format .
 
 # build/ goes first: setuptools would ship what an earlier build left there.

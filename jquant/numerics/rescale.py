@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jquant.numerics import limbs
 from jquant.numerics.limbs import Limbs
 from jquant.numerics.rounding import saturate, shift_right
-from jquant.types import Array, Target, bit_width, storage_dtype
+from jquant.types import Array, Target, bit_width
 
 _PART = 26  # bits of the lower part of a 52-bit number in two int32 words
 _PART_MASK = (1 << _PART) - 1
@@ -137,7 +137,3 @@ def rescale_unsaturated(v: Array | Limbs, by: Rescale, target: Target, *, bits: 
         head = jnp.clip(shift_right(v.astype(jnp.int32), by.pre, pre_rounding), -32768, 32767)
     return shift_right(head * by.mantissa, by.post, target.post_rounding)
 
-
-def widen(v: Array) -> Array:
-    """Any stored integer to int32."""
-    return v if v.dtype == storage_dtype("int32") else v.astype(jnp.int32)

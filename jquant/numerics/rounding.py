@@ -58,6 +58,11 @@ def saturate(v: Array, dtype: str) -> Array:
     return jnp.clip(v, *integer_range(dtype)).astype(storage_dtype(dtype))
 
 
+def widen(v: Array) -> Array:
+    """Any stored integer to int32."""
+    return v.astype(jnp.int32)
+
+
 def shift_right(v: Array, n: Array, rounding: str) -> Array:
     """v / 2^n for 0 <= n <= 31 with "floor", "half_up" (floor(v / 2^n + 1/2)) or "half_even"; never overflows."""
     n = jnp.asarray(n, jnp.int32)

@@ -1,0 +1,103 @@
+"""From a calibrated plan to an integer program. Works inside jit as well: then accumulators are carried in limbs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jquant.apply import check_qparams, value_scales, weight_scale
+from jquant.ir.graph import check_params
+from jquant.ir.passes import prune
+from jquant.numerics.rounding import expand, quantize
+from jquant.ops.base import Operand, lower_op
+from jquant.prepare import check_integer_target, value_shapes
+from jquant.types import Array, FrozenMap, Graph, LoweringError, Node, NodeFormat, Params, Plan, Program, QParams
+
+
+def lower(plan: Plan, params: Params, qparams: QParams, *, outputs: Sequence[str] | None = None) -> Program:
+    """Turns a calibrated plan into integers: weights, biases, mantissas and shifts.
+
+    Args:
+      plan: what `prepare` returned.
+      params: {name: float32 array}.
+      qparams: {name: scale}, calibrated or trained.
+      outputs: the deployed outputs, a subset of the graph's; nodes that only others need are left out.
+
+    Returns:
+      A `Program`: a pytree of integer constants with a static graph. `jq.run` executes it, `jq.save` writes it.
+
+    Raises:
+      LoweringError: a node without an integer form, a float value on the way to a deployed output, or a march whose
+        arithmetic is not public. CalibrationError: no calibration.
+    """
+    check_params(plan.graph, params)
+    check_qparams(plan, qparams)
+    return lower_traced(plan, params, qparams, outputs)
+
+
+def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence[str] | None = None) -> Program:
+    """`lower` without looking at values, for use inside jit."""
+    check_integer_target(plan)
+    graph = _deployed(plan.graph, outputs)
+    scales = value_scales(plan, qparams)
+    shapes = {n: (None, *s[1:]) for n, s in value_shapes(plan.graph, params).items()}
+    for entry in graph.inputs:
+        if plan.values[entry.name] is None:
+            raise LoweringError(f"input {entry.name!r} is float; give it a format, for example {{{entry.name!r}: jq.Policy(output=jq.int8())}}")
+
+    def operand(value: str) -> Operand:
+        return Operand(plan.values[value].dtype, scales[value], shapes[value])
+
+    constants: dict[str, dict[str, Array]] = {}
+    formats: dict[str, NodeFormat] = {}
+    for node in graph.nodes:
+        where = f"node {node.name!r} ({type(node.op).__name__})"
+        for value in (*node.inputs, node.name):
+            if scales[value] is None:
+                raise LoweringError(
+                    f"{where}: {value!r} is float, and on the way to a deployed output. Give it a format in the qconfig, or "
+                    "name the deployed outputs: jq.lower(..., outputs=[...])"
+                )
+            if plan.values[value].dtype not in (*plan.target.activation_dtypes, "int32"):
+                raise LoweringError(f"{where}: {value!r} is {plan.values[value].dtype}; {plan.target.name} has {', '.join(plan.target.activation_dtypes)}")
+        operands, output = [operand(v) for v in node.inputs], operand(node.name)
+        try:
+            lowered = lower_op(node.op, operands, output, _integer_params(plan, params, qparams, node), plan.target)
+        except LoweringError as error:
+            raise LoweringError(f"{where}: {error}") from error
+        constants[node.name] = {role: jnp.asarray(v) for role, v in lowered.constants.items()}
+        formats[node.name] = NodeFormat(
+            tuple(o.dtype for o in operands), output.dtype, lowered.accumulator, lowered.worst_case
+        )
+    kept = {n: jnp.asarray(scales[n], jnp.float32) for n in graph.values}
+    inputs = FrozenMap({i.name: plan.values[i.name].dtype for i in graph.inputs})
+    return Program(constants, kept, graph, FrozenMap(formats), inputs, plan.target)
+
+
+def _deployed(graph: Graph, outputs: Sequence[str] | None) -> Graph:
+    if outputs is None:
+        return graph
+    chosen = []
+    for name in outputs:  # an output may have got a permutation behind it
+        final = name if name in graph.outputs else f"{name}.to_first"
+        if final not in graph.outputs:
+            raise LoweringError(f"{name!r} is no output of the graph; outputs: {', '.join(graph.outputs)}")
+        chosen.append(final)
+    return prune(Graph(graph.inputs, graph.nodes, tuple(chosen)))
+
+
+def _integer_params(plan: Plan, params: Params, qparams: QParams, node: Node) -> dict[str, Any]:
+    """Parameters by role: quantized weights as (integers, scale), others as they are."""
+    found: dict[str, Any] = {}
+    for role, key in node.params.items():
+        if key not in plan.weights or role not in node.op.weight_roles:
+            found[role] = params[key]
+            continue
+        spec, scale = plan.weights[key], weight_scale(key, plan, qparams)
+        if spec.dtype not in plan.target.weight_dtypes and spec.bits > 4:
+            raise LoweringError(f"weight {key!r} is {spec.dtype}; {plan.target.name} has {', '.join(plan.target.weight_dtypes)}")
+        if spec.dtype.startswith("u"):
+            raise LoweringError(f"weight {key!r} is {spec.dtype}: {plan.target.name} quantizes symmetrically; use {spec.dtype[1:]}")
+        shaped = expand(scale, plan.weight_axis.get(key), params[key].ndim)
+        found[role] = (quantize(params[key], shaped, spec.dtype, plan.target.quantize_rounding), scale)
+    return found

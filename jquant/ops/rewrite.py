@@ -1,0 +1,166 @@
+"""Passes that know operators: fold batch norm, fuse add and activation, run channels-last.
+
+Each keeps the function that the graph computes (up to float rounding where batch norm is folded), and says in `renamed`
+which node an old one went into.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import jax.numpy as jnp
+
+from jquant.ir.passes import keep_used, param_uses, rewire, scale_channels, sole_consumer, with_params
+from jquant.ops.activation import Relu, Relu6
+from jquant.ops.base import to_channels_last
+from jquant.ops.conv import BatchNorm, Conv, Linear, batch_norm_affine
+from jquant.ops.elementwise import Add
+from jquant.ops.movement import Permute
+from jquant.ops.pool import Mean
+from jquant.types import Array, Graph, Node
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def fold_batch_norm(
+    graph: Graph, params: Mapping[str, Array], shapes: Shapes
+) -> tuple[Graph, dict[str, Array], dict[str, str]]:
+    """Folds every batch norm into the conv or linear before it; one that stands alone becomes a depthwise 1x1 conv.
+
+    Returns the graph, its parameters, and {batch norm: node it went into}.
+    """
+    params, renamed, uses = dict(params), {}, param_uses(graph)
+    nodes: dict[str, Node] = {}
+    for node in graph.nodes:
+        nodes[node.name] = node
+        if not isinstance(node.op, BatchNorm):
+            continue
+        multiplier, offset = batch_norm_affine(
+            node.op, *(params[node.params[r]] if r in node.params else None for r in _BATCH_NORM_ROLES)
+        )
+        before = nodes.get(renamed.get(node.inputs[0], node.inputs[0]))
+        foldable = before is not None and before.name == node.inputs[0] and isinstance(before.op, Conv | Linear)
+        channels_match = foldable and (isinstance(before.op, Conv) or len(shapes[node.name]) == 2)
+        if channels_match and sole_consumer(graph, before.name) is node:
+            nodes[before.name] = _fold(before, params, uses, multiplier, offset)
+            renamed[node.name] = before.name
+            del nodes[node.name]
+        else:
+            nodes[node.name] = _affine_conv(node, params, shapes, multiplier, offset)
+    graph = rewire(graph, renamed, list(nodes.values()))
+    return graph, keep_used(graph, params), renamed
+
+
+_BATCH_NORM_ROLES = ("running_mean", "running_var", "weight", "bias")
+
+
+def _fold(node: Node, params: dict[str, Array], uses: Mapping[str, int], multiplier: Array, offset: Array) -> Node:
+    """Puts y * multiplier + offset into a node's weight and bias; a parameter that others read too is copied first."""
+
+    def key(role: str) -> str:
+        old = node.params.get(role)
+        return old if old is not None and uses[old] == 1 else f"{node.name}.{role}"
+
+    bias = params[node.params["bias"]] * multiplier if "bias" in node.params else 0.0
+    weight = scale_channels(params[node.params["weight"]], multiplier)
+    keys = {"weight": key("weight"), "bias": key("bias")}
+    params[keys["weight"]], params[keys["bias"]] = weight, bias + offset
+    return with_params(node, params=keys)
+
+
+def _affine_conv(node: Node, params: dict[str, Array], shapes: Shapes, multiplier: Array, offset: Array) -> Node:
+    spatial = len(shapes[node.name]) - 2
+    keys = {"weight": f"{node.name}.folded_weight", "bias": f"{node.name}.folded_bias"}
+    params[keys["weight"]] = multiplier.reshape(-1, 1, *(1,) * spatial)
+    params[keys["bias"]] = jnp.broadcast_to(offset, multiplier.shape)
+    ones = (1,) * spatial
+    op = Conv(strides=ones, padding=((0, 0),) * spatial, dilation=ones, groups=multiplier.shape[0])
+    return with_params(node, op=op, params=keys)
+
+
+def fuse(graph: Graph, shapes: Shapes, fusible: Callable[[Node, str], bool]) -> tuple[Graph, dict[str, str]]:
+    """Fuses conv or linear with an add of the same shape and with relu or relu6, where nobody else reads between.
+
+    `fusible(node, role)` decides by dtype, role "add" with the other operand's consumer, or "activation". Where both
+    operands of an add could take it, the later one does, since the other operand must exist by then. The fused node
+    keeps the name of the conv and stands at the place of the last node it took in.
+    """
+    renamed: dict[str, str] = {}
+    nodes: dict[str, Node] = {}
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        operands = tuple(renamed.get(v, v) for v in node.inputs)
+        nodes[node.name] = replace(node, inputs=operands)
+        candidates = [
+            (nodes[new], old)
+            for new, old in zip(operands, node.inputs, strict=True)
+            if new in nodes and isinstance(nodes[new].op, Conv | Linear) and sole_consumer(graph, old) is node
+        ]
+        if isinstance(node.op, Relu | Relu6) and candidates:
+            ((host, _),) = candidates
+            if host.op.activation == "none" and fusible(node, "activation"):
+                _move(nodes, host, replace(host, op=replace(host.op, activation=type(node.op).__name__.lower())), node, renamed)
+        elif isinstance(node.op, Add) and candidates and fusible(node, "add"):
+            host, value = max(candidates, key=lambda c: order[c[0].name])
+            other = operands[1] if operands[0] == host.name else operands[0]
+            free = not host.op.addend and host.op.activation == "none"
+            same = all(shapes[v] == shapes[node.name] for v in node.inputs) and other != host.name
+            if free and same:
+                op = replace(host.op, addend=True)
+                _move(nodes, host, replace(host, op=op, inputs=(host.inputs[0], other)), node, renamed)
+    return rewire(graph, renamed, list(nodes.values())), renamed
+
+
+def _move(nodes: dict[str, Node], host: Node, fused: Node, last: Node, renamed: dict[str, str]) -> None:
+    """Replaces host and last by the fused node, at the end of the order built so far."""
+    del nodes[host.name], nodes[last.name]
+    nodes[host.name] = fused
+    renamed[last.name] = host.name
+    for old, new in renamed.items():
+        if new == last.name:
+            renamed[old] = host.name
+
+
+_ELEMENTWISE = ("Relu", "Relu6", "LeakyRelu", "Sigmoid", "Dropout", "Add", "Mul", "Scale", "Requantize")
+
+
+def channels_last(graph: Graph, shapes: Shapes) -> Graph:
+    """Runs convolutions, pools and what lies between them on [N, *S, C]; outputs keep the framework's order.
+
+    A value keeps its name in whichever layout it is made; permutations are inserted as `name.to_last` and `name.to_first`.
+    """
+    last: set[str] = set()  # values made channels-last under their own name
+    nodes: list[Node] = []
+    made: set[str] = set()
+
+    def in_order(value: str, want_last: bool) -> str:
+        rank = len(shapes[value])
+        if (value in last) == want_last or rank < 3:
+            return value
+        name = f"{value}.to_last" if want_last else f"{value}.to_first"
+        if name not in made:
+            axes = (0, *range(2, rank), 1) if want_last else (0, rank - 1, *range(1, rank - 1))
+            nodes.append(Node(name, Permute(axes=axes), (value,)))
+            made.add(name)
+        return name
+
+    for node in graph.nodes:
+        ranks = {len(shapes[v]) for v in (*node.inputs, node.name)}
+        rank = len(shapes[node.inputs[0]]) if node.inputs else 0
+        converted = to_channels_last(node.op, rank)
+        elementwise = type(node.op).__name__ in _ELEMENTWISE and len(ranks) == 1 and any(v in last for v in node.inputs)
+        joined = type(node.op).__name__ in ("Cat", "Pad", "Mean") and any(v in last for v in node.inputs)
+        forced = isinstance(node.op, Conv) or type(node.op).__name__ in ("MaxPool", "AvgPool", "AdaptiveAvgPool", "PRelu")
+        whole_mean = isinstance(node.op, Mean) and {a % rank for a in node.op.axes} == set(range(2, rank))
+        if whole_mean and node.inputs[0] in last and not node.op.keepdims:
+            op = replace(node.op, axes=tuple(range(1, rank - 1)))
+            nodes.append(replace(node, op=op))
+        elif rank >= 3 and (elementwise or (converted is not None and (forced or joined))):
+            operands = tuple(in_order(v, True) for v in node.inputs)
+            nodes.append(replace(node, op=converted or node.op, inputs=operands))
+            last.add(node.name)
+        else:
+            # Rank 2 has no spatial axes: both orders are the same, and the operator may still need to know.
+            op = converted if converted is not None and rank == 2 and forced else node.op
+            nodes.append(replace(node, op=op, inputs=tuple(in_order(v, False) for v in node.inputs)))
+    outputs = tuple(in_order(v, False) for v in graph.outputs)
+    return Graph(graph.inputs, tuple(nodes), outputs)

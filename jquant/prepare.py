@@ -1,0 +1,271 @@
+"""From a float graph and a qconfig to a plan: every value and weight gets its format, or one error says why not."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jquant.ir.evaluate import evaluate
+from jquant.ir.graph import format_table, validate
+from jquant.ir.passes import prune
+from jquant.ops.base import Operand, constraints, eval_float
+from jquant.ops.conv import Conv, Linear, kernel_limits
+from jquant.ops.elementwise import Requantize
+from jquant.ops.movement import Permute
+from jquant.ops.rewrite import channels_last, fold_batch_norm, fuse
+from jquant.qconfig import QConfig
+from jquant.types import (
+    Array,
+    FrozenMap,
+    Graph,
+    LoweringError,
+    Node,
+    Params,
+    Plan,
+    Policy,
+    QConfigError,
+    QuantSpec,
+    Resolution,
+    Target,
+)
+
+HIGH_PRECISION = QuantSpec(dtype="int32")
+
+
+def value_shapes(graph: Graph, params: Mapping[str, Any], batch: int = 2) -> dict[str, tuple[int, ...]]:
+    """The shape of every value at a batch size, without computing anything."""
+    inputs = {
+        i.name: jax.ShapeDtypeStruct(tuple(batch if n is None else n for n in i.shape), jnp.dtype(i.dtype))
+        for i in graph.inputs
+    }
+    specs = {k: jax.ShapeDtypeStruct(jnp.shape(params[k]), jnp.float32) for k in graph.param_names}
+
+    def run(inputs: dict, params: dict) -> dict:
+        return evaluate(graph, inputs, lambda n, *xs: eval_float(n.op, *xs, **{r: params[k] for r, k in n.params.items()}))
+
+    return {name: value.shape for name, value in jax.eval_shape(run, inputs, specs).items()}
+
+
+def prepare(
+    graph: Graph,
+    params: Params,
+    qconfig: QConfig,
+    *,
+    target: Target,
+    high_precision_outputs: bool = True,
+) -> tuple[Plan, dict[str, Array]]:
+    """Folds batch norm, fuses, and resolves the qconfig to a format for every value and weight.
+
+    Args:
+      graph: a float graph, as `from_torch` makes it.
+      params: {name: float32 array}.
+      qconfig: names are those of `graph`, before fusion. A fused node takes the weight policy of its conv or linear and
+        the output policy of the last node that it took in.
+      target: a march, such as `jq.targets.NASH_E`.
+      high_precision_outputs: a conv or linear that feeds only graph outputs keeps its int32 accumulator.
+
+    Returns:
+      The plan, and the parameters of its graph (batch norm folded).
+
+    Raises:
+      QConfigError: a rule that matches nothing, or a format that the target or the operator does not have.
+      GraphError, CalibrationError: a graph or parameters that are not well formed.
+    """
+    validate(graph, params)
+    if not isinstance(qconfig, QConfig):
+        raise QConfigError(f"prepare takes a jq.QConfig, not {type(qconfig).__name__}")
+    qconfig.check_matches(graph)
+    graph = prune(graph)
+    policies = {i.name: qconfig.policy(i.name, "Input") for i in graph.inputs}
+    policies |= {n.name: qconfig.policy(n.name, type(n.op).__name__) for n in graph.nodes}
+    operators = {n.name: n.op for n in graph.nodes}
+    graph, policies = _insert_requantize(graph, policies)
+
+    shapes = value_shapes(graph, params)
+    graph, folded_params, folded = fold_batch_norm(graph, params, shapes)
+
+    def fusible(node: Node, role: str) -> bool:
+        return _is_narrow(policies[node.name].output) and (
+            role != "add" or all(_is_narrow(policies[_last(folded, v)].output) for v in node.inputs)
+        )
+
+    output_policy = dict(policies)
+    for old, new in folded.items():
+        output_policy[new] = policies[old]
+    graph, fused = fuse(graph, shapes, fusible)
+    for old, new in fused.items():
+        output_policy[new] = output_policy[old]
+    graph = channels_last(graph, shapes)
+    renamed = {old: fused.get(new, new) for old, new in folded.items()} | fused
+
+    shapes = value_shapes(graph, folded_params)
+    values, owned, reasons = _resolve_values(graph, output_policy, high_precision_outputs)
+    weights, axes = _resolve_weights(graph, policies)
+    _check(graph, values, weights, shapes, folded_params, target)
+    rows = _explain_rows(operators, graph, policies, values, weights, renamed, reasons)
+    plan = Plan(
+        graph, FrozenMap(values), FrozenMap(weights), FrozenMap(axes), tuple(owned), target, tuple(rows), FrozenMap(renamed)
+    )
+    return plan, folded_params
+
+
+def _is_narrow(spec: Any) -> bool:
+    return isinstance(spec, QuantSpec) and not spec.is_high_precision
+
+
+def _last(renamed: Mapping[str, str], name: str) -> str:
+    return next((old for old, new in renamed.items() if new == name), name)
+
+
+def _insert_requantize(graph: Graph, policies: Mapping[str, Policy]) -> tuple[Graph, dict[str, Policy]]:
+    """Gives an operand that `Policy.input` wants in another format a node of its own, named `consumer.port`."""
+    nodes, policies = [], dict(policies)
+    for node in graph.nodes:
+        ports, operands = node.op.ports, list(node.inputs)
+        for port, spec in policies[node.name].input.items():
+            if port not in ports[: len(operands)]:
+                raise QConfigError(f"node {node.name!r} ({type(node.op).__name__}) has no input {port!r}; it has {', '.join(ports)}")
+            name, index = f"{node.name}.{port}", ports.index(port)
+            nodes.append(Node(name, Requantize(), (operands[index],)))
+            policies[name] = Policy(output=spec, weight=None, input={})
+            operands[index] = name
+        nodes.append(replace(node, inputs=tuple(operands)))
+    return replace(graph, nodes=tuple(nodes)), policies
+
+
+def _feeds_only_outputs(graph: Graph, name: str) -> bool:
+    readers = graph.consumers[name]
+    if name in graph.outputs:
+        return not readers
+    return bool(readers) and all(isinstance(r.op, Permute) and _feeds_only_outputs(graph, r.name) for r in readers)
+
+
+def _resolve_values(
+    graph: Graph, policies: Mapping[str, Policy], high_precision_outputs: bool
+) -> tuple[dict[str, QuantSpec | None], list[str], dict[str, str]]:
+    values: dict[str, QuantSpec | None] = {i.name: policies[i.name].output for i in graph.inputs}
+    owned = [i.name for i in graph.inputs if values[i.name] is not None]
+    reasons: dict[str, str] = {}
+    for node in graph.nodes:
+        policy = policies.get(node.name)
+        requested = policy.output if policy else None
+        if node.op.scale_rule != "own":
+            source = values[node.inputs[0]]
+            # A float rule on a scale-keeping node cuts it off; everything else follows its operand.
+            values[node.name] = None if policy is not None and requested is None else source
+            if requested != values[node.name]:
+                reasons[node.name] = f"{type(node.op).__name__} keeps the format of {node.inputs[0]}"
+            continue
+        values[node.name] = requested
+        if requested is None:
+            continue
+        is_gemm = isinstance(node.op, Conv | Linear)
+        if high_precision_outputs and is_gemm and _is_narrow(requested) and _feeds_only_outputs(graph, node.name):
+            values[node.name] = HIGH_PRECISION
+            reasons[node.name] = "feeds only graph outputs: the int32 accumulator is the output"
+        if values[node.name].is_high_precision:
+            if not is_gemm or not _feeds_only_outputs(graph, node.name):
+                raise QConfigError(
+                    f"node {node.name!r} ({type(node.op).__name__}): high precision is for a conv or linear that feeds only "
+                    "graph outputs; give it int8 or int16"
+                )
+        else:
+            owned.append(node.name)
+    return values, owned, reasons
+
+
+def _resolve_weights(graph: Graph, policies: Mapping[str, Policy]) -> tuple[dict[str, QuantSpec], dict[str, int]]:
+    weights: dict[str, QuantSpec] = {}
+    axes: dict[str, int] = {}
+    for node in graph.nodes:
+        for role in node.op.weight_roles:
+            key, spec = node.params[role], policies[node.name].weight
+            if spec is None:
+                continue
+            if weights.setdefault(key, spec) != spec:
+                raise QConfigError(f"weight {key!r} is shared, and its users ask for {weights[key]} and {spec}; give one rule")
+            if spec.axis == "out":
+                axes[key] = 0
+    return weights, axes
+
+
+def _check(
+    graph: Graph,
+    values: Mapping[str, QuantSpec | None],
+    weights: Mapping[str, QuantSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    params: Mapping[str, Array],
+    target: Target,
+) -> None:
+    """Raises one QConfigError that names every node which breaks a limit of an integer target."""
+    if not target.integer:
+        return
+    broken = []
+    for node in graph.nodes:
+        spec = values[node.name]
+        operands = [Operand(values[v].dtype if values[v] else "float", jnp.float32(1), shapes[v]) for v in node.inputs]
+        output = Operand(spec.dtype if spec else "float", jnp.float32(1), shapes[node.name])
+        weight_specs = [weights.get(node.params[r]) for r in node.op.weight_roles]
+        if spec is None and not any(weight_specs):
+            continue  # float
+        found = list(constraints(node.op, operands, output, weight_specs[0].dtype if any(weight_specs) else None, target))
+        if node.op.weight_roles:
+            found += kernel_limits(params[node.params["weight"]].shape, target)
+        if len(shapes[node.name]) > target.max_rank:
+            found.append(f"rank {len(shapes[node.name])} is above {target.max_rank}")
+        broken += [f"{node.name} ({type(node.op).__name__}): {text}" for text in found]
+    if broken:
+        raise QConfigError(f"{target.name} cannot run {len(broken)} nodes:\n  " + "\n  ".join(broken))
+
+
+def _explain_rows(
+    operators: Mapping[str, Any],
+    graph: Graph,
+    policies: Mapping[str, Policy],
+    values: Mapping[str, QuantSpec | None],
+    weights: Mapping[str, QuantSpec],
+    renamed: Mapping[str, str],
+    reasons: Mapping[str, str],
+) -> list[Resolution]:
+    show = lambda spec: "float" if spec is None else str(spec)  # noqa: E731
+    rows = []
+    hosts: dict[str, list[str]] = {}
+    for old, new in renamed.items():
+        hosts.setdefault(new, []).append(old)
+    for name in [i.name for i in graph.inputs] + list(operators):
+        requested = show(policies[name].output)
+        final = renamed.get(name, name)
+        last = max(hosts.get(final, [final]), key=lambda n: list(policies).index(n))
+        if final in values and name == last:
+            applied = show(values[final])
+            # the format was asked for at the last fused node, and is applied at the fused one
+            rows.append(Resolution(name, "output", requested, applied, reasons.get(final, "") if applied != requested else ""))
+        else:
+            rows.append(Resolution(name, "output", requested, "-", f"fused: the value is made by {last}"))
+    by_name = graph.by_name
+    for name in operators:
+        if name not in by_name:
+            continue
+        for role in by_name[name].op.weight_roles:
+            key = by_name[name].params[role]
+            rows.append(Resolution(key, "weight", show(policies[name].weight), show(weights.get(key)), ""))
+    return rows
+
+
+def explain(plan: Plan) -> str:
+    """Requested against applied for every value and weight, with the reason of each difference, as a table."""
+    return format_table(
+        ("name", "port", "requested", "applied", "reason"),
+        [(r.name, r.port, r.requested, r.applied, r.reason) for r in plan.resolutions],
+    )
+
+
+def check_integer_target(plan: Plan) -> None:
+    """Raises LoweringError for a march whose integer arithmetic is not public."""
+    if not plan.target.integer:
+        raise LoweringError(
+            f"{plan.target.name}: its integer post-processing is not public, so there is nothing to reproduce; fake-quant and "
+            "calibration work. Prepare for jq.targets.NASH_E or NASH_M to get integers"
+        )
