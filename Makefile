@@ -15,8 +15,8 @@ help:  ## list the targets
 
 venv: $(STAMP)  ## create .venv and install the pinned requirements
 
-# The stamp comes last: an interrupted run starts again. pyproject.toml counts because the list of packages is baked into
-# the editable install.
+# The stamp comes last: an interrupted run starts again. pyproject.toml counts because the list of packages is baked
+# into the editable install.
 $(STAMP): requirements-dev.txt requirements-data.txt pyproject.toml
 	@echo "installing the pinned requirements into $(VENV) (minutes on the first run)"
 	@$(PYTHON) -m venv $(VENV)

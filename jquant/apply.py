@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jquant.ir.evaluate import bind_inputs, evaluate
-from jquant.ir.graph import check_params, did_you_mean, is_finite
+from jquant.ir.graph import check_params, is_finite
 from jquant.ops.base import derived_scale, eval_float
 from jquant.quantizers import fake_quant
+from jquant.text import did_you_mean
 from jquant.types import Array, CalibrationError, Graph, JQuantError, Node, Params, Plan, QParams, QuantSpec
 
 Mode = Literal["float", "calibration", "qat", "validation", "bit_true"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.ir.evaluate import evaluate
-from jquant.ir.graph import format_table, validate
+from jquant.ir.graph import validate
 from jquant.ir.passes import prune
 from jquant.ops.base import Operand, constraints, eval_float
 from jquant.ops.conv import Conv, Linear, kernel_limits
@@ -16,6 +16,7 @@ from jquant.ops.elementwise import Requantize
 from jquant.ops.movement import Permute
 from jquant.ops.rewrite import channels_last, fold_batch_norm, fuse
 from jquant.qconfig import QConfig
+from jquant.text import format_table
 from jquant.types import (
     Array,
     FrozenMap,

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from jquant.ir.graph import did_you_mean
+from jquant.text import did_you_mean
 from jquant.types import FLOAT, INHERIT, FrozenMap, Graph, Observer, Policy, QConfigError, QuantSpec, Quantizer
 
 

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 
+from jquant.text import format_graph
+
 Array = jax.Array
 Params = Mapping[str, Array]
 QParams = Mapping[str, Array]
@@ -331,8 +333,6 @@ class Graph:
         return self._hash
 
     def __str__(self) -> str:
-        from jquant.ir.graph import format_graph
-
         return format_graph(self)
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    {"types", "numerics"},
+    {"types", "text", "progress", "numerics"},
     {"quantizers", "observers", "qconfig", "ir", "targets"},
     {"ops"},
     {"prepare", "calibrate", "qat", "lower", "integer", "apply", "trace", "checkpoint", "quantize"},

@@ -1,13 +1,14 @@
-"""Checks and prints graphs."""
+"""Checks graphs and their parameters."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.types import CalibrationError, Graph, GraphError, Node, Op
+from jquant.text import did_you_mean
+from jquant.types import CalibrationError, Graph, GraphError, Op
 
 
 def validate(graph: Graph, params: Mapping[str, Any] | None = None) -> Graph:
@@ -58,36 +59,8 @@ def check_params(graph: Graph, params: Mapping[str, Any]) -> None:
 
 def is_finite(array: Any) -> bool:
     """Whether all values are finite; True for a traced array, whose values nobody knows yet."""
-    import jax
-
     if isinstance(array, jax.core.Tracer):
         return True
     if isinstance(array, np.ndarray):
         return bool(np.isfinite(array).all())
     return bool(jnp.isfinite(array).all())
-
-
-def did_you_mean(name: str, known: Any) -> str:
-    """ "; did you mean 'a' or 'b'?" for near names, else an empty string."""
-    near = get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def format_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """Columns padded to their widest cell, two spaces apart."""
-    cells = [tuple(str(c) for c in row) for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def format_node(node: Node) -> tuple[str, str, str, str]:
-    fields = ", ".join(f"{k}={v}" for k, v in vars(node.op).items())
-    return node.name, type(node.op).__name__, ", ".join(node.inputs), fields
-
-
-def format_graph(graph: Graph) -> str:
-    """The graph as a table, a row a node."""
-    inputs: list[tuple[str, ...]] = [(i.name, "Input", "", f"shape={i.shape}, dtype={i.dtype}") for i in graph.inputs]
-    table = format_table(("name", "operator", "operands", "attributes"), inputs + [format_node(n) for n in graph.nodes])
-    return f"{table}\noutputs: {', '.join(graph.outputs)}"

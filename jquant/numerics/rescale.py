@@ -62,7 +62,7 @@ def _choose(condition: Array, a: tuple[Array, Array], b: tuple[Array, Array]) ->
 
 def _subtract(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
     low = a[1] - b[1]
-    return a[0] - b[0] - (low < 0), low & _PART_MASK
+    return a[0] - b[0] + (low >> 31), low & _PART_MASK  # the sign of low is the borrow
 
 
 @jax.jit
@@ -75,17 +75,17 @@ def ratio(n1: Array, n2: Array, d1: Array, d2: Array) -> Ratio:
     # Mantissa products lie in [2^46, 2^48): bring numerator / denominator from (1/4, 4) into [1/2, 1).
     small = ~_at_least(_double(*numerator), denominator)
     numerator = _choose(small, _double(*numerator), numerator)
-    exponent -= small
+    exponent = jnp.where(small, exponent - 1, exponent)
     for _ in range(2):
         large = _at_least(numerator, denominator)
         denominator = _choose(large, _double(*denominator), denominator)
-        exponent += large
+        exponent = jnp.where(large, exponent + 1, exponent)
 
     def step(_: int, state: tuple) -> tuple:
         remainder, bits = state
         remainder = _double(*remainder)
         fits = _at_least(remainder, denominator)
-        return _choose(fits, _subtract(remainder, denominator), remainder), (bits << 1) | fits
+        return _choose(fits, _subtract(remainder, denominator), remainder), jnp.where(fits, (bits << 1) + 1, bits << 1)
 
     remainder, bits = jax.lax.fori_loop(0, 16, step, (numerator, jnp.zeros_like(mn1)))
     return Ratio(bits, exponent, (remainder[0] == 0) & (remainder[1] == 0))
@@ -113,7 +113,7 @@ def multiplier_of(value: Ratio, max_shift: int | Array, *, exact_bound: bool = F
     """
     rounded = (value.bits + 1) >> 1
     over = ~((value.bits < 65534) | ((value.bits == 65534) & value.exact)) if exact_bound else rounded > 32767
-    shift = jnp.clip(15 - value.exponent - over, 0, max_shift)
+    shift = jnp.clip(jnp.where(over, 14, 15) - value.exponent, 0, max_shift)
     kept = jnp.clip(value.exponent + shift, -1, 15)  # bits of the factor before its rounding bit
     factor = ((value.bits >> (15 - kept)) + 1) >> 1
     return jnp.where(value.exponent > 15, 32767, jnp.minimum(factor, 32767)), shift

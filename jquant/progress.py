@@ -1,0 +1,22 @@
+"""Progress of long work on a terminal; silent everywhere else."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Yields the items with a progress bar on stderr, if that is a terminal and rich is installed."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    try:
+        if not sys.stderr.isatty():
+            raise ImportError
+        from rich.console import Console
+        from rich.progress import track as rich_track
+    except ImportError:
+        yield from items
+        return
+    yield from rich_track(items, description, total, console=Console(stderr=True))
