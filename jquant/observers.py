@@ -5,7 +5,7 @@ Data arrives as [channels, samples] float32, in real; `finalize` returns scales 
 a backend may flush them or not.
 """
 
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -65,7 +65,7 @@ def _min_max_update(state: RangeState, x: Array) -> RangeState:
     return _merge_range(state, _range_of(x))
 
 
-@lru_cache(maxsize=None)
+@cache
 def min_max() -> Observer:
     """The scale at which nothing saturates by more than half an LSB: max(-min, max, 0) / ((qmax - qmin) / 2).
 
@@ -130,7 +130,7 @@ def moving_average(averaging_constant: float = 0.01) -> Observer:
     return _moving_average(float(averaging_constant))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _moving_average(constant: float) -> Observer:
     def init(channels: int) -> MovingAverageState:
         return MovingAverageState(_empty_range(channels), jnp.zeros((), jnp.int32))
@@ -165,7 +165,8 @@ class HistogramState(NamedTuple):
 
     A bin is [i, i + 1) * 2^exponent. Bin edges of a larger exponent are edges of every smaller one, and the exponent is
     the smallest that holds the largest value so far, so the counts depend on the set of samples alone. Counts are
-    integers in two limbs, `upper * 2^20 + lower`, enough for 2^52 samples a bin. Zeros quantize exactly and are left out.
+    integers in two limbs, `upper * 2^20 + lower`, enough for 2^52 samples a bin. Zeros quantize exactly: they are
+    left out.
     """
 
     range: RangeState  # real, [channels]
@@ -292,7 +293,7 @@ def mse(bins: int = 2048, candidates: int = 100) -> Observer:
     return _mse(int(bins), int(candidates))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mse(bins: int, candidates: int) -> Observer:
     return Observer(
         partial(_histogram_init, bins=bins),

@@ -190,8 +190,8 @@ def _apply_lsq(x: Array, scale: Array, spec: QuantSpec) -> Array:
       >>> x = jnp.array([-9.0, 0.25, 0.75, 9.0])
       >>> lsq(x, 0.5, QuantSpec(dtype="int3")).tolist()
       [-2.0, 0.0, 1.0, 1.5]
-      >>> slope = jax.grad(lambda s: lsq(x, s, QuantSpec(dtype="int3")).sum())(0.5)  # (-4 - 0.5 + 0.5 + 3) / sqrt(4 * 3)
-      >>> round(float(slope), 4)
+      >>> slope = jax.grad(lambda s: lsq(x, s, QuantSpec(dtype="int3")).sum())(0.5)
+      >>> round(float(slope), 4)  # (-4 - 0.5 + 0.5 + 3) / sqrt(4 * 3)
       -0.2887
     """
     x, scale = _prepare(x, scale)

@@ -1,6 +1,7 @@
 """Observers against float64 numpy, and their promise that the order of batches does not matter, bit for bit."""
 
 import doctest
+import functools
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -19,10 +20,20 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 SMALL = mse(bins=64, candidates=20)  # small enough to draw many cases
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def update(observer, state, batch):
+    return observer.update(state, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def merge(observer, a, b):
+    return observer.merge(a, b)
+
+
 def observe(observer, *batches):
     state = observer.init(batches[0].shape[0])
     for batch in batches:
-        state = observer.update(state, jnp.asarray(batch))
+        state = update(observer, state, jnp.asarray(batch))
     return state
 
 
@@ -155,8 +166,8 @@ def test_mse_takes_the_smallest_error(dtype):
     scales, errors = histogram_errors(state, dtype, 100)
     chosen = np.abs(scales / got - 1).argmin(0)
     np.testing.assert_allclose(got, scales[chosen, range(3)], rtol=2.0**-22)  # a product, a quotient
-    # Float32 sums of 4096 terms: candidates closer than 1e-4 may swap; a tie in v of a centre may round the other way.
-    assert np.all(errors[chosen, range(3)] <= errors.min(0) * (1 + 1e-3))
+    # Float32 sums of 4096 positive terms: candidates that are closer than 1e-4 may change places.
+    assert np.all(errors[chosen, range(3)] <= errors.min(0) * (1 + 1e-4))
 
 
 @pytest.mark.parametrize("dtype", ["int2", "int3", "int4", "int8"])
@@ -167,8 +178,8 @@ def test_mse_is_near_the_best_of_the_data(dtype):
         row, top = x[channel], np.abs(x[channel]).max()
         tried = [range_scale(np.array([-top * k / 100]), np.array([0.0]), dtype)[0] for k in range(1, 101)]
         best = min(squared_error(row, np.float64(s), dtype) for s in tried)
-        # Bins of at least max/2048 for data whose LSB is larger: measured within 3 %.
-        assert squared_error(row, got[channel], dtype) <= 1.05 * best
+        # Bins cost a little where an LSB is few of them: at most 0.6 % on 8 seeds of this distribution, all at int8.
+        assert squared_error(row, got[channel], dtype) <= 1.02 * best
 
 
 def test_mse_of_zeros():
@@ -194,11 +205,13 @@ def test_order_and_split_do_not_matter(observer, x, seed):
     assert_same(whole, observe(observer, a, b, c))
     assert_same(whole, observe(observer, c, b, a))
     one, two, three = (observe(observer, part) for part in (a, b, c))
-    assert_same(whole, observer.merge(observer.merge(one, two), three))
-    assert_same(whole, observer.merge(one, observer.merge(three, two)))
-    assert_same(whole, observer.merge(observer.init(2), whole))
+    assert_same(whole, merge(observer, merge(observer, one, two), three))
+    assert_same(whole, merge(observer, one, merge(observer, three, two)))
+    assert_same(whole, merge(observer, observer.init(2), whole))
     spec = QuantSpec(dtype="int4")
-    assert_same(observer.finalize(whole, spec), observer.finalize(observer.merge(observe(observer, b, a), three), spec))
+    assert_same(
+        observer.finalize(whole, spec), observer.finalize(merge(observer, observe(observer, b, a), three), spec)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,12 +221,12 @@ def test_order_and_split_do_not_matter(observer, x, seed):
 @pytest.mark.parametrize("observer", [min_max(), moving_average(0.3), mse()], ids=lambda o: o.name)
 def test_jit_equals_eager_and_channels_are_independent(observer):
     batches = np.split(data(), 4, axis=1)
-    eager = observe(observer, *batches)
-    jitted = observer.init(3)
-    update = jax.jit(observer.update)
+    eager = observer.init(3)
     for batch in batches:
-        jitted = update(jitted, jnp.asarray(batch))
-    assert_same(eager, jitted)
+        eager = observer.update(eager, jnp.asarray(batch))
+    assert_same(eager, observe(observer, *batches))
+    if observer.merge:
+        assert_same(observer.merge(eager, eager), merge(observer, eager, eager))
     scanned = jax.lax.scan(lambda s, x: (observer.update(s, x), None), observer.init(3), jnp.asarray(batches))[0]
     assert_same(eager, scanned)
     for dtype in DTYPES:

@@ -41,7 +41,11 @@ def quantize(x: Array, scale: Array, dtype: str, rounding: str = "half_even") ->
       rounding: "half_even", or "half_up" for the legacy rule floor(v + 1/2).
     """
     ratio = divide(x, scale)
-    rounded = jnp.round(ratio) if rounding == "half_even" else jnp.floor(ratio + 0.5)
+    if rounding == "half_even":
+        rounded = jnp.round(ratio)
+    else:  # floor(v + 1/2) without the rounding of the float sum: v - floor(v) is exact
+        below = jnp.floor(ratio)
+        rounded = below + jnp.where(ratio - below >= 0.5, 1.0, 0.0)
     if dtype == "int32":
         return to_int32(rounded)
     low, high = integer_range(dtype)

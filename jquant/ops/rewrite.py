@@ -38,9 +38,8 @@ def fold_batch_norm(
             node.op, *(params[node.params[r]] if r in node.params else None for r in _BATCH_NORM_ROLES)
         )
         before = nodes.get(renamed.get(node.inputs[0], node.inputs[0]))
-        foldable = before is not None and before.name == node.inputs[0] and isinstance(before.op, Conv | Linear)
-        channels_match = foldable and (isinstance(before.op, Conv) or len(shapes[node.name]) == 2)
-        if channels_match and sole_consumer(graph, before.name) is node:
+        same_channels = before is not None and (isinstance(before.op, Conv) or len(shapes[node.name]) == 2)
+        if same_channels and isinstance(before.op, Conv | Linear) and sole_consumer(graph, node.inputs[0]) is node:
             nodes[before.name] = _fold(before, params, uses, multiplier, offset)
             renamed[node.name] = before.name
             del nodes[node.name]
@@ -58,7 +57,7 @@ def _fold(node: Node, params: dict[str, Array], uses: Mapping[str, int], multipl
 
     def key(role: str) -> str:
         old = node.params.get(role)
-        return old if old is not None and uses[old] == 1 else f"{node.name}.{role}"
+        return old if old is not None and uses.get(old, 1) == 1 else f"{node.name}.{role}"
 
     bias = params[node.params["bias"]] * multiplier if "bias" in node.params else 0.0
     weight = scale_channels(params[node.params["weight"]], multiplier)

@@ -47,7 +47,7 @@ def relu6(call: Call) -> np.ndarray:
 
 
 def prelu(call: Call) -> np.ndarray:
-    """rescale(max(x, 0), s_x) + rescale(slope * min(x, 0), s_x * s_slope), summed before saturation. slope [C] or [1]."""
+    """rescale(max(x, 0), s_x) + rescale(slope * min(x, 0), s_x * s_slope), summed before saturating. slope [C], [1]."""
     c, (operand,) = call.constants, call.operands
     x = channels_to_last(operand, call.op.channels_last)
     positive = rescale_unsaturated(np.maximum(x, 0), c["mantissa"], c["pre"], c["post"], call.target)

