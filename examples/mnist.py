@@ -78,14 +78,13 @@ def batches(count: int, size: int, epochs: int, seed: int):
 
 
 def qconfig(weight: str) -> jq.QConfig:
+    """Weights of all layers per output channel, int8 activations, both trained with LSQ; images lie on the 1/128 grid."""
     bits = {"int8": jq.int8, "int4": jq.int4}[weight]
-    first = {} if weight == "int8" else {name: jq.Policy(weight=jq.int8(axis="out", quantizer=jq.lsq)) for name in ("stem.conv", "head")}
     activation = jq.int8(quantizer=jq.lsq, observer=jq.mse())
     return jq.QConfig(
         {
             "*": jq.Policy(weight=bits(axis="out", quantizer=jq.lsq, observer=jq.mse()), output=activation),
             "type:Input": jq.Policy(output=jq.int8(scale=1 / 128)),
-            **first,
         }
     )
 
@@ -93,8 +92,8 @@ def qconfig(weight: str) -> jq.QConfig:
 def train_quantized(plan: jq.Plan, params: dict, qparams: dict, data: Data, epochs: int, mode: str, batch: int = 50) -> jq.TrainState:
     """QAT: one optax chain for weights, a slower one for scales."""
     steps = epochs * (len(data.train_x) // batch)
-    weights = optax.sgd(optax.cosine_decay_schedule(0.01, steps), momentum=0.9)
-    scales = optax.adam(optax.cosine_decay_schedule(1e-4, steps))
+    weights = optax.adam(optax.cosine_decay_schedule(3e-4, steps))
+    scales = optax.adam(optax.cosine_decay_schedule(1e-5, steps))  # a scale is a small number: a step must be smaller
     tx = optax.multi_transform({"weight": weights, "scale": scales}, jq.labels(plan))
     state = jq.TrainState.create(plan, params, qparams, tx=tx)
 
