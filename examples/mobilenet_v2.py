@@ -31,7 +31,11 @@ def to_input(image: Image.Image) -> np.ndarray:
     """A picture as [3, 224, 224] float32: the short side resized, the centre cropped, normalised."""
     scale = SIDE / min(image.size)
     size = [max(SIDE, round(n * scale)) for n in image.size]
-    image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR) if image.size != (SIDE, SIDE) else image.convert("RGB")
+    image = (
+        image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        if image.size != (SIDE, SIDE)
+        else image.convert("RGB")
+    )
     left, top = ((n - SIDE) // 2 for n in image.size)
     pixels = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)), np.float32) / 255
     return ((pixels - MEAN) / STD).transpose(2, 0, 1)
@@ -74,7 +78,9 @@ def quantize(observer: str, graph, float_params, calibration, images, labels, ba
     qparams = jq.calibrate(plan, params, in_batches(calibration, size))
     program = jq.lower(plan, params, qparams)
     fake = evaluate(lambda x: jq.apply(plan, params, qparams, x), images, size, f"{observer}: fake-quant")
-    bit_true = evaluate(lambda x: jq.apply(plan, params, qparams, x, mode="bit_true"), images, size, f"{observer}: bit-true")
+    bit_true = evaluate(
+        lambda x: jq.apply(plan, params, qparams, x, mode="bit_true"), images, size, f"{observer}: bit-true"
+    )
     integer = evaluate(lambda x: jq.run(program, x), images, size, f"{observer}: integers")
     return {
         "observer": observer,

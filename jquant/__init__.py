@@ -37,8 +37,8 @@ from jquant.types import (
     Policy,
     Program,
     QConfigError,
-    QuantSpec,
     Quantizer,
+    QuantSpec,
     Target,
 )
 

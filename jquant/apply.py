@@ -62,31 +62,31 @@ def value_scales(plan: Plan, qparams: QParams) -> dict[str, Array | None]:
     """The scale (real per LSB) of every value: scalar, per channel for high-precision ones, None for float ones."""
     scales: dict[str, Array | None] = {}
     owned = set(plan.owned)
-    for name in (i.name for i in plan.graph.inputs):
-        scales[name] = _own_scale(name, plan, qparams) if name in owned else None
+    for entry in plan.graph.inputs:
+        scales[entry.name] = scale_of(entry.name, plan, qparams) if entry.name in owned else None
     for node in plan.graph.nodes:
-        spec = plan.values[node.name]
-        if spec is None or (node.inputs and scales[node.inputs[0]] is None and node.name not in owned):
-            scales[node.name] = None
-        elif node.name in owned:
-            scales[node.name] = _own_scale(node.name, plan, qparams)
-        elif node.op.scale_rule == "same_as_input":
-            scales[node.name] = scales[node.inputs[0]]
-        else:
-            weights = {r: weight_scale(node.params[r], plan, qparams) for r in node.op.weight_roles if node.params[r] in plan.weights}
-            complete = len(weights) == len(node.op.weight_roles)
-            scales[node.name] = derived_scale(node.op, *(scales[v] for v in node.inputs), **weights) if complete else None
+        scales[node.name] = (
+            scale_of(node.name, plan, qparams) if node.name in owned else _follow(node, plan, qparams, scales)
+        )
     return scales
 
 
-def _own_scale(name: str, plan: Plan, qparams: QParams) -> Array:
-    spec = plan.values[name]
+def _follow(node: Node, plan: Plan, qparams: QParams, scales: Mapping[str, Array | None]) -> Array | None:
+    """The scale of a value that has none of its own."""
+    operands = [scale for v in node.inputs if (scale := scales[v]) is not None]
+    weights = {r: scale_of(k, plan, qparams) for r, k in node.params.items() if k in plan.weights}
+    complete = len(operands) == len(node.inputs) and all(r in weights for r in node.op.weight_roles)
+    if plan.values[node.name] is None or not complete:
+        return None
+    if node.op.scale_rule == "same_as_input":
+        return operands[0]
+    return derived_scale(node.op, *operands, **weights)
+
+
+def scale_of(name: str, plan: Plan, qparams: QParams) -> Array:
+    """The scale of a value or weight that owns one, as the integer program will use it."""
+    spec = plan.spec(name)
     return quantizer_of(spec).scale(parameter_of(name, spec, qparams), spec)
-
-
-def weight_scale(key: str, plan: Plan, qparams: QParams) -> Array:
-    spec = plan.weights[key]
-    return quantizer_of(spec).scale(parameter_of(key, spec, qparams), spec)
 
 
 def check_qparams(plan: Plan, qparams: QParams) -> None:
@@ -96,21 +96,26 @@ def check_qparams(plan: Plan, qparams: QParams) -> None:
       CalibrationError: what is missing or wrong, and how to get it.
     """
     if not isinstance(qparams, Mapping):
-        raise CalibrationError(f"qparams must be a mapping of name to scale, not {type(qparams).__name__}; call jq.calibrate")
-    wanted = [n for n in plan.owned if plan.values[n].fixed_scale is None]
-    wanted += [k for k, s in plan.weights.items() if s.fixed_scale is None]
+        raise CalibrationError(
+            f"qparams must be a mapping of name to scale, not {type(qparams).__name__}; call jq.calibrate"
+        )
+    wanted = plan.trained
     missing = [n for n in wanted if n not in qparams]
     if missing:
         shown = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CalibrationError(f"no scale for {shown}; call jq.calibrate(plan, params, batches) first")
     extra = [n for n in qparams if n not in wanted]
     if extra:
-        raise CalibrationError(f"qparams has {extra[0]!r}, which the plan does not{did_you_mean(extra[0], wanted)}; calibrate this plan")
+        raise CalibrationError(
+            f"qparams has {extra[0]!r}, which the plan does not{did_you_mean(extra[0], wanted)}; calibrate this plan"
+        )
     for name in wanted:
         if getattr(qparams[name], "dtype", None) != jnp.float32:
             raise CalibrationError(f"the scale of {name!r} is not a float32 array")
         if not is_finite(qparams[name]):
-            raise CalibrationError(f"the scale of {name!r} is not finite; lower the learning rate of the scales, or calibrate again")
+            raise CalibrationError(
+                f"the scale of {name!r} is not finite; lower the learning rate of the scales, or calibrate again"
+            )
 
 
 def fake_quant_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | None = None) -> Callable[..., Array]:
@@ -124,10 +129,10 @@ def fake_quant_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | N
 
     def rule(node: Node, *operands: Array) -> Array:
         own = base
-        key = node.params.get("weight")
-        if key in plan.weights and "bias" in node.params and scales[node.inputs[0]] is not None:
-            acc_scale = scales[node.inputs[0]] * weight_scale(key, plan, qparams).reshape(-1)
-            bias = node.params["bias"]
+        key, bias = node.params.get("weight"), node.params.get("bias")
+        x_scale = scales[node.inputs[0]] if node.inputs else None
+        if key in plan.weights and key is not None and bias is not None and x_scale is not None:
+            acc_scale = x_scale * scale_of(key, plan, qparams).reshape(-1)
             own = base | {bias: fake_quant(params[bias], jax.lax.stop_gradient(acc_scale), _BIAS)}
         return float_rule(plan.graph, own, rng)(node, *operands)
 
@@ -150,13 +155,21 @@ def fake_quant_tap(plan: Plan, qparams: QParams) -> Callable[[str, Array], Array
     def tap(name: str, value: Array) -> Array:
         if name not in owned:
             return value
-        spec = plan.values[name]
+        spec = plan.spec(name)
         return quantizer_of(spec)(value, parameter_of(name, spec, qparams), spec)
 
     return tap
 
 
-def evaluate_plan(plan: Plan, params: Params, qparams: QParams, inputs: Mapping[str, Array], *, quantized: bool, rng: Array | None = None) -> dict[str, Array]:
+def evaluate_plan(
+    plan: Plan,
+    params: Params,
+    qparams: QParams,
+    inputs: Mapping[str, Array],
+    *,
+    quantized: bool,
+    rng: Array | None = None,
+) -> dict[str, Array]:
     """All values of the plan's graph by name, in float or fake-quant."""
     if not quantized:
         return evaluate(plan.graph, inputs, float_rule(plan.graph, params, rng))
@@ -164,7 +177,9 @@ def evaluate_plan(plan: Plan, params: Params, qparams: QParams, inputs: Mapping[
 
 
 @partial(jax.jit, static_argnames=("plan", "mode"))
-def _apply(plan: Plan, mode: Mode, params: Params, qparams: QParams, inputs: dict[str, Array], rng: Array | None) -> dict[str, Array]:
+def _apply(
+    plan: Plan, mode: Mode, params: Params, qparams: QParams, inputs: dict[str, Array], rng: Array | None
+) -> dict[str, Array]:
     if mode == "bit_true":
         from jquant.lower import lower_traced
 
@@ -174,7 +189,7 @@ def _apply(plan: Plan, mode: Mode, params: Params, qparams: QParams, inputs: dic
 
 
 def bit_true_values(program: Any, inputs: Mapping[str, Array], values: Mapping[str, Array]) -> dict[str, Array]:
-    """Fake-quant values whose outputs are replaced by those of the integer program, with the gradient left as it was."""
+    """Fake-quant values replaced by those of the integer program, with the gradient left as it was."""
     from jquant.integer import dequantize_values, quantize_inputs, run_integers
 
     integers = run_integers(program, quantize_inputs(program, inputs))
@@ -206,7 +221,7 @@ def apply(plan: Plan, params: Params, qparams: QParams, *inputs: Array, mode: Mo
       The output, or a tuple where the graph has several.
 
     Raises:
-      CalibrationError: scales missing or broken. InputError: inputs that do not fit. GraphError: params that do not fit.
+      CalibrationError: scales missing or broken. InputError: inputs that do not fit. GraphError: missing params.
     """
     values = apply_with_taps(plan, params, qparams, *inputs, mode=mode, taps=None)[1]
     return unpack([values[name] for name in plan.graph.outputs])

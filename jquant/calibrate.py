@@ -23,12 +23,12 @@ def observer_of(spec: QuantSpec) -> Observer:
 
 def observed_values(plan: Plan) -> tuple[str, ...]:
     """The values whose scale comes from data."""
-    return tuple(n for n in plan.owned if plan.values[n].fixed_scale is None)
+    return tuple(n for n in plan.owned if plan.spec(n).fixed_scale is None)
 
 
 def init_stats(plan: Plan) -> Stats:
     """Empty statistics, {value: observer state}."""
-    return {name: observer_of(plan.values[name]).init(1) for name in observed_values(plan)}
+    return {name: observer_of(plan.spec(name)).init(1) for name in observed_values(plan)}
 
 
 def update_stats(plan: Plan, params: Params, stats: Stats, inputs: Mapping[str, Array]) -> Stats:
@@ -37,7 +37,7 @@ def update_stats(plan: Plan, params: Params, stats: Stats, inputs: Mapping[str, 
 
     def observe(name: str, value: Array) -> Array:
         if name in stats:
-            new[name] = observer_of(plan.values[name]).update(stats[name], value.reshape(1, -1))
+            new[name] = observer_of(plan.spec(name)).update(stats[name], value.reshape(1, -1))
         return value
 
     evaluate(plan.graph, inputs, float_rule(plan.graph, params), observe)
@@ -52,7 +52,7 @@ def merge_stats(plan: Plan, a: Stats, b: Stats) -> Stats:
     """
     merged = {}
     for name in a:
-        observer = observer_of(plan.values[name])
+        observer = observer_of(plan.spec(name))
         if observer.merge is None:
             raise CalibrationError(f"{observer.name} of {name!r} depends on the order of batches; merge min_max or mse")
         merged[name] = observer.merge(a[name], b[name])
@@ -68,12 +68,14 @@ def finalize_stats(plan: Plan, params: Params, stats: Stats) -> dict[str, Array]
 def _finalize(plan: Plan, weights: Params, stats: Stats) -> dict[str, Array]:
     qparams: dict[str, Array] = {}
     for name, state in stats.items():
-        spec = plan.values[name]
+        spec = plan.spec(name)
         (scale,) = observer_of(spec).finalize(state, spec)
         qparams[name] = quantizer_of(spec).init(scale, spec)
     for key, spec in plan.weights.items():
         if spec.fixed_scale is None:
-            qparams[key] = quantizer_of(spec).init(weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key)), spec)
+            qparams[key] = quantizer_of(spec).init(
+                weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key)), spec
+            )
     return qparams
 
 
@@ -119,5 +121,7 @@ def calibrate(plan: Plan, params: Params, batches: Iterable[Any]) -> dict[str, A
     qparams = finalize_stats(plan, params, stats)
     broken = [name for name, scale in qparams.items() if not bool(jnp.isfinite(scale).all())]
     if broken:
-        raise CalibrationError(f"the values of {broken[0]!r} are not finite on these batches; look for overflow in the float model")
+        raise CalibrationError(
+            f"the values of {broken[0]!r} are not finite on these batches; look for overflow in the float model"
+        )
     return qparams

@@ -110,7 +110,9 @@ def _check_evaluates(program: Program) -> None:
     from jquant.types import storage_dtype
 
     inputs = {
-        i.name: jax.ShapeDtypeStruct(tuple(2 if n is None else n for n in i.shape), storage_dtype(program.inputs[i.name]))
+        i.name: jax.ShapeDtypeStruct(
+            tuple(2 if n is None else n for n in i.shape), storage_dtype(program.inputs[i.name])
+        )
         for i in program.graph.inputs
     }
     try:
@@ -120,5 +122,3 @@ def _check_evaluates(program: Program) -> None:
     for name, node_format in program.formats.items():
         if values[name].dtype != storage_dtype(node_format.output):
             raise FormatError(f"node {name!r} makes {values[name].dtype}, its format says {node_format.output}")
-
-

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jquant.apply import check_qparams, value_scales, weight_scale
+from jquant.apply import check_qparams, scale_of, value_scales
 from jquant.ir.graph import check_params
 from jquant.ir.passes import prune
 from jquant.numerics.rounding import expand, quantize
@@ -43,23 +43,21 @@ def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence
     shapes = {n: (None, *s[1:]) for n, s in value_shapes(plan.graph, params).items()}
     for entry in graph.inputs:
         if plan.values[entry.name] is None:
-            raise LoweringError(f"input {entry.name!r} is float; give it a format, for example {{{entry.name!r}: jq.Policy(output=jq.int8())}}")
+            raise LoweringError(
+                f"input {entry.name!r} is float; give it a format: {{{entry.name!r}: jq.Policy(output=jq.int8())}}"
+            )
 
     def operand(value: str) -> Operand:
-        return Operand(plan.values[value].dtype, scales[value], shapes[value])
+        scale = scales[value]
+        assert scale is not None  # checked before
+        return Operand(plan.spec(value).dtype, scale, shapes[value])
 
     constants: dict[str, dict[str, Array]] = {}
     formats: dict[str, NodeFormat] = {}
     for node in graph.nodes:
         where = f"node {node.name!r} ({type(node.op).__name__})"
         for value in (*node.inputs, node.name):
-            if scales[value] is None:
-                raise LoweringError(
-                    f"{where}: {value!r} is float, and on the way to a deployed output. Give it a format in the qconfig, or "
-                    "name the deployed outputs: jq.lower(..., outputs=[...])"
-                )
-            if plan.values[value].dtype not in (*plan.target.activation_dtypes, "int32"):
-                raise LoweringError(f"{where}: {value!r} is {plan.values[value].dtype}; {plan.target.name} has {', '.join(plan.target.activation_dtypes)}")
+            _check_format(where, value, plan, scales[value])
         operands, output = [operand(v) for v in node.inputs], operand(node.name)
         try:
             lowered = lower_op(node.op, operands, output, _integer_params(plan, params, qparams, node), plan.target)
@@ -70,8 +68,19 @@ def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence
             tuple(o.dtype for o in operands), output.dtype, lowered.accumulator, lowered.worst_case
         )
     kept = {n: jnp.asarray(scales[n], jnp.float32) for n in graph.values}
-    inputs = FrozenMap({i.name: plan.values[i.name].dtype for i in graph.inputs})
+    inputs = FrozenMap({i.name: plan.spec(i.name).dtype for i in graph.inputs})
     return Program(constants, kept, graph, FrozenMap(formats), inputs, plan.target)
+
+
+def _check_format(where: str, value: str, plan: Plan, scale: Array | None) -> None:
+    if scale is None:
+        raise LoweringError(
+            f"{where}: {value!r} is float, and on the way to a deployed output. Give it a format in the qconfig, or "
+            "name the deployed outputs: jq.lower(..., outputs=[...])"
+        )
+    dtype, known = plan.spec(value).dtype, plan.target.activation_dtypes
+    if dtype not in (*known, "int32"):
+        raise LoweringError(f"{where}: {value!r} is {dtype}; {plan.target.name} has {', '.join(known)}")
 
 
 def _deployed(graph: Graph, outputs: Sequence[str] | None) -> Graph:
@@ -93,11 +102,15 @@ def _integer_params(plan: Plan, params: Params, qparams: QParams, node: Node) ->
         if key not in plan.weights or role not in node.op.weight_roles:
             found[role] = params[key]
             continue
-        spec, scale = plan.weights[key], weight_scale(key, plan, qparams)
+        spec, scale = plan.weights[key], scale_of(key, plan, qparams)
         if spec.dtype not in plan.target.weight_dtypes and spec.bits > 4:
-            raise LoweringError(f"weight {key!r} is {spec.dtype}; {plan.target.name} has {', '.join(plan.target.weight_dtypes)}")
+            raise LoweringError(
+                f"weight {key!r} is {spec.dtype}; {plan.target.name} has {', '.join(plan.target.weight_dtypes)}"
+            )
         if spec.dtype.startswith("u"):
-            raise LoweringError(f"weight {key!r} is {spec.dtype}: {plan.target.name} quantizes symmetrically; use {spec.dtype[1:]}")
+            raise LoweringError(
+                f"weight {key!r} is {spec.dtype}: {plan.target.name} quantizes symmetrically; use {spec.dtype[1:]}"
+            )
         shaped = expand(scale, plan.weight_axis.get(key), params[key].ndim)
         found[role] = (quantize(params[key], shaped, spec.dtype, plan.target.quantize_rounding), scale)
     return found

@@ -25,9 +25,9 @@ from jquant.types import (
     Node,
     Params,
     Plan,
-    Policy,
     QConfigError,
     QuantSpec,
+    Requested,
     Resolution,
     Target,
 )
@@ -44,7 +44,9 @@ def value_shapes(graph: Graph, params: Mapping[str, Any], batch: int = 2) -> dic
     specs = {k: jax.ShapeDtypeStruct(jnp.shape(params[k]), jnp.float32) for k in graph.param_names}
 
     def run(inputs: dict, params: dict) -> dict:
-        return evaluate(graph, inputs, lambda n, *xs: eval_float(n.op, *xs, **{r: params[k] for r, k in n.params.items()}))
+        return evaluate(
+            graph, inputs, lambda n, *xs: eval_float(n.op, *xs, **{r: params[k] for r, k in n.params.items()})
+        )
 
     return {name: value.shape for name, value in jax.eval_shape(run, inputs, specs).items()}
 
@@ -107,7 +109,14 @@ def prepare(
     _check(graph, values, weights, shapes, folded_params, target)
     rows = _explain_rows(operators, graph, policies, values, weights, renamed, reasons)
     plan = Plan(
-        graph, FrozenMap(values), FrozenMap(weights), FrozenMap(axes), tuple(owned), target, tuple(rows), FrozenMap(renamed)
+        graph,
+        FrozenMap(values),
+        FrozenMap(weights),
+        FrozenMap(axes),
+        tuple(owned),
+        target,
+        tuple(rows),
+        FrozenMap(renamed),
     )
     return plan, folded_params
 
@@ -120,17 +129,19 @@ def _last(renamed: Mapping[str, str], name: str) -> str:
     return next((old for old, new in renamed.items() if new == name), name)
 
 
-def _insert_requantize(graph: Graph, policies: Mapping[str, Policy]) -> tuple[Graph, dict[str, Policy]]:
+def _insert_requantize(graph: Graph, policies: Mapping[str, Requested]) -> tuple[Graph, dict[str, Requested]]:
     """Gives an operand that `Policy.input` wants in another format a node of its own, named `consumer.port`."""
     nodes, policies = [], dict(policies)
     for node in graph.nodes:
         ports, operands = node.op.ports, list(node.inputs)
         for port, spec in policies[node.name].input.items():
             if port not in ports[: len(operands)]:
-                raise QConfigError(f"node {node.name!r} ({type(node.op).__name__}) has no input {port!r}; it has {', '.join(ports)}")
+                raise QConfigError(
+                    f"node {node.name!r} ({type(node.op).__name__}) has no input {port!r}; it has {', '.join(ports)}"
+                )
             name, index = f"{node.name}.{port}", ports.index(port)
             nodes.append(Node(name, Requantize(), (operands[index],)))
-            policies[name] = Policy(output=spec, weight=None, input={})
+            policies[name] = Requested(output=spec)
             operands[index] = name
         nodes.append(replace(node, inputs=tuple(operands)))
     return replace(graph, nodes=tuple(nodes)), policies
@@ -144,7 +155,7 @@ def _feeds_only_outputs(graph: Graph, name: str) -> bool:
 
 
 def _resolve_values(
-    graph: Graph, policies: Mapping[str, Policy], high_precision_outputs: bool
+    graph: Graph, policies: Mapping[str, Requested], high_precision_outputs: bool
 ) -> tuple[dict[str, QuantSpec | None], list[str], dict[str, str]]:
     values: dict[str, QuantSpec | None] = {i.name: policies[i.name].output for i in graph.inputs}
     owned = [i.name for i in graph.inputs if values[i.name] is not None]
@@ -162,22 +173,21 @@ def _resolve_values(
         values[node.name] = requested
         if requested is None:
             continue
-        is_gemm = isinstance(node.op, Conv | Linear)
-        if high_precision_outputs and is_gemm and _is_narrow(requested) and _feeds_only_outputs(graph, node.name):
+        keeps_accumulator = isinstance(node.op, Conv | Linear) and _feeds_only_outputs(graph, node.name)
+        if high_precision_outputs and keeps_accumulator and _is_narrow(requested):
             values[node.name] = HIGH_PRECISION
             reasons[node.name] = "feeds only graph outputs: the int32 accumulator is the output"
-        if values[node.name].is_high_precision:
-            if not is_gemm or not _feeds_only_outputs(graph, node.name):
-                raise QConfigError(
-                    f"node {node.name!r} ({type(node.op).__name__}): high precision is for a conv or linear that feeds only "
-                    "graph outputs; give it int8 or int16"
-                )
-        else:
+        elif _is_narrow(requested):
             owned.append(node.name)
+        elif not keeps_accumulator:
+            raise QConfigError(
+                f"node {node.name!r} ({type(node.op).__name__}): high precision is for a conv or linear that feeds "
+                "only graph outputs; give it int8 or int16"
+            )
     return values, owned, reasons
 
 
-def _resolve_weights(graph: Graph, policies: Mapping[str, Policy]) -> tuple[dict[str, QuantSpec], dict[str, int]]:
+def _resolve_weights(graph: Graph, policies: Mapping[str, Requested]) -> tuple[dict[str, QuantSpec], dict[str, int]]:
     weights: dict[str, QuantSpec] = {}
     axes: dict[str, int] = {}
     for node in graph.nodes:
@@ -186,7 +196,9 @@ def _resolve_weights(graph: Graph, policies: Mapping[str, Policy]) -> tuple[dict
             if spec is None:
                 continue
             if weights.setdefault(key, spec) != spec:
-                raise QConfigError(f"weight {key!r} is shared, and its users ask for {weights[key]} and {spec}; give one rule")
+                raise QConfigError(
+                    f"weight {key!r} is shared, and its users ask for {weights[key]} and {spec}; give one rule"
+                )
             if spec.axis == "out":
                 axes[key] = 0
     return weights, axes
@@ -204,14 +216,17 @@ def _check(
     if not target.integer:
         return
     broken = []
+
+    def operand(name: str) -> Operand:
+        spec = values[name]
+        return Operand(spec.dtype if spec else "float", jnp.float32(1), shapes[name])
+
     for node in graph.nodes:
-        spec = values[node.name]
-        operands = [Operand(values[v].dtype if values[v] else "float", jnp.float32(1), shapes[v]) for v in node.inputs]
-        output = Operand(spec.dtype if spec else "float", jnp.float32(1), shapes[node.name])
-        weight_specs = [weights.get(node.params[r]) for r in node.op.weight_roles]
-        if spec is None and not any(weight_specs):
+        weight = next((weights[node.params[r]] for r in node.op.weight_roles if node.params[r] in weights), None)
+        if values[node.name] is None and weight is None:
             continue  # float
-        found = list(constraints(node.op, operands, output, weight_specs[0].dtype if any(weight_specs) else None, target))
+        weight_dtype = weight.dtype if weight else None
+        found = list(constraints(node.op, [operand(v) for v in node.inputs], operand(node.name), weight_dtype, target))
         if node.op.weight_roles:
             found += kernel_limits(params[node.params["weight"]].shape, target)
         if len(shapes[node.name]) > target.max_rank:
@@ -224,7 +239,7 @@ def _check(
 def _explain_rows(
     operators: Mapping[str, Any],
     graph: Graph,
-    policies: Mapping[str, Policy],
+    policies: Mapping[str, Requested],
     values: Mapping[str, QuantSpec | None],
     weights: Mapping[str, QuantSpec],
     renamed: Mapping[str, str],
@@ -242,7 +257,9 @@ def _explain_rows(
         if final in values and name == last:
             applied = show(values[final])
             # the format was asked for at the last fused node, and is applied at the fused one
-            rows.append(Resolution(name, "output", requested, applied, reasons.get(final, "") if applied != requested else ""))
+            rows.append(
+                Resolution(name, "output", requested, applied, reasons.get(final, "") if applied != requested else "")
+            )
         else:
             rows.append(Resolution(name, "output", requested, "-", f"fused: the value is made by {last}"))
     by_name = graph.by_name
@@ -267,6 +284,6 @@ def check_integer_target(plan: Plan) -> None:
     """Raises LoweringError for a march whose integer arithmetic is not public."""
     if not plan.target.integer:
         raise LoweringError(
-            f"{plan.target.name}: its integer post-processing is not public, so there is nothing to reproduce; fake-quant and "
-            "calibration work. Prepare for jq.targets.NASH_E or NASH_M to get integers"
+            f"{plan.target.name}: its integer post-processing is not public, so there is nothing to reproduce; "
+            "fake-quant and calibration work. Prepare for jq.targets.NASH_E or NASH_M to get integers"
         )

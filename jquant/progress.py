@@ -1,7 +1,7 @@
 """Progress of long work on a terminal; silent everywhere else."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
     """Yields the items with a progress bar on stderr, if that is a terminal and rich is installed."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     try:
         if not sys.stderr.isatty():

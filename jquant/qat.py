@@ -49,7 +49,9 @@ def apply_train(
     """
     check_mode(mode)
     if mode == "bit_true" and rngs is not None and any(node.op.stochastic for node in plan.graph.nodes):
-        raise JQuantError("mode 'bit_true' with dropout: the deployed integers have none. Leave rngs out, or use mode 'qat'")
+        raise JQuantError(
+            "mode 'bit_true' with dropout: the deployed integers have none. Leave rngs out, or use mode 'qat'"
+        )
     check_params(plan.graph, params)
     if mode not in ("float", "calibration"):
         check_qparams(plan, qparams)
@@ -67,9 +69,7 @@ def labels(plan: Plan, *, freeze: Sequence[str] = ()) -> Trainable:
     Raises:
       QConfigError: a pattern that matches nothing.
     """
-    scales = [n for n in plan.owned if plan.values[n].fixed_scale is None]
-    scales += [k for k, s in plan.weights.items() if s.fixed_scale is None]
-    names = [*plan.graph.param_names, *scales]
+    names = [*plan.graph.param_names, *plan.trained]
     for pattern in freeze:
         if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
             raise QConfigError(f"freeze pattern {pattern!r} matches nothing{did_you_mean(pattern, names)}")
@@ -78,8 +78,8 @@ def labels(plan: Plan, *, freeze: Sequence[str] = ()) -> Trainable:
         return "frozen" if any(fnmatch.fnmatchcase(name, p) for p in freeze) else kind
 
     return Trainable(
-        {n: label(n, "weight") for n in plan.graph.param_names},  # type: ignore[arg-type,misc]
-        {n: label(n, "scale") for n in scales},  # type: ignore[misc]
+        {n: label(n, "weight") for n in plan.graph.param_names},  # type: ignore[misc]
+        {n: label(n, "scale") for n in plan.trained},  # type: ignore[misc]
     )
 
 

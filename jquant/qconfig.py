@@ -2,22 +2,34 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from jquant.text import did_you_mean
-from jquant.types import FLOAT, INHERIT, FrozenMap, Graph, Observer, Policy, QConfigError, QuantSpec, Quantizer
+from jquant.types import (
+    FLOAT,
+    FrozenMap,
+    Graph,
+    Inherit,
+    Observer,
+    Policy,
+    QConfigError,
+    QuantSpec,
+    Quantizer,
+    Requested,
+)
 
 
-def _constructor(dtype: str):
+def _constructor(dtype: str) -> Callable[..., QuantSpec]:
     def spec(
         *,
-        axis: str | None = None,
+        axis: Literal["out"] | None = None,
         quantizer: Quantizer | None = None,
         observer: Observer | None = None,
         scale: float | None = None,
         threshold: float | None = None,
-        scale_form: str = "real",
+        scale_form: Literal["real", "pow2"] = "real",
     ) -> QuantSpec:
         if scale is not None and threshold is not None:
             raise QConfigError(f"{dtype}: give a scale or a threshold, not both")
@@ -85,20 +97,27 @@ class QConfig:
             checked[pattern] = FLOAT if policy is None else policy
         object.__setattr__(self, "rules", FrozenMap(checked))
 
-    def policy(self, name: str, operator: str) -> Policy:
-        """The policy of a value, all matching rules merged; what no rule sets is float."""
-        merged = {"output": None, "weight": None, "input": FrozenMap()}
+    def policy(self, name: str, operator: str) -> Requested:
+        """What is asked for a value, all matching rules merged; what no rule sets is float."""
+        asked = Requested()
         for pattern, rule in self.rules.items():
-            if matches(pattern, name, operator):
-                merged |= {k: v for k in merged if (v := getattr(rule, k)) is not INHERIT}
-        return Policy(**merged)
+            if not matches(pattern, name, operator):
+                continue
+            asked = asked if isinstance(rule.output, Inherit) else replace(asked, output=rule.output)
+            asked = asked if isinstance(rule.weight, Inherit) else replace(asked, weight=rule.weight)
+            asked = asked if isinstance(rule.input, Inherit) else replace(asked, input=FrozenMap(rule.input))
+        return asked
 
     def check_matches(self, graph: Graph) -> None:
         """Raises QConfigError for a rule that matches nothing in the graph, with near names."""
         named = [(i.name, "Input") for i in graph.inputs] + [(n.name, type(n.op).__name__) for n in graph.nodes]
         for pattern in self.rules:
             if not any(matches(pattern, name, operator) for name, operator in named):
-                known = {f"type:{t}" for _, t in named} if pattern.startswith("type:") else _with_parents(n for n, _ in named)
+                known = (
+                    {f"type:{t}" for _, t in named}
+                    if pattern.startswith("type:")
+                    else _with_parents(n for n, _ in named)
+                )
                 raise QConfigError(f"qconfig rule {pattern!r} matches nothing{did_you_mean(pattern, known)}")
 
 

@@ -131,7 +131,7 @@ def storage_dtype(dtype: str) -> str:
 class Quantizer:
     """How a tensor is fake-quantized in training, as three pure functions. Call it like its `apply`.
 
-    `apply(x, parameter, spec) -> x_hat`: x of any shape; parameter scalar, or [channels] for `spec.axis`. Differentiable.
+    `apply(x, parameter, spec) -> x_hat`, differentiable: x of any shape; parameter scalar, or [channels] for an axis.
     `init(scale, spec) -> parameter`: the trainable leaf that stands for an observed scale (real per LSB).
     `scale(parameter, spec) -> scale`: the scale that the integer program will use; the inverse of `init`, made legal.
     """
@@ -170,7 +170,7 @@ class Observer:
 class QuantSpec:
     """The quantization of one tensor: symmetric, zero point 0.
 
-    `dtype`         int2, int3, int4, int8, int16, int32 (an accumulator: high precision) or uint2 .. uint8 (training only)
+    `dtype`         int2, int3, int4, int8, int16, int32 (an accumulator: high precision), uint2 - uint8 (training)
     `axis`          None: one scale for the tensor. "out": one scale per output channel (weights)
     `scale_form`    "real", or "pow2": snapped to the nearest power of two not below the scale, in training as well
     `quantizer`     the fake-quantizer; None takes plain `fake_quant`
@@ -216,14 +216,14 @@ class QuantSpec:
         return " ".join(parts)
 
 
-class _Inherit:
+class Inherit:
     """The value of a policy field that a rule leaves to earlier rules."""
 
     def __repr__(self) -> str:
         return "INHERIT"
 
 
-INHERIT = _Inherit()
+INHERIT = Inherit()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +235,9 @@ class Policy:
     `input`   {port: spec} for a node that needs an operand in another format than its producer gives
     """
 
-    output: QuantSpec | None | _Inherit = INHERIT
-    weight: QuantSpec | None | _Inherit = INHERIT
-    input: Mapping[str, QuantSpec] | _Inherit = INHERIT
+    output: QuantSpec | Inherit | None = INHERIT
+    weight: QuantSpec | Inherit | None = INHERIT
+    input: Mapping[str, QuantSpec] | Inherit = INHERIT
 
     def __post_init__(self) -> None:
         for port in ("output", "weight"):
@@ -251,6 +251,15 @@ class Policy:
 
 
 FLOAT = Policy(output=None, weight=None, input={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requested:
+    """What all rules together ask for one node: a `Policy` with nothing left to inherit."""
+
+    output: QuantSpec | None = None
+    weight: QuantSpec | None = None
+    input: FrozenMap[QuantSpec] = FrozenMap()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,6 +276,8 @@ class Op:
     `ports`        names of the operands, for `Policy.input` and error messages; the last one repeats
     `stochastic`   True where training needs a PRNG key
     `weight_roles` the parameters that `Policy.weight` quantizes, channel axis 0
+    `layout`       framework: needs [N, C, *S]; elementwise: any order; spatial: runs on [N, *S, C]; axes: follows its
+                   operands, its axes renumbered (the last two by `jquant.ops.to_channels_last`)
     """
 
     scale_rule: ClassVar[Literal["own", "same_as_input", "derived"]] = "own"
@@ -274,6 +285,7 @@ class Op:
     ports: ClassVar[tuple[str, ...]] = ("x",)
     stochastic: ClassVar[bool] = False
     weight_roles: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[Literal["framework", "elementwise", "spatial", "axes"]] = "framework"
 
 
 @dataclass(frozen=True)
@@ -397,6 +409,18 @@ class Plan:
     target: Target
     resolutions: tuple[Resolution, ...] = ()
     renamed: FrozenMap[str] = FrozenMap()
+
+    def spec(self, name: str) -> QuantSpec:
+        """The spec of a quantized value or weight."""
+        spec = self.weights[name] if name in self.weights else self.values[name]
+        if spec is None:
+            raise QConfigError(f"{name!r} is float: it has no quantization")
+        return spec
+
+    @cached_property
+    def trained(self) -> tuple[str, ...]:
+        """The names in qparams: every value and weight with a scale that is neither fixed nor another's."""
+        return tuple(n for n in (*self.owned, *self.weights) if self.spec(n).fixed_scale is None)
 
     @cached_property
     def _hash(self) -> int:

@@ -31,7 +31,9 @@ class Builder:
         self.shapes[name] = shape
         return name
 
-    def conv(self, x: str, out: int, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1, bias: bool = True) -> str:
+    def conv(
+        self, x: str, out: int, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1, bias: bool = True
+    ) -> str:
         c, h, w = self.shapes[x]
         pad = dilation * (kernel - 1) // 2
         key = f"n{len(self.nodes)}.conv"
@@ -43,7 +45,10 @@ class Builder:
 
     def batch_norm(self, x: str) -> str:
         key, c = f"n{len(self.nodes)}.batchnorm", self.shapes[x][0]
-        roles = {r: self.array(f"{key}.{r}", c, low=0.3 if r == "running_var" else None) for r in ("running_mean", "running_var", "weight", "bias")}
+        roles = {
+            r: self.array(f"{key}.{r}", c, low=0.3 if r == "running_var" else None)
+            for r in ("running_mean", "running_var", "weight", "bias")
+        }
         return self.add(ops.BatchNorm(), (x,), self.shapes[x], **roles)
 
     def prelu(self, x: str) -> str:
@@ -73,7 +78,25 @@ def networks(draw: st.DrawFn) -> tuple[jq.Graph, dict]:
     build = Builder(draw(st.integers(0, 2**16)))
     build.shapes["x"] = (draw(st.sampled_from([1, 3, 4])), size, size)
     x = build.conv("x", draw(st.sampled_from([4, 6, 8])), 3, draw(st.integers(1, 2)))
-    kinds = ("conv", "depthwise", "grouped", "bn", "relu", "relu6", "leaky", "sigmoid", "prelu", "residual", "mul", "cat", "max", "avg", "pad", "scale", "dropout")
+    kinds = (
+        "conv",
+        "depthwise",
+        "grouped",
+        "bn",
+        "relu",
+        "relu6",
+        "leaky",
+        "sigmoid",
+        "prelu",
+        "residual",
+        "mul",
+        "cat",
+        "max",
+        "avg",
+        "pad",
+        "scale",
+        "dropout",
+    )
     for kind in draw(st.lists(st.sampled_from(kinds), min_size=3, max_size=8)):
         x = _layer(build, draw, kind, x)
     c, *_ = build.shapes[x]
@@ -92,7 +115,13 @@ def _layer(build: Builder, draw: st.DrawFn, kind: str, x: str) -> str:
     same = (c, h, w)
     match kind:
         case "conv":
-            return build.conv(x, draw(st.sampled_from([4, 6])), draw(st.sampled_from([1, 3])), draw(st.integers(1, 2)), bias=draw(st.booleans()))
+            return build.conv(
+                x,
+                draw(st.sampled_from([4, 6])),
+                draw(st.sampled_from([1, 3])),
+                draw(st.integers(1, 2)),
+                bias=draw(st.booleans()),
+            )
         case "depthwise":
             return build.conv(x, c, 3, dilation=draw(st.integers(1, 2)), groups=c)
         case "grouped":

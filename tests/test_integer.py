@@ -1,5 +1,6 @@
 """The jitted interpreter against the executable specification, bit for bit and layer by layer, on random networks."""
 
+import contextlib
 import dataclasses
 
 import graphs
@@ -18,7 +19,13 @@ TABLES = ("LeakyRelu", "Sigmoid")  # they take int8 only
 
 
 def int8_config(observer: jq.Observer | None = None) -> jq.QConfig:
-    return jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out", quantizer=jq.lsq), output=jq.int8(quantizer=jq.lsq, observer=observer))})
+    return jq.QConfig(
+        {
+            "*": jq.Policy(
+                weight=jq.int8(axis="out", quantizer=jq.lsq), output=jq.int8(quantizer=jq.lsq, observer=observer)
+            )
+        }
+    )
 
 
 CONFIGS = {
@@ -92,7 +99,11 @@ def test_the_jaxpr_of_the_integers_has_no_float(network: tuple) -> None:
     plan, params, qparams = programs(graph, params, int8_config(), jq.targets.NASH_E)
     program = lower_or_skip(plan, params, qparams)
     inputs = {"x": jnp.zeros((2, *graph.inputs[0].shape[1:]), jnp.int8)}
-    text = str(jax.make_jaxpr(lambda c, x: run_integers(dataclasses.replace(program, constants=c), x))(program.constants, inputs))
+    text = str(
+        jax.make_jaxpr(lambda c, x: run_integers(dataclasses.replace(program, constants=c), x))(
+            program.constants, inputs
+        )
+    )
     assert "f32" not in text
     assert "f16" not in text
     assert "i8[" in text
@@ -106,7 +117,9 @@ def network() -> tuple[jq.Plan, dict, dict, jax.Array]:
     y = build.batch_norm(build.conv(x, 8, 3, groups=8))
     x = build.add(jq.ops.Add(), (y, x), (8, 12, 12))
     x = build.add(jq.ops.Mean(axes=(2, 3)), (build.pool(jq.ops.MaxPool, x, 2, 2, 0),), (8,))
-    x = build.add(jq.ops.Linear(), (x,), (5,), weight=build.array("head.weight", 5, 8), bias=build.array("head.bias", 5))
+    x = build.add(
+        jq.ops.Linear(), (x,), (5,), weight=build.array("head.weight", 5, 8), bias=build.array("head.bias", 5)
+    )
     graph = build.graph(x, size=12)
     plan, params, qparams = programs(graph, build.params, int8_config(), jq.targets.NASH_E)
     return plan, params, qparams, graphs.images(1, graph, batch=8)
@@ -141,7 +154,9 @@ def test_raw_is_integers_in_integers_out(network: tuple) -> None:
     xq = jq.run_with_taps(program, x)["x"]
     raw = jq.run(program, xq, raw=True)
     assert (xq.dtype, raw.dtype) == (jnp.int8, jnp.int32)
-    np.testing.assert_array_equal(raw.astype(jnp.float32) * program.scales[program.graph.outputs[0]], jq.run(program, x))
+    np.testing.assert_array_equal(
+        raw.astype(jnp.float32) * program.scales[program.graph.outputs[0]], jq.run(program, x)
+    )
     with pytest.raises(jq.InputError, match="is float32, expected int8"):
         jq.run(program, x, raw=True)
 
@@ -161,7 +176,12 @@ def test_saved_and_loaded_programs_are_equal(network: tuple, tmp_path) -> None:
     program = jq.lower(plan, params, qparams)
     jq.save(tmp_path / "net.jq", program)
     loaded = jq.load(tmp_path / "net.jq")
-    assert (loaded.graph, loaded.formats, loaded.inputs, loaded.target) == (program.graph, program.formats, program.inputs, program.target)
+    assert (loaded.graph, loaded.formats, loaded.inputs, loaded.target) == (
+        program.graph,
+        program.formats,
+        program.inputs,
+        program.target,
+    )
     np.testing.assert_array_equal(jq.run(loaded, x), jq.run(program, x))
     assert [p.name for p in tmp_path.iterdir()] == ["net.jq"]
 
@@ -172,7 +192,7 @@ def test_a_truncated_file_is_refused(network: tuple, tmp_path, cut: int) -> None
     jq.save(tmp_path / "net.jq", jq.lower(plan, params, qparams))
     content = (tmp_path / "net.jq").read_bytes()
     (tmp_path / "net.jq").write_bytes(content[:cut])
-    with pytest.raises(jq.FormatError, match="net.jq"):
+    with pytest.raises(jq.FormatError, match=r"net\.jq"):
         jq.load(tmp_path / "net.jq")
 
 
@@ -185,10 +205,8 @@ def test_a_damaged_header_is_refused_or_harmless(network: tuple, tmp_path_factor
     content = bytearray(path.read_bytes())
     content[position % len(content)] = byte
     path.write_bytes(content)
-    try:
+    with contextlib.suppress(jq.FormatError):
         jq.load(path)
-    except jq.FormatError:
-        pass
 
 
 def test_a_failed_save_keeps_the_old_file(network: tuple, tmp_path, monkeypatch) -> None:

@@ -1,8 +1,9 @@
 """Two meanings of one plan, value by value: possible because names and edges are the same in all of them."""
 
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jquant.apply import evaluate_plan, value_scales
 from jquant.integer import dequantize_values, quantize_inputs, run_integers
 from jquant.ir.evaluate import bind_inputs
 from jquant.lower import lower
+from jquant.prepare import value_shapes
 from jquant.text import did_you_mean, format_table
 from jquant.types import Array, JQuantError, Params, Plan, Program, QParams, QuantSpec
 
@@ -23,7 +25,8 @@ class LayerError:
     """The error of one value: `b` against `a`, in real units unless named otherwise.
 
     `sqnr` in dB; `max_lsb` the largest error in LSB of the value's scale; `saturated` the share of values of `a` beyond
-    the range that the scale covers. For a high-precision or float value `max_lsb` and `saturated` are None.
+    the range that the scale covers; `differing` the share of elements more than half an LSB apart, of `size`. For a
+    high-precision or float value `max_lsb` and `saturated` are None, and `differing` counts every difference.
     """
 
     name: str
@@ -39,6 +42,7 @@ class LayerError:
     max_lsb: float | None
     saturated: float | None
     differing: float
+    size: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ def _show(cell: object) -> str:
     return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
-def compare(plan: Plan, params: Params, qparams: QParams, inputs: Array | tuple[Array, ...], a: Meaning, b: Meaning) -> Comparison:
+def compare(
+    plan: Plan, params: Params, qparams: QParams, inputs: Array | tuple[Array, ...], a: Meaning, b: Meaning
+) -> Comparison:
     """Compares two meanings of a plan on a batch, in one jitted pass.
 
     Args:
@@ -79,13 +85,23 @@ def compare(plan: Plan, params: Params, qparams: QParams, inputs: Array | tuple[
     """
     for meaning in (a, b):
         if meaning not in MEANINGS:
-            raise JQuantError(f"unknown meaning {meaning!r}; known: {', '.join(MEANINGS)}{did_you_mean(meaning, MEANINGS)}")
+            raise JQuantError(
+                f"unknown meaning {meaning!r}; known: {', '.join(MEANINGS)}{did_you_mean(meaning, MEANINGS)}"
+            )
     bound = bind_inputs(plan.graph, inputs if isinstance(inputs, tuple) else (inputs,))
     program = lower(plan, params, qparams) if "integer" in (a, b) else None
     metrics = jax.device_get(_metrics(plan, a, b, dict(params), dict(qparams), bound, program))
     operators = {n.name: type(n.op).__name__ for n in plan.graph.nodes}
+    batch = next(iter(bound.values())).shape[0]
+    sizes = {name: math.prod(shape) for name, shape in value_shapes(plan.graph, params, batch).items()}
     rows = [
-        LayerError(name=name, operator=operators.get(name, "Input"), dtype=_dtype(plan.values[name]), **_as_floats(found))
+        LayerError(
+            name=name,
+            operator=operators.get(name, "Input"),
+            dtype=_dtype(plan.values[name]),
+            size=sizes[name],
+            **_as_floats(found),
+        )
         for name, found in metrics.items()
         if name in plan.graph.values
     ]
@@ -97,12 +113,20 @@ def _dtype(spec: QuantSpec | None) -> str:
     return "float" if spec is None else spec.dtype
 
 
-def _as_floats(found: dict) -> dict[str, float | None]:
+def _as_floats(found: dict) -> dict[str, Any]:
     return {key: None if value is None else float(value) for key, value in found.items()}
 
 
 @partial(jax.jit, static_argnames=("plan", "a", "b"))
-def _metrics(plan: Plan, a: Meaning, b: Meaning, params: Params, qparams: QParams, inputs: dict[str, Array], program: Program | None) -> dict:
+def _metrics(
+    plan: Plan,
+    a: Meaning,
+    b: Meaning,
+    params: Params,
+    qparams: QParams,
+    inputs: dict[str, Array],
+    program: Program | None,
+) -> dict:
     scales = value_scales(plan, qparams)
     first, second = (_values(plan, m, params, qparams, inputs, program) for m in (a, b))
     found = {}
@@ -112,7 +136,9 @@ def _metrics(plan: Plan, a: Meaning, b: Meaning, params: Params, qparams: QParam
     return found
 
 
-def _values(plan: Plan, meaning: Meaning, params: Params, qparams: QParams, inputs: dict[str, Array], program: Program | None) -> dict[str, Array]:
+def _values(
+    plan: Plan, meaning: Meaning, params: Params, qparams: QParams, inputs: dict[str, Array], program: Program | None
+) -> dict[str, Array]:
     if meaning == "integer":
         assert program is not None
         return dequantize_values(program, run_integers(program, quantize_inputs(program, inputs)))

@@ -52,7 +52,9 @@ def write_report(
     ]
     environment = Environment(loader=PackageLoader("jquant.analysis", "."), autoescape=select_autoescape(default=True))
     environment.filters["number"] = format_number
-    page = environment.get_template("report.jinja").render(title=title, summary=list(summary), sections=sections, notes=list(notes))
+    page = environment.get_template("report.jinja").render(
+        title=title, summary=list(summary), sections=sections, notes=list(notes)
+    )
     data = {
         "title": title,
         "notes": list(notes),
@@ -108,9 +110,18 @@ def _ranges(comparison: Comparison) -> str:
     figure, axes = _figure(len(rows))
     where = range(len(rows))
     covered = [(row.scale or 0.0) * _half_range(row.dtype) for row in rows]
-    axes.barh(where, [2 * c for c in covered], left=[-c for c in covered], color="#c3e6ec", height=0.8, label="covered by the scale")
+    axes.barh(
+        where,
+        [2 * c for c in covered],
+        left=[-c for c in covered],
+        color="#c3e6ec",
+        height=0.8,
+        label="covered by the scale",
+    )
     widths = [row.maximum - row.minimum for row in rows]
-    axes.barh(where, widths, left=[row.minimum for row in rows], color=_ACCENT, height=0.4, label=f"seen ({comparison.a})")
+    axes.barh(
+        where, widths, left=[row.minimum for row in rows], color=_ACCENT, height=0.4, label=f"seen ({comparison.a})"
+    )
     axes.set_yticks(where, [f"{row.name} · {row.dtype}" for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("real value", fontsize=8)

@@ -48,13 +48,19 @@ def check_params(graph: Graph, params: Mapping[str, Any]) -> None:
         for role, key in node.params.items():
             if key not in params:
                 hint = did_you_mean(key, params)
-                raise GraphError(f"node {node.name!r} ({type(node.op).__name__}): parameter {key!r} ({role}) is missing{hint}")
+                raise GraphError(
+                    f"node {node.name!r} ({type(node.op).__name__}): parameter {key!r} ({role}) is missing{hint}"
+                )
     for key in graph.param_names:
         array = params[key]
         if getattr(array, "dtype", None) != jnp.float32:
-            raise GraphError(f"parameter {key!r} is {getattr(array, 'dtype', type(array).__name__)}; convert it to float32")
+            raise GraphError(
+                f"parameter {key!r} is {getattr(array, 'dtype', type(array).__name__)}; convert it to float32"
+            )
         if not is_finite(array):
-            raise CalibrationError(f"parameter {key!r} contains NaN or infinite values; the float model is broken, or was loaded wrongly")
+            raise CalibrationError(
+                f"parameter {key!r} contains NaN or infinite values; the float model is broken, or was loaded wrongly"
+            )
 
 
 def is_finite(array: Any) -> bool:

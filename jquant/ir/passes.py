@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jquant.types import Array, FrozenMap, Graph, Node
+from jquant.types import Array, FrozenMap, Graph, Node, Op
 
 
 def prune(graph: Graph) -> Graph:
@@ -50,7 +50,6 @@ def keep_used(graph: Graph, params: Mapping[str, Any]) -> dict[str, Array]:
     return {key: jnp.asarray(params[key]) for key in graph.param_names}
 
 
-def with_params(node: Node, **changes: Any) -> Node:
-    """The node with other attributes; `params` as a plain dict."""
-    params = changes.pop("params", None)
-    return replace(node, **changes, **({} if params is None else {"params": FrozenMap(params)}))
+def with_params(node: Node, params: Mapping[str, str], op: Op | None = None) -> Node:
+    """The node with other parameters, and with another operator if one is given."""
+    return replace(node, op=node.op if op is None else op, params=FrozenMap(params))

@@ -22,7 +22,9 @@ def operators() -> dict[str, type[Op]]:
 def encode(value: Any) -> Any:
     """A static value as what `json` can write. An operator carries its class name under "op"."""
     if isinstance(value, Op):
-        return {"op": type(value).__name__} | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"op": type(value).__name__} | {
+            f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -57,11 +59,14 @@ def decode(kind: Any, data: Any, where: str = "file") -> Any:
     if origin is FrozenMap:
         _require(isinstance(data, dict), where, "an object", data)
         return FrozenMap({key: decode(args[0], item, f"{where}.{key}") for key, item in data.items()})
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
     if kind is float:
         _require(isinstance(data, int | float) and not isinstance(data, bool), where, "a number", data)
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError as error:  # an integer beyond float64
+            raise FormatError(f"{where}: {error}") from error
     _require(type(data) is kind, where, getattr(kind, "__name__", str(kind)), data)
     return data
 
@@ -120,7 +125,7 @@ def graph_from_json(text: str) -> Graph:
     """
     from jquant.ir.graph import validate
 
-    return validate(decode(Graph, read_versioned(text)["graph"], "graph"))
+    return validate(decode(Graph, read_versioned(text).get("graph"), "graph"))
 
 
 def read_versioned(text: str) -> dict[str, Any]:
@@ -135,5 +140,3 @@ def read_versioned(text: str) -> dict[str, Any]:
         version = data.get("jquant") if isinstance(data, dict) else None
         raise FormatError(f"format version {version!r}; this release reads version {VERSION}")
     return data
-
-

@@ -1,8 +1,8 @@
 """Exact integer convolution and matrix product, channels last, and the float ones with the same kernel choice.
 
 The choice is by static shape, once, in `kernel_of`. Measured on a CPU: int8 x int8 with int32 accumulation is fast as a
-dense convolution with more than four input channels; a stem is faster as patches times a matrix; a depthwise convolution
-is six to fifty times faster as a sum of shifted products than as a grouped one.
+dense convolution with more than four input channels; a stem is faster as patches times a matrix; a depthwise one is six
+to fifty times faster as a sum of shifted products than as a grouped convolution.
 """
 
 from collections.abc import Sequence
@@ -45,14 +45,17 @@ def pad_spatial(x: Array, padding: Padding, value: int = 0) -> Array:
 
 def taps(x: Array, kernel: Sequence[int], window: Window) -> list[Array]:
     """The input under each kernel position, in row-major order: a list of [N, *S_out, C]. x is padded already."""
-    size = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[1:-1], kernel, window.strides, window.dilation, strict=True)]
+    size = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(x.shape[1:-1], kernel, window.strides, window.dilation, strict=True)
+    ]
 
     def tap(position: tuple[int, ...]) -> Array:
         start = [p * d for p, d in zip(position, window.dilation, strict=True)]
         stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, size, window.strides, strict=True)]
         return jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *window.strides, 1))
 
-    positions = [()]
+    positions: list[tuple[int, ...]] = [()]
     for k in kernel:
         positions = [(*p, i) for p in positions for i in range(k)]
     return [tap(p) for p in positions]
@@ -106,8 +109,8 @@ def matmul(x: Array, weight: Array) -> Array:
 def accumulate_exactly(x: Array, weight: Array, window: Window, groups: int) -> Array | Limbs:
     """The exact sum of products: int32 for int8 x int8, limbs where one operand is int16.
 
-    An int16 operand is two bytes, 256 * high + (low - 128) + 128 with low in [0, 255]: two int8 convolutions, and a third
-    term that is a sum over the other operand.
+    An int16 operand is two bytes, 256 * high + (low - 128) + 128 with low in [0, 255]: two int8 convolutions, and a
+    third term that is a sum over the other operand.
     """
     if x.dtype == jnp.int8 and weight.dtype == jnp.int8:
         return convolve(x, weight, window, groups)

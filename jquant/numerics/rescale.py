@@ -67,7 +67,7 @@ def _subtract(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Ar
 
 @jax.jit
 def ratio(n1: Array, n2: Array, d1: Array, d2: Array) -> Ratio:
-    """(n1 * n2) / (d1 * d2) of positive normal float32 arrays, evaluated exactly. Integers below 2^24 are such arrays."""
+    """(n1 * n2) / (d1 * d2) of positive normal float32 arrays, exactly; integers below 2^24 are such numbers."""
     n1, n2, d1, d2 = jnp.broadcast_arrays(*(jnp.asarray(v, jnp.float32) for v in (n1, n2, d1, d2)))
     (mn1, en1), (mn2, en2), (md1, ed1), (md2, ed2) = _split(n1), _split(n2), _split(d1), _split(d2)
     numerator, denominator = _product(mn1, mn2), _product(md1, md2)
@@ -93,15 +93,15 @@ def ratio(n1: Array, n2: Array, d1: Array, d2: Array) -> Ratio:
 
 @jax.jit(static_argnames=("bits", "narrow"))
 def rescale_of(value: Ratio, *, bits: int, narrow: bool = False) -> Rescale:
-    """Mantissa and shifts for an output of `bits` bits; `narrow`: the input is int8 or int16, so there is no pre-shift."""
+    """Mantissa and shifts for an output of `bits` bits; `narrow`: the input is int8 or int16, with no pre-shift."""
     mantissa = jnp.minimum((value.bits + 1) >> 1, 32767)
     too_large = value.exponent > 15
     mantissa = jnp.where(too_large, 32767, mantissa)
     total = jnp.where(too_large, 0, 15 - value.exponent)
     max_post = 29 - (bits - 1)
     pre = jnp.zeros_like(total) if narrow else jnp.clip(total - max_post, 0, 31)
-    # A shift that both clips cannot hold (ratios below 2^-38 or so) leaves nothing of an int32 either way; high-precision
-    # rescaling uses their sum, and `limbs.shift_right` takes up to 63.
+    # A shift that both clips cannot hold (ratios below 2^-38 or so) leaves nothing of an int32 either way. High
+    # precision uses their sum, of at most 62 bits.
     return Rescale(mantissa, pre, jnp.clip(total - pre, 0, 31))
 
 
@@ -136,4 +136,3 @@ def rescale_unsaturated(v: Array | Limbs, by: Rescale, target: Target, *, bits: 
     else:
         head = jnp.clip(shift_right(v.astype(jnp.int32), by.pre, pre_rounding), -32768, 32767)
     return shift_right(head * by.mantissa, by.post, target.post_rounding)
-

@@ -1,4 +1,4 @@
-"""Rounding, shifting and saturation: section 2 of the specification. Integers are int32 unless a name says otherwise."""
+"""Rounding, shifting and saturation: section 2 of the specification. Integers are int32 unless named otherwise."""
 
 import jax
 import jax.numpy as jnp

@@ -17,6 +17,7 @@ from jquant.types import Array, LoweringError, NodeFormat, Op, Target, bit_width
 class Relu(Op):
     """max(x, 0)."""
 
+    layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
 
@@ -25,6 +26,7 @@ class Relu(Op):
 class Relu6(Op):
     """min(max(x, 0), 6)."""
 
+    layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
 
@@ -33,6 +35,8 @@ class Relu6(Op):
 class PRelu(Op):
     """max(x, 0) + weight * min(x, 0). Parameter: weight [C] or [1]."""
 
+    layout: ClassVar = "spatial"
+
     channels_last: bool = False
 
 
@@ -40,12 +44,16 @@ class PRelu(Op):
 class LeakyRelu(Op):
     """max(x, 0) + negative_slope * min(x, 0)."""
 
+    layout: ClassVar = "elementwise"
+
     negative_slope: float = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Op):
     """1 / (1 + exp(-x))."""
+
+    layout: ClassVar = "elementwise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,7 @@ class Softmax(Op):
 class Dropout(Op):
     """Zeroes a share `rate` in training and scales the rest up; the identity everywhere else."""
 
+    layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
     stochastic: ClassVar = True
@@ -136,7 +145,9 @@ def _(op: PRelu, inputs: Sequence[Operand], output: Operand, params: dict[str, A
     positive = rescale_of(ratio(x.scale, 1.0, output.scale, 1.0), bits=bits, narrow=True)
     negative = rescale_of(ratio(x.scale, slope_scale, output.scale, 1.0), bits=bits)
     slope = quantize(weight, slope_scale, "int16", target.quantize_rounding)
-    return Lowered({"slope": slope, **positive._asdict(), **{f"negative_{k}": v for k, v in negative._asdict().items()}})
+    return Lowered(
+        {"slope": slope, **positive._asdict(), **{f"negative_{k}": v for k, v in negative._asdict().items()}}
+    )
 
 
 @eval_integer.register
@@ -180,7 +191,9 @@ def _(op: Softmax, x: Array) -> Array:
 def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     (x,) = inputs
     if x.dtype != "int8":
-        raise LoweringError(f"tables take int8, and the input is {x.dtype}; set the output of the node before it to int8")
+        raise LoweringError(
+            f"tables take int8, and the input is {x.dtype}; set the output of the node before it to int8"
+        )
     # The barriers keep the function a computation of its own, so that a table has the same bits inside any jit.
     real = jax.lax.optimization_barrier(jnp.arange(-128, 128, dtype=jnp.float32) * x.scale)
     values = jax.lax.optimization_barrier(eval_float(op, real))

@@ -6,7 +6,7 @@ To add an operator, define its dataclass and register what it can do: see `docs/
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any
+from typing import Any, Literal
 
 from jquant.types import Array, GraphError, LoweringError, NodeFormat, Op, Target
 
@@ -25,7 +25,7 @@ class Lowered:
     """The integer form of a node: constants by role, and how it accumulates."""
 
     constants: dict[str, Array]
-    accumulator: str = "int32"
+    accumulator: Literal["int32", "limbs"] = "int32"
     worst_case: int | None = None
 
 
@@ -54,7 +54,9 @@ def derived_scale(op: Op, *scales: Array, **weight_scales: Array) -> Array:
 
 
 @singledispatch
-def constraints(op: Op, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
+def constraints(
+    op: Op, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target
+) -> list[str]:
     """The documented limits of the target that this node breaks, each as one sentence; empty where it fits."""
     return []
 

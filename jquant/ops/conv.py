@@ -37,6 +37,7 @@ class Conv(Op):
     Parameters: weight [O, C / groups, *K], bias [O] (optional).
     """
 
+    layout: ClassVar = "spatial"
     ports: ClassVar = ("x", "addend")
     weight_roles: ClassVar = ("weight",)
 
@@ -62,7 +63,7 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm(Op):
-    """Inference batch norm over channel axis 1. Parameters [C]: running_mean, running_var, weight and bias (optional)."""
+    """Inference batch norm over channel axis 1. Parameters [C]: running_mean, running_var; optional weight and bias."""
 
     epsilon: float = 1e-5
 
@@ -124,17 +125,35 @@ def batch_norm_affine(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Integer: acc = sum x * w + bias + rsh(e * sumin_scale, sumin_rshift), rescaled, then clamped (specification, section 4)
+# Integer: acc = sum x * w + bias + rsh(e * sumin_scale, sumin_rshift), rescaled, then clamped (section 4)
 
 
 @eval_integer.register
-def _(op: Conv, node_format: NodeFormat, target: Target, x: Array, addend: Array | None = None, *, weight: Array, **post: Array) -> Array:
+def _(
+    op: Conv,
+    node_format: NodeFormat,
+    target: Target,
+    x: Array,
+    addend: Array | None = None,
+    *,
+    weight: Array,
+    **post: Array,
+) -> Array:
     products = accumulate_exactly(x, weight, Window(op.strides, op.padding, op.dilation), op.groups)
     return _post_process(op.activation, node_format, target, products, addend, **post)
 
 
 @eval_integer.register
-def _(op: Linear, node_format: NodeFormat, target: Target, x: Array, addend: Array | None = None, *, weight: Array, **post: Array) -> Array:
+def _(
+    op: Linear,
+    node_format: NodeFormat,
+    target: Target,
+    x: Array,
+    addend: Array | None = None,
+    *,
+    weight: Array,
+    **post: Array,
+) -> Array:
     flat = x.reshape(-1, x.shape[-1])
     products = accumulate_exactly(flat, weight, Window((), (), ()), 1)
     products = jax.tree.map(lambda v: v.reshape(*x.shape[:-1], -1), products)
@@ -155,7 +174,7 @@ def _post_process(
     **by: Array,
 ) -> Array:
     terms: list[Array | Limbs] = [products, bias]
-    if addend is not None:
+    if addend is not None and sumin_scale is not None and sumin_rshift is not None:
         terms.append(shift_right(addend.astype(jnp.int32) * sumin_scale, sumin_rshift, "half_up"))
     total = _sum(terms, node_format.accumulator)
     if node_format.output == "int32":
@@ -193,7 +212,9 @@ def _(op: Linear, inputs: Sequence[Operand], output: Operand, params: dict[str, 
     return _lower(op.activation, inputs, output, params, jnp.transpose)
 
 
-def _lower(activation: Activation, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], layout: Any) -> Lowered:
+def _lower(
+    activation: Activation, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], layout: Any
+) -> Lowered:
     x, *addends = inputs
     if not isinstance(params["weight"], tuple):
         raise LoweringError("the weight is float; give it a spec with Policy(weight=jq.int8(axis='out'))")

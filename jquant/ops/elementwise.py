@@ -16,6 +16,7 @@ from jquant.types import Array, NodeFormat, Op, Target, bit_width
 class Add(Op):
     """a + b with broadcasting."""
 
+    layout: ClassVar = "elementwise"
     ports: ClassVar = ("a", "b")
 
 
@@ -23,6 +24,7 @@ class Add(Op):
 class Mul(Op):
     """a * b with broadcasting."""
 
+    layout: ClassVar = "elementwise"
     ports: ClassVar = ("a", "b")
 
 
@@ -30,6 +32,7 @@ class Mul(Op):
 class Scale(Op):
     """x * factor by a Python number: the scale is multiplied, the sign goes to the integers, nothing is rounded."""
 
+    layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "derived"
     needs_stats: ClassVar = False
 
@@ -46,6 +49,8 @@ class Constant(Op):
 @dataclass(frozen=True, kw_only=True)
 class Requantize(Op):
     """The identity with an output format of its own."""
+
+    layout: ClassVar = "elementwise"
 
 
 @eval_float.register

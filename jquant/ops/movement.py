@@ -17,6 +17,8 @@ from jquant.types import Array, NodeFormat, Op, Target
 class Cat(Op):
     """Concatenation along `axis`."""
 
+    layout: ClassVar = "axes"
+
     axis: int
 
 
@@ -55,6 +57,7 @@ class Permute(Op):
 class Pad(Op):
     """Constant padding, (before, after) for every axis."""
 
+    layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
 

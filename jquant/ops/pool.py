@@ -20,6 +20,7 @@ from jquant.types import Array, LoweringError, NodeFormat, Op, Target, bit_width
 class MaxPool(Op):
     """Maximum over windows; padding never wins."""
 
+    layout: ClassVar = "spatial"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
 
@@ -35,6 +36,8 @@ class MaxPool(Op):
 class AvgPool(Op):
     """Mean over windows; `count_include_pad`: zeros of the padding count as elements."""
 
+    layout: ClassVar = "spatial"
+
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
@@ -47,6 +50,8 @@ class AvgPool(Op):
 class AdaptiveAvgPool(Op):
     """Mean over windows that tile the input into `output_size`: window i is [floor(i*n/m), ceil((i+1)*n/m))."""
 
+    layout: ClassVar = "spatial"
+
     output_size: tuple[int, ...]
     channels_last: bool = False
 
@@ -54,6 +59,8 @@ class AdaptiveAvgPool(Op):
 @dataclass(frozen=True, kw_only=True)
 class Mean(Op):
     """Mean over `axes`."""
+
+    layout: ClassVar = "axes"
 
     axes: tuple[int, ...]
     keepdims: bool = False
@@ -82,13 +89,17 @@ def _reduce(op: MaxPool | AvgPool, x: Array, start: Any, combine: Any) -> Array:
     padding = _full_padding(op, x.shape[1:-1])
     dilation = (1, *op.dilation, 1) if isinstance(op, MaxPool) else None
     ends = ((0, 0), *padding, (0, 0))
-    return jax.lax.reduce_window(x, start, combine, (1, *op.kernel, 1), (1, *op.strides, 1), ends, window_dilation=dilation)
+    return jax.lax.reduce_window(
+        x, start, combine, (1, *op.kernel, 1), (1, *op.strides, 1), ends, window_dilation=dilation
+    )
 
 
 def _counts(op: AvgPool, sizes: Sequence[int]) -> np.ndarray:
     """How many elements each window divides by, [*S_out, 1], or [1] where it is the same everywhere."""
     per_axis = []
-    for n, k, s, (low, high), (_, full) in zip(sizes, op.kernel, op.strides, op.padding, _full_padding(op, sizes), strict=True):
+    for n, k, s, (low, high), (_, full) in zip(
+        sizes, op.kernel, op.strides, op.padding, _full_padding(op, sizes), strict=True
+    ):
         first = np.arange((n + low + full - k) // s + 1) * s - low
         if op.count_include_pad:  # what ceil_mode adds is no padding
             per_axis.append(np.minimum(first + k, n + high) - first)
@@ -162,6 +173,11 @@ def _(op: Mean, x: Array) -> Array:
     return x.mean(op.axes, keepdims=op.keepdims)
 
 
+def _sizes(x: Operand) -> tuple[int, ...]:
+    """Spatial sizes of a channels-last operand; only the batch can be unknown."""
+    return tuple(n for n in x.shape[1:-1] if n is not None)
+
+
 def _average(x: Operand, output: Operand, counts: Any) -> Lowered:
     by = rescale_of(ratio(x.scale, 1.0, output.scale, jnp.asarray(counts, jnp.float32)), bits=bit_width(output.dtype))
     return Lowered(by._asdict())
@@ -169,14 +185,18 @@ def _average(x: Operand, output: Operand, counts: Any) -> Lowered:
 
 @lower_op.register
 def _(op: AvgPool, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return _average(inputs[0], output, _counts(op, inputs[0].shape[1:-1]))
+    return _average(inputs[0], output, _counts(op, _sizes(inputs[0])))
 
 
 @lower_op.register
-def _(op: AdaptiveAvgPool, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    sizes = inputs[0].shape[1:-1]
+def _(
+    op: AdaptiveAvgPool, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target
+) -> Lowered:
+    sizes = _sizes(inputs[0])
     if any(n % m for n, m in zip(sizes, op.output_size, strict=True)):
-        raise LoweringError(f"input size {sizes} does not divide into {op.output_size}; resize the input or pool by avg_pool")
+        raise LoweringError(
+            f"input size {sizes} does not divide into {op.output_size}; resize the input or pool by avg_pool"
+        )
     return _average(inputs[0], output, [prod(n // m for n, m in zip(sizes, op.output_size, strict=True))])
 
 
@@ -218,8 +238,10 @@ def _(op: AvgPool, inputs: Sequence[Operand], output: Operand, weight_dtype: str
 
 
 @constraints.register
-def _(op: AdaptiveAvgPool, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
-    return _reduced_limit(prod(-(-n // m) for n, m in zip(inputs[0].shape[1:-1], op.output_size, strict=True)), target)
+def _(
+    op: AdaptiveAvgPool, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target
+) -> list[str]:
+    return _reduced_limit(prod(-(-n // m) for n, m in zip(_sizes(inputs[0]), op.output_size, strict=True)), target)
 
 
 @constraints.register
@@ -240,4 +262,7 @@ def _(op: MaxPool | AvgPool | AdaptiveAvgPool, rank: int) -> Op:
 
 @to_channels_last.register
 def _(op: Mean, rank: int) -> Op | None:
-    return replace(op, axes=tuple(channels_last_axis(a, rank) for a in op.axes)) if op.keepdims else None
+    """Without keepdims the result is in the framework's order only if exactly the spatial axes go."""
+    if not op.keepdims and {a % rank for a in op.axes} != set(range(2, rank)):
+        return None
+    return replace(op, axes=tuple(sorted(channels_last_axis(a, rank) for a in op.axes)))

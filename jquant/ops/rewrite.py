@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from jquant.ir.passes import keep_used, param_uses, rewire, scale_channels, sole_consumer, with_params
 from jquant.ops.activation import Relu, Relu6
 from jquant.ops.base import to_channels_last
-from jquant.ops.conv import BatchNorm, Conv, Linear, batch_norm_affine
+from jquant.ops.conv import Activation, BatchNorm, Conv, Linear, batch_norm_affine
 from jquant.ops.elementwise import Add
 from jquant.ops.movement import Permute
-from jquant.ops.pool import Mean
 from jquant.types import Array, Graph, Node
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -28,18 +27,16 @@ def fold_batch_norm(
 
     Returns the graph, its parameters, and {batch norm: node it went into}.
     """
-    params, renamed, uses = dict(params), {}, param_uses(graph)
+    params, uses = dict(params), param_uses(graph)
+    renamed: dict[str, str] = {}
     nodes: dict[str, Node] = {}
     for node in graph.nodes:
         nodes[node.name] = node
         if not isinstance(node.op, BatchNorm):
             continue
-        multiplier, offset = batch_norm_affine(
-            node.op, *(params[node.params[r]] if r in node.params else None for r in _BATCH_NORM_ROLES)
-        )
+        multiplier, offset = eval_batch_norm(node, params)
         before = nodes.get(renamed.get(node.inputs[0], node.inputs[0]))
-        same_channels = before is not None and (isinstance(before.op, Conv) or len(shapes[node.name]) == 2)
-        if same_channels and isinstance(before.op, Conv | Linear) and sole_consumer(graph, node.inputs[0]) is node:
+        if before is not None and _takes_batch_norm(before, shapes) and sole_consumer(graph, node.inputs[0]) is node:
             nodes[before.name] = _fold(before, params, uses, multiplier, offset)
             renamed[node.name] = before.name
             del nodes[node.name]
@@ -49,7 +46,16 @@ def fold_batch_norm(
     return graph, keep_used(graph, params), renamed
 
 
-_BATCH_NORM_ROLES = ("running_mean", "running_var", "weight", "bias")
+def _takes_batch_norm(node: Node, shapes: Shapes) -> bool:
+    """A linear layer only has its features on the channel axis when there is no other axis."""
+    return isinstance(node.op, Conv) or (isinstance(node.op, Linear) and len(shapes[node.name]) == 2)
+
+
+def eval_batch_norm(node: Node, params: Mapping[str, Array]) -> tuple[Array, Array]:
+    assert isinstance(node.op, BatchNorm)
+    roles = {role: params[key] for role, key in node.params.items()}
+    mean, variance = roles["running_mean"], roles["running_var"]
+    return batch_norm_affine(node.op, mean, variance, roles.get("weight"), roles.get("bias"))
 
 
 def _fold(node: Node, params: dict[str, Array], uses: Mapping[str, int], multiplier: Array, offset: Array) -> Node:
@@ -63,7 +69,7 @@ def _fold(node: Node, params: dict[str, Array], uses: Mapping[str, int], multipl
     weight = scale_channels(params[node.params["weight"]], multiplier)
     keys = {"weight": key("weight"), "bias": key("bias")}
     params[keys["weight"]], params[keys["bias"]] = weight, bias + offset
-    return with_params(node, params=keys)
+    return with_params(node, keys)
 
 
 def _affine_conv(node: Node, params: dict[str, Array], shapes: Shapes, multiplier: Array, offset: Array) -> Node:
@@ -73,7 +79,7 @@ def _affine_conv(node: Node, params: dict[str, Array], shapes: Shapes, multiplie
     params[keys["bias"]] = jnp.broadcast_to(offset, multiplier.shape)
     ones = (1,) * spatial
     op = Conv(strides=ones, padding=((0, 0),) * spatial, dilation=ones, groups=multiplier.shape[0])
-    return with_params(node, op=op, params=keys)
+    return with_params(node, keys, op)
 
 
 def fuse(graph: Graph, shapes: Shapes, fusible: Callable[[Node, str], bool]) -> tuple[Graph, dict[str, str]]:
@@ -89,23 +95,23 @@ def fuse(graph: Graph, shapes: Shapes, fusible: Callable[[Node, str], bool]) -> 
     for node in graph.nodes:
         operands = tuple(renamed.get(v, v) for v in node.inputs)
         nodes[node.name] = replace(node, inputs=operands)
-        candidates = [
-            (nodes[new], old)
+        hosts = [
+            (nodes[new], nodes[new].op)
             for new, old in zip(operands, node.inputs, strict=True)
-            if new in nodes and isinstance(nodes[new].op, Conv | Linear) and sole_consumer(graph, old) is node
+            if new in nodes and sole_consumer(graph, old) is node
         ]
-        if isinstance(node.op, Relu | Relu6) and candidates:
-            ((host, _),) = candidates
-            if host.op.activation == "none" and fusible(node, "activation"):
-                _move(nodes, host, replace(host, op=replace(host.op, activation=type(node.op).__name__.lower())), node, renamed)
-        elif isinstance(node.op, Add) and candidates and fusible(node, "add"):
-            host, value = max(candidates, key=lambda c: order[c[0].name])
+        free = [(host, op) for host, op in hosts if isinstance(op, Conv | Linear) and op.activation == "none"]
+        if isinstance(node.op, Relu | Relu6) and free and fusible(node, "activation"):
+            host, op = free[0]
+            activation: Activation = "relu" if isinstance(node.op, Relu) else "relu6"
+            _move(nodes, host, replace(host, op=replace(op, activation=activation)), node, renamed)
+        elif isinstance(node.op, Add) and free and fusible(node, "add"):
+            host, op = max(free, key=lambda pair: order[pair[0].name])
             other = operands[1] if operands[0] == host.name else operands[0]
-            free = not host.op.addend and host.op.activation == "none"
             same = all(shapes[v] == shapes[node.name] for v in node.inputs) and other != host.name
-            if free and same:
-                op = replace(host.op, addend=True)
-                _move(nodes, host, replace(host, op=op, inputs=(host.inputs[0], other)), node, renamed)
+            if same and not op.addend:
+                fused = replace(host, op=replace(op, addend=True), inputs=(host.inputs[0], other))
+                _move(nodes, host, fused, node, renamed)
     return rewire(graph, renamed, list(nodes.values())), renamed
 
 
@@ -119,13 +125,10 @@ def _move(nodes: dict[str, Node], host: Node, fused: Node, last: Node, renamed: 
             renamed[old] = host.name
 
 
-_ELEMENTWISE = ("Relu", "Relu6", "LeakyRelu", "Sigmoid", "Dropout", "Add", "Mul", "Scale", "Requantize")
-
-
 def channels_last(graph: Graph, shapes: Shapes) -> Graph:
     """Runs convolutions, pools and what lies between them on [N, *S, C]; outputs keep the framework's order.
 
-    A value keeps its name in whichever layout it is made; permutations are inserted as `name.to_last` and `name.to_first`.
+    A value keeps its name in whichever layout it is made; inserted permutations are `name.to_last` and `name.to_first`.
     """
     last: set[str] = set()  # values made channels-last under their own name
     nodes: list[Node] = []
@@ -143,23 +146,16 @@ def channels_last(graph: Graph, shapes: Shapes) -> Graph:
         return name
 
     for node in graph.nodes:
-        ranks = {len(shapes[v]) for v in (*node.inputs, node.name)}
         rank = len(shapes[node.inputs[0]]) if node.inputs else 0
-        converted = to_channels_last(node.op, rank)
-        elementwise = type(node.op).__name__ in _ELEMENTWISE and len(ranks) == 1 and any(v in last for v in node.inputs)
-        joined = type(node.op).__name__ in ("Cat", "Pad", "Mean") and any(v in last for v in node.inputs)
-        forced = isinstance(node.op, Conv) or type(node.op).__name__ in ("MaxPool", "AvgPool", "AdaptiveAvgPool", "PRelu")
-        whole_mean = isinstance(node.op, Mean) and {a % rank for a in node.op.axes} == set(range(2, rank))
-        if whole_mean and node.inputs[0] in last and not node.op.keepdims:
-            op = replace(node.op, axes=tuple(range(1, rank - 1)))
-            nodes.append(replace(node, op=op))
-        elif rank >= 3 and (elementwise or (converted is not None and (forced or joined))):
-            operands = tuple(in_order(v, True) for v in node.inputs)
-            nodes.append(replace(node, op=converted or node.op, inputs=operands))
+        alike = all(len(shapes[v]) == rank for v in (*node.inputs, node.name))
+        follows = any(v in last for v in node.inputs)
+        converted = node.op if node.op.layout == "elementwise" else to_channels_last(node.op, rank)
+        wanted = node.op.layout == "spatial" or (follows and (alike or node.op.layout == "axes"))
+        if converted is None or not wanted:
+            nodes.append(replace(node, inputs=tuple(in_order(v, False) for v in node.inputs)))
+            continue
+        nodes.append(replace(node, op=converted, inputs=tuple(in_order(v, True) for v in node.inputs)))
+        if len(shapes[node.name]) == rank >= 3:  # below, the two orders are the same
             last.add(node.name)
-        else:
-            # Rank 2 has no spatial axes: both orders are the same, and the operator may still need to know.
-            op = converted if converted is not None and rank == 2 and forced else node.op
-            nodes.append(replace(node, op=op, inputs=tuple(in_order(v, False) for v in node.inputs)))
     outputs = tuple(in_order(v, False) for v in graph.outputs)
     return Graph(graph.inputs, tuple(nodes), outputs)

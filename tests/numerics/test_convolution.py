@@ -22,10 +22,16 @@ def slow(x: np.ndarray, weight: np.ndarray, window: Window, groups: int) -> np.n
     """Output position by output position, in int64."""
     x = np.pad(x.astype(np.int64), [(0, 0), *window.padding, (0, 0)])
     *kernel, per_group, out = weight.shape
-    spatial = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[1:-1], kernel, window.strides, window.dilation, strict=True)]
+    spatial = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(x.shape[1:-1], kernel, window.strides, window.dilation, strict=True)
+    ]
     y = np.zeros((x.shape[0], *spatial, out), np.int64)
     for at in np.ndindex(*spatial):
-        cut = tuple(slice(p * s, p * s + d * (k - 1) + 1, d) for p, s, d, k in zip(at, window.strides, window.dilation, kernel, strict=True))
+        cut = tuple(
+            slice(p * s, p * s + d * (k - 1) + 1, d)
+            for p, s, d, k in zip(at, window.strides, window.dilation, kernel, strict=True)
+        )
         patch = x[(slice(None), *cut)].reshape(x.shape[0], -1, groups, per_group)
         by_group = weight.astype(np.int64).reshape(-1, per_group, groups, out // groups)
         y[(slice(None), *at)] = np.einsum("nkgi,kigo->ngo", patch, by_group).reshape(x.shape[0], out)
@@ -72,7 +78,11 @@ def test_every_kernel_equals_int64(case: str, types: tuple) -> None:
 @pytest.mark.parametrize("kind", ["dense", "linear"])
 def test_4608_products_of_extremes(types: tuple, ends: str, kind: str) -> None:
     a, b = (getattr(np.iinfo(t), e) for t, e in zip(types, (ends[:3], ends[3:]), strict=True))
-    shape, kernel, window = ((1, 3, 3, 512), (3, 3, 512, 2), Window((1, 1), ((0, 0), (0, 0)), (1, 1))) if kind == "dense" else ((1, 4608), (4608, 2), Window((), (), ()))
+    shape, kernel, window = (
+        ((1, 3, 3, 512), (3, 3, 512, 2), Window((1, 1), ((0, 0), (0, 0)), (1, 1)))
+        if kind == "dense"
+        else ((1, 4608), (4608, 2), Window((), (), ()))
+    )
     got = join(accumulate_exactly(np.full(shape, a, types[0]), np.full(kernel, b, types[1]), window, 1))
     assert (got == 4608 * a * b).all()
 

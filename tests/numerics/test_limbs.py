@@ -60,7 +60,9 @@ def test_right_shift_by_every_shift(rounding: str) -> None:
     a = values(62)
     shift = jax.jit(limbs.shift_right, static_argnames="rounding")
     for n in range(64):
-        np.testing.assert_array_equal(join(shift(split(a), jnp.int32(n), rounding)), [rounded(v, n, rounding) for v in a], err_msg=str(n))
+        np.testing.assert_array_equal(
+            join(shift(split(a), jnp.int32(n), rounding)), [rounded(v, n, rounding) for v in a], err_msg=str(n)
+        )
 
 
 def test_left_shift_is_modulo_two_to_the_64() -> None:

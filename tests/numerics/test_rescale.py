@@ -17,11 +17,18 @@ from jquant.numerics.limbs import Limbs
 from jquant.numerics.rounding import divide, quantize, shift_right, snap_to_pow2
 
 NASH = jq.targets.NASH_E
-ROUNDINGS = [(pre, average, post) for pre in ("floor", "half_up") for average in ("floor", "half_up") for post in ("half_up", "half_even")]
+ROUNDINGS = [
+    (pre, average, post)
+    for pre in ("floor", "half_up")
+    for average in ("floor", "half_up")
+    for post in ("half_up", "half_even")
+]
 
 
 def target(pre: str, average: str, post: str, high_precision: bool = False) -> jq.Target:
-    return dataclasses.replace(NASH, pre_rounding=pre, average_pre_rounding=average, post_rounding=post, high_precision_rescale=high_precision)
+    return dataclasses.replace(
+        NASH, pre_rounding=pre, average_pre_rounding=average, post_rounding=post, high_precision_rescale=high_precision
+    )
 
 
 def draw_scales(seed: int, count: int, low: int = -23, high: int = 8) -> np.ndarray:
@@ -73,11 +80,17 @@ def test_add_and_sumin_bounds_next_to_their_limits() -> None:
     """Ratios around 32767 / 2^k and 32767.5 / 2^k, where the two bounds give different shifts."""
     limits = [Fraction(32767), Fraction(65535, 2), Fraction(32768)]
     near = [np.float32(float(v / 2**k)) for v in limits for k in range(16, 24)]
-    near = np.array([w for v in near for w in (np.nextafter(v, np.float32(0)), v, np.nextafter(v, np.float32(9)))], np.float32)
+    near = np.array(
+        [w for v in near for w in (np.nextafter(v, np.float32(0)), v, np.nextafter(v, np.float32(9)))], np.float32
+    )
     value = fast.ratio(near, 1.0, 1.0, 1.0)
-    np.testing.assert_array_equal(np.stack(fast.multiplier_of(value, 31), 1), [reference.sumin_constants(exact(v)) for v in near])
+    np.testing.assert_array_equal(
+        np.stack(fast.multiplier_of(value, 31), 1), [reference.sumin_constants(exact(v)) for v in near]
+    )
     factor, shift = fast.multiplier_of(value, 23, exact_bound=True)
-    np.testing.assert_array_equal(np.stack([shift, factor], 1), [reference.add_constants(Fraction(1), exact(v), 23) for v in near])
+    np.testing.assert_array_equal(
+        np.stack([shift, factor], 1), [reference.add_constants(Fraction(1), exact(v), 23) for v in near]
+    )
 
 
 def test_a_million_mantissas_equal_integer_arithmetic() -> None:
@@ -115,7 +128,11 @@ def test_eager_without_jit_equals_jit() -> None:
         outside = fast.ratio(*drawn)
         outside_by = fast.rescale_of(outside, bits=8)
         outside_factor = fast.multiplier_of(outside, 31)
-    for a, b in zip((*inside, *fast.rescale_of(inside, bits=8), *fast.multiplier_of(inside, 31)), (*outside, *outside_by, *outside_factor), strict=True):
+    for a, b in zip(
+        (*inside, *fast.rescale_of(inside, bits=8), *fast.multiplier_of(inside, 31)),
+        (*outside, *outside_by, *outside_factor),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -137,11 +154,15 @@ MANTISSAS = np.array([0, 1, 16384, 16385, 24577, 32308, 32766, 32767], np.int64)
 @pytest.mark.parametrize("roundings", ROUNDINGS)
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_rescale_over_edges_shifts_and_mantissas(roundings: tuple, dtype: str) -> None:
-    v, mantissa, pre, post = np.ix_(edges(), MANTISSAS, np.r_[0:4, 7, 8, 15:18, 30, 31], np.r_[0:3, 8, 13:18, 22, 30, 31])
+    v, mantissa, pre, post = np.ix_(
+        edges(), MANTISSAS, np.r_[0:4, 7, 8, 15:18, 30, 31], np.r_[0:3, 8, 13:18, 22, 30, 31]
+    )
     by = fast.Rescale(*(a.astype(np.int32) for a in (mantissa, pre, post)))
     for average in (False, True):
         want = reference.rescale(v, mantissa, pre, post, dtype, target(*roundings), average)
-        run = jax.jit(lambda v, by, t=target(*roundings), average=average: fast.rescale(v, by, dtype, t, average=average))
+        run = jax.jit(
+            lambda v, by, t=target(*roundings), average=average: fast.rescale(v, by, dtype, t, average=average)
+        )
         got = run(v.astype(np.int32), by)
         assert got.dtype == dtype
         np.testing.assert_array_equal(got, want)
@@ -156,18 +177,24 @@ def split(v: np.ndarray) -> Limbs:
 @pytest.mark.parametrize("post_rounding", ["half_up", "half_even"])
 def test_wide_accumulators_equal_int64(high_precision: bool, post_rounding: str) -> None:
     wide = np.array([2**k + d for k in (32, 35, 38) for d in (-1, 0, 1)] + [2**39 - 1, 3 * 2**31 + 2**15], np.int64)
-    v, mantissa, pre, post = np.ix_(np.concatenate([edges()[::3], wide, -wide]), MANTISSAS, np.r_[0, 1, 7, 17, 31], np.r_[0, 1, 14, 22, 31])
+    v, mantissa, pre, post = np.ix_(
+        np.concatenate([edges()[::3], wide, -wide]), MANTISSAS, np.r_[0, 1, 7, 17, 31], np.r_[0, 1, 14, 22, 31]
+    )
     where = target("half_up", "floor", post_rounding, high_precision)
     by = fast.Rescale(*(a.astype(np.int32) for a in (mantissa, pre, post)))
     for dtype in ("int8", "int16"):
         want = reference.rescale(v, mantissa, pre, post, dtype, where)
-        np.testing.assert_array_equal(jax.jit(lambda v, by, dtype=dtype: fast.rescale(v, by, dtype, where))(split(v), by), want)
+        np.testing.assert_array_equal(
+            jax.jit(lambda v, by, dtype=dtype: fast.rescale(v, by, dtype, where))(split(v), by), want
+        )
 
 
 @pytest.mark.parametrize("rounding", ["floor", "half_up", "half_even"])
 def test_shift_right_by_every_shift(rounding: str) -> None:
     v, n = np.ix_(edges(), np.arange(32))
-    np.testing.assert_array_equal(shift_right(v.astype(np.int32), n.astype(np.int32), rounding), reference.round_shift(v, n, rounding))
+    np.testing.assert_array_equal(
+        shift_right(v.astype(np.int32), n.astype(np.int32), rounding), reference.round_shift(v, n, rounding)
+    )
 
 
 @pytest.mark.parametrize("rounding", ["half_even", "half_up"])
@@ -176,7 +203,16 @@ def test_quantize_equals_the_reference(rounding: str, dtype: str) -> None:
     rng = np.random.default_rng(4)
     ties = (np.arange(-600, 600) / 2).astype(np.float32)
     ends = np.float32(2.0) ** np.arange(7, 40)
-    x = np.concatenate([ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf)), ends, -ends, rng.normal(size=5000).astype(np.float32) * 300])
+    x = np.concatenate(
+        [
+            ties,
+            np.nextafter(ties, np.float32(np.inf)),
+            np.nextafter(ties, np.float32(-np.inf)),
+            ends,
+            -ends,
+            rng.normal(size=5000).astype(np.float32) * 300,
+        ]
+    )
     for scale in np.float32([1.0, 0.5, 0.1, 3.0, 2.0**-23, 0.0123]):
         for values in (x, x * scale):
             got = jax.jit(lambda x, s: quantize(x, s, dtype, rounding))(values, scale)
@@ -199,4 +235,6 @@ def test_division_is_correctly_rounded_inside_jit(scale: np.float32) -> None:
 def test_snap_to_pow2_is_the_smallest_above() -> None:
     scale = np.abs(draw_scales(6, 5000)[0])
     mantissa, exponent = np.frexp(scale)
-    np.testing.assert_array_equal(snap_to_pow2(scale), np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent)))
+    np.testing.assert_array_equal(
+        snap_to_pow2(scale), np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent))
+    )
