@@ -6,6 +6,7 @@ others measure top-1 of float, int8 fake-quant and integers. Without, scikit-ima
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def quantize(observer: str, graph, float_params, calibration, images, labels, ba
         "fake-quant": percent(fake, labels, baseline),
         "integer": percent(integer, labels, baseline),
         "bit-true logits that differ": int((bit_true != integer).sum()),
-        "largest |acc| / 2^31": max(f.worst_case or 0 for f in program.formats.values()) / 2**31,
+        "largest |acc|": f"2^{math.log2(max(f.worst_case or 1 for f in program.formats.values())):.1f}",
     }
 
 

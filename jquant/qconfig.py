@@ -15,8 +15,8 @@ from jquant.types import (
     Observer,
     Policy,
     QConfigError,
-    QuantSpec,
     Quantizer,
+    QuantSpec,
     Requested,
 )
 

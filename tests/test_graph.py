@@ -1,5 +1,6 @@
 """Graphs as data: validation, JSON both ways, printing, and what a failing node says."""
 
+import contextlib
 import json
 import re
 
@@ -128,10 +129,8 @@ json_values = st.recursive(
 
 
 def refused_or_read(text: str) -> None:
-    try:
+    with contextlib.suppress(jq.FormatError, jq.GraphError):
         jq.graph_from_json(text)
-    except (jq.FormatError, jq.GraphError):
-        pass
 
 
 @given(st.text())
@@ -197,7 +196,7 @@ def test_a_damaged_graph_is_refused_or_well_formed(place: tuple, value: object) 
 
 
 def test_a_number_beyond_float64_is_refused() -> None:
-    with pytest.raises(jq.FormatError, match="factor.*too large"):
+    with pytest.raises(jq.FormatError, match=r"factor.*too large"):
         jq.graph_from_json(jq.graph_to_json(BASE).replace("0.5", str(10**400)))
 
 

@@ -71,7 +71,7 @@ def assert_equals_reference(program: jq.Program, x: jax.Array) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(network=graphs.networks())
 def test_run_equals_the_reference_layer_by_layer(config: str, target: str, network: tuple) -> None:
     graph, params = network

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import jquant as jq
 from jquant import ops
@@ -53,7 +52,7 @@ def prepared(build: graphs.Builder, *outputs: str, config: jq.QConfig = INT8, **
     return plan, folded
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(network=graphs.networks())
 def test_random_networks_keep_their_function(network: tuple) -> None:
     graph, params = network
@@ -116,7 +115,7 @@ def test_a_batch_norm_whose_conv_has_another_reader_stays_apart() -> None:
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("key", ["shared.weight", "n0.conv.weight", "n2.conv.weight"])
 def test_folding_leaves_a_shared_weight_alone(both: bool, key: str) -> None:
-    """Two convs of one weight, a batch norm behind the first or both; the key may be what the fold would call its copy."""
+    """Two convs of one weight, a batch norm behind one or both; the key may be what the fold would call its copy."""
     build = builder()
     op = ops.Conv(strides=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1))
     weight, bias = build.array(key, 4, 4, 3, 3), build.array(key.replace("weight", "bias"), 4)
@@ -133,7 +132,7 @@ def test_a_linear_takes_a_batch_norm_of_rank_two() -> None:
     build = builder()
     x = build.add(ops.Mean(axes=(2, 3)), ("x",), (4,))
     x = build.add(ops.Linear(), (x,), (6,), weight=build.array("fc.weight", 6, 4))
-    plan, folded = prepared(build, build.batch_norm(x))
+    plan, _ = prepared(build, build.batch_norm(x))
     assert structure(plan) == ["Mean", "Linear"]
     assert set(plan.graph.by_name["n1.linear"].params) == {"weight", "bias"}
 
@@ -240,11 +239,12 @@ def test_outputs_keep_their_accumulator_unless_told_otherwise() -> None:
 
 def test_high_precision_inside_is_refused() -> None:
     build = builder()
-    y = relu(build, build.batch_norm("x"))
-    build.conv(y, 4, 1)
-    graph = build.graph("n2.conv", size=8)
+    y = build.conv("x", 4, 3)
+    graph = build.graph(build.conv(y, 4, 1), size=8)
     config = jq.QConfig({"*": INT8.rules["*"], y: jq.Policy(output=jq.high_precision)})
-    with pytest.raises(jq.QConfigError, match=f"node '{y}'|node 'n0.batchnorm'.*high precision"):
+    with pytest.raises(
+        jq.QConfigError, match=r"node 'n0\.conv' \(Conv\): high precision is for a conv or linear that feeds only"
+    ):
         jq.prepare(graph, build.params, config, target=NASH)
 
 
@@ -361,22 +361,18 @@ def test_nothing_lowers_before_calibration() -> None:
         lambda: jq.apply(plan, params, {}, x),
         lambda: jq.apply(plan, params, {}, x, mode="bit_true"),
     ):
-        with pytest.raises(
-            jq.CalibrationError, match=r"no scale for 'x', 'n0.conv', 'n0.conv.weight'; call jq\.calibrate"
-        ):
+        with pytest.raises(jq.CalibrationError, match=r"no scale for 'x', 'n0.conv.weight'; call jq\.calibrate"):
             call()
     with pytest.raises(jq.CalibrationError, match="must be a mapping"):
         jq.lower(plan, params, None)
 
 
-@given(seed=st.integers(0, 99))
-@settings(max_examples=10)
-def test_a_zero_channel_survives_folding_and_lowering(seed: int) -> None:
-    """gamma = 0 makes a channel a constant: its weight scale is the smallest one, and the bias still reaches the output."""
-    build = builder(seed=seed)
+def test_a_zero_channel_survives_folding_and_lowering() -> None:
+    """gamma = 0 makes a channel a constant: the smallest weight scale, and the bias still reaches the output."""
+    build = builder()
     y = relu(build, build.batch_norm(build.conv("x", 4, 3)))
     build.params["n1.batchnorm.weight"] = build.params["n1.batchnorm.weight"].at[1].set(0.0)
-    plan, params = prepared(build, y)
+    plan, params = prepared(build, y, high_precision_outputs=False)
     x = graphs.images(0, plan.graph)
     qparams = jq.calibrate(plan, params, [x])
     program = jq.lower(plan, params, qparams)

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jquant.apply import evaluate_plan, value_scales
+from jquant.apply import check_qparams, evaluate_plan, value_scales
 from jquant.integer import dequantize_values, quantize_inputs, run_integers
 from jquant.ir.evaluate import bind_inputs
+from jquant.ir.graph import check_params
 from jquant.lower import lower
 from jquant.prepare import value_shapes
 from jquant.text import did_you_mean, format_table
@@ -89,6 +90,8 @@ def compare(
                 f"unknown meaning {meaning!r}; known: {', '.join(MEANINGS)}{did_you_mean(meaning, MEANINGS)}"
             )
     bound = bind_inputs(plan.graph, inputs if isinstance(inputs, tuple) else (inputs,))
+    check_params(plan.graph, params)
+    check_qparams(plan, qparams)
     program = lower(plan, params, qparams) if "integer" in (a, b) else None
     metrics = jax.device_get(_metrics(plan, a, b, dict(params), dict(qparams), bound, program))
     operators = {n.name: type(n.op).__name__ for n in plan.graph.nodes}

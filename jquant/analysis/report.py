@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jquant.analysis.compare import Comparison
+from jquant.types import integer_range
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,11 @@ def _ranges(comparison: Comparison) -> str:
     rows = comparison.rows
     figure, axes = _figure(len(rows))
     where = range(len(rows))
-    covered = [(row.scale or 0.0) * _half_range(row.dtype) for row in rows]
+    covered = [_covered(row.scale, row.dtype) for row in rows]
     axes.barh(
         where,
-        [2 * c for c in covered],
-        left=[-c for c in covered],
+        [high - low for low, high in covered],
+        left=[low for low, _ in covered],
         color="#c3e6ec",
         height=0.8,
         label="covered by the scale",
@@ -125,12 +126,16 @@ def _ranges(comparison: Comparison) -> str:
     axes.set_yticks(where, [f"{row.name} · {row.dtype}" for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("real value", fontsize=8)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
     return _image(figure)
 
 
-def _half_range(dtype: str) -> float:
-    return 0.0 if dtype in ("float", "int32") else 2.0 ** (int(dtype.removeprefix("int")) - 1)
+def _covered(scale: float | None, dtype: str) -> tuple[float, float]:
+    """The smallest and largest real value of a format; nothing for a float or high-precision value."""
+    if scale is None or dtype in ("float", "int32"):
+        return 0.0, 0.0
+    low, high = integer_range(dtype)
+    return low * scale, high * scale
 
 
 def _errors(comparison: Comparison) -> str:

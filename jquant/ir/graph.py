@@ -69,4 +69,5 @@ def is_finite(array: Any) -> bool:
         return True
     if isinstance(array, np.ndarray):
         return bool(np.isfinite(array).all())
-    return bool(jnp.isfinite(array).all())
+    with jax.ensure_compile_time_eval():  # the array may be a constant of somebody's jit
+        return bool(jnp.isfinite(array).all())

@@ -62,8 +62,10 @@ def _fold(node: Node, params: dict[str, Array], uses: Mapping[str, int], multipl
     """Puts y * multiplier + offset into a node's weight and bias; a parameter that others read too is copied first."""
 
     def key(role: str) -> str:
-        old = node.params.get(role)
-        return old if old is not None and uses.get(old, 1) == 1 else f"{node.name}.{role}"
+        old, new = node.params.get(role), f"{node.name}.{role}"
+        if old is not None and uses.get(old, 1) == 1:
+            return old
+        return f"{node.name}.folded_{role}" if new in uses else new
 
     bias = params[node.params["bias"]] * multiplier if "bias" in node.params else 0.0
     weight = scale_channels(params[node.params["weight"]], multiplier)

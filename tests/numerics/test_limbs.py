@@ -30,7 +30,7 @@ def values(bits: int) -> list[int]:
 
 
 def test_from_int32_round_trips() -> None:
-    v = np.array([v for v in values(31)] + [-(2**31)], np.int32)
+    v = np.array([*values(31), -(2**31)], np.int32)
     np.testing.assert_array_equal(join(limbs.from_int32(jnp.asarray(v))), v)
 
 

@@ -158,11 +158,10 @@ def test_rescale_over_edges_shifts_and_mantissas(roundings: tuple, dtype: str) -
         edges(), MANTISSAS, np.r_[0:4, 7, 8, 15:18, 30, 31], np.r_[0:3, 8, 13:18, 22, 30, 31]
     )
     by = fast.Rescale(*(a.astype(np.int32) for a in (mantissa, pre, post)))
+    where = target(*roundings)
     for average in (False, True):
         want = reference.rescale(v, mantissa, pre, post, dtype, target(*roundings), average)
-        run = jax.jit(
-            lambda v, by, t=target(*roundings), average=average: fast.rescale(v, by, dtype, t, average=average)
-        )
+        run = jax.jit(lambda v, by, where=where, average=average: fast.rescale(v, by, dtype, where, average=average))
         got = run(v.astype(np.int32), by)
         assert got.dtype == dtype
         np.testing.assert_array_equal(got, want)

@@ -1,0 +1,212 @@
+"""Training: gradients reach everything that is to be trained, and nothing else changes."""
+
+import re
+
+import graphs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+
+import jquant as jq
+from jquant import ops
+from jquant.apply import evaluate_plan
+
+LSQ = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out", quantizer=jq.lsq), output=jq.int8(quantizer=jq.lsq))})
+NASH = jq.targets.NASH_E
+Net = tuple[jq.Plan, dict, dict, jax.Array]
+
+
+def built(*, dropout: bool = False) -> Net:
+    build = graphs.Builder(21)
+    build.shapes["x"] = (3, 8, 8)
+    x = build.add(ops.Relu(), (build.batch_norm(build.conv("x", 6, 3)),), (6, 8, 8))
+    y = build.batch_norm(build.conv(x, 6, 3, groups=6))
+    x = build.add(ops.Relu(), (build.add(ops.Add(), (y, x), (6, 8, 8)),), (6, 8, 8))
+    x = build.add(ops.Mean(axes=(2, 3)), (x,), (6,))
+    x = build.add(ops.Dropout(rate=0.5), (x,), (6,)) if dropout else x
+    x = build.add(ops.Linear(), (x,), (5,), weight=build.array("head.weight", 5, 6), bias=build.array("head.bias", 5))
+    graph = build.graph(x, size=8)
+    plan, params = jq.prepare(graph, build.params, LSQ, target=NASH)
+    images = graphs.images(1, graph, batch=6)
+    return plan, params, jq.calibrate(plan, params, [images]), images
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    return built()
+
+
+@pytest.fixture(scope="module")
+def dropping() -> Net:
+    return built(dropout=True)
+
+
+def gradient(net: Net, mode: str) -> jq.Trainable:
+    """Of a loss that is linear in the outputs, so that two modes get the same cotangent."""
+    plan, params, qparams, x = net
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(len(x), 5)), jnp.float32)
+
+    def loss(t: jq.Trainable) -> jax.Array:
+        return jnp.sum(weights * jq.apply_train(plan, t.params, t.qparams, x, mode=mode)[0])
+
+    return jax.jit(jax.grad(loss))(jq.Trainable(params, qparams))
+
+
+@pytest.mark.parametrize("mode", ["qat", "bit_true"])
+def test_the_gradient_reaches_every_parameter_and_scale(net: Net, mode: str) -> None:
+    plan, params, qparams, _ = net
+    found = gradient(net, mode)
+    assert found.params.keys() == set(plan.graph.param_names)
+    assert found.qparams.keys() == {*plan.owned, *plan.weights}
+    for leaves, values in ((found.params, params), (found.qparams, qparams)):
+        for name, g in leaves.items():
+            assert g.shape == values[name].shape
+            assert np.isfinite(g).all(), name
+            assert np.any(g != 0), f"dead gradient: {name}"
+
+
+def test_bit_true_has_the_gradient_of_qat(net: Net) -> None:
+    jax.tree.map(np.testing.assert_array_equal, gradient(net, "bit_true"), gradient(net, "qat"))
+
+
+@settings(max_examples=8)
+@given(network=graphs.networks())
+def test_without_fake_quant_it_is_the_float_graph(network: tuple) -> None:
+    graph, params = network
+    plan, params = jq.prepare(graph, params, LSQ, target=NASH)
+    x = graphs.images(1, graph)
+    (output,) = plan.graph.outputs
+    float_values = jax.jit(lambda p: evaluate_plan(plan, p, {}, {"x": x}, quantized=False))(params)
+    # Outside the jit of apply, inputs are constants and may compile otherwise: then it is the same to a few ulp.
+    np.testing.assert_allclose(
+        jq.apply_train(plan, params, {}, x, mode="float")[0], float_values[output], rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_array_equal(
+        jq.apply_train(plan, params, {}, x, mode="float")[0], jq.apply(plan, params, {}, x, mode="float")
+    )
+
+
+def test_without_fake_quant_it_is_bit_equal_to_the_evaluated_graph(net: Net) -> None:
+    plan, params, _, x = net
+    run = jax.jit(lambda p, x: jq.evaluate_float(plan.graph, p, x))
+    np.testing.assert_array_equal(jq.apply_train(plan, params, {}, x, mode="float")[0], run(params, x)[0])
+
+
+def test_training_and_validation_agree_where_nothing_is_random(net: Net) -> None:
+    plan, params, qparams, x = net
+    for mode in ("qat", "bit_true"):
+        y, stats = jq.apply_train(plan, params, qparams, x, mode=mode, batch_stats={"a": x})
+        np.testing.assert_array_equal(y, jq.apply(plan, params, qparams, x, mode=mode))
+        assert stats.keys() == {"a"}
+
+
+def test_dropout_is_active_only_with_a_key(dropping: Net) -> None:
+    plan, params, qparams, x = dropping
+    still = jq.apply_train(plan, params, qparams, x)[0]
+    np.testing.assert_array_equal(still, jq.apply(plan, params, qparams, x, mode="qat"))
+    a, again, b = (jq.apply_train(plan, params, qparams, x, rngs=jax.random.key(k))[0] for k in (0, 0, 1))
+    np.testing.assert_array_equal(a, again)
+    assert np.any(a != still)
+    assert np.any(a != b)
+    np.testing.assert_array_equal(
+        jq.apply_train(plan, params, qparams, x, mode="bit_true")[0], jq.run(jq.lower(plan, params, qparams), x)
+    )
+
+
+def test_bit_true_with_dropout_is_refused(dropping: Net) -> None:
+    plan, params, qparams, x = dropping
+    with pytest.raises(jq.JQuantError, match=r"mode 'bit_true' with dropout.*use mode 'qat'"):
+        jq.apply_train(plan, params, qparams, x, rngs=jax.random.key(0), mode="bit_true")
+
+
+def step(plan: jq.Plan, state: jq.TrainState, x: jax.Array) -> jq.TrainState:
+    def loss(t: jq.Trainable) -> jax.Array:
+        return jnp.mean(jq.apply_train(plan, t.params, t.qparams, x)[0] ** 2)
+
+    return state.update(jax.grad(loss)(state.trainable))
+
+
+def test_a_learning_rate_of_zero_changes_nothing(net: Net) -> None:
+    plan, params, qparams, x = net
+    state = jq.TrainState.create(plan, params, qparams, tx=optax.sgd(0.0))
+    new = jax.jit(lambda s: step(plan, s, x))(state)
+    assert (int(state.step), int(new.step)) == (0, 1)
+    jax.tree.map(np.testing.assert_array_equal, new.trainable, state.trainable)
+    np.testing.assert_array_equal(jq.apply(plan, new.params, new.qparams, x), jq.apply(plan, params, qparams, x))
+
+
+def test_frozen_parameters_and_scales_stay(net: Net) -> None:
+    plan, params, qparams, x = net
+    labels = jq.labels(plan, freeze=["head.*", "x"])
+    assert labels.params["head.weight"] == labels.qparams["head.weight"] == labels.qparams["x"] == "frozen"
+    assert labels.params["n0.conv.weight"] == "weight"
+    assert labels.qparams["n0.conv.weight"] == "scale"
+    rules = {"weight": optax.sgd(1e-2, momentum=0.9), "scale": optax.sgd(1e-4), "frozen": optax.set_to_zero()}
+    state = jq.TrainState.create(plan, params, qparams, tx=optax.multi_transform(rules, labels))
+    for _ in range(3):
+        state = step(plan, state, x)
+    for kind in ("params", "qparams"):
+        for name, label in getattr(labels, kind).items():
+            old, new = getattr(jq.Trainable(params, qparams), kind)[name], getattr(state, kind)[name]
+            assert np.array_equal(old, new) == (label == "frozen"), f"{kind} {name}"
+            assert new.dtype == jnp.float32
+    before = float(jnp.mean(jq.apply(plan, params, qparams, x) ** 2))
+    assert float(jnp.mean(jq.apply(plan, state.params, state.qparams, x) ** 2)) < before
+    jq.lower(plan, state.params, state.qparams)
+
+
+def test_the_state_is_a_pytree_for_scan(net: Net) -> None:
+    plan, params, qparams, x = net
+    state = jq.TrainState.create(plan, params, qparams, tx=optax.sgd(1e-3, momentum=0.9))
+    state, _ = jax.lax.scan(lambda s, batch: (step(plan, s, batch), None), state, x.reshape(3, 2, *x.shape[1:]))
+    assert int(state.step) == 3
+
+
+def test_wrong_calls_are_refused(net: Net) -> None:
+    plan, params, qparams, x = net
+    with pytest.raises(jq.JQuantError, match=r"unknown mode 'qatt'; known: .*did you mean 'qat'"):
+        jq.apply_train(plan, params, qparams, x, mode="qatt")
+    with pytest.raises(jq.JQuantError, match="unknown mode 'bittrue'"):
+        jq.apply(plan, params, qparams, x, mode="bittrue")
+    with pytest.raises(jq.QConfigError, match=r"freeze pattern 'haed.bias' matches nothing; did you mean 'head.bias'"):
+        jq.labels(plan, freeze=["haed.bias"])
+    with pytest.raises(jq.CalibrationError, match="no scale for 'x'"):
+        jq.apply_train(plan, params, {}, x)
+    with pytest.raises(jq.CalibrationError, match="no scale for 'x'"):
+        jq.TrainState.create(plan, params, {}, tx=optax.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.float32(np.nan)}, jq.CalibrationError, "the scale of 'x' is not finite"),
+        ({"x": np.float64(0.1)}, jq.CalibrationError, "the scale of 'x' is not a float32 array"),
+        ({"x": 0.1}, jq.CalibrationError, "the scale of 'x' is not a float32 array"),
+        (
+            {"n0.con": np.float32(1)},
+            jq.CalibrationError,
+            "qparams has 'n0.con', which the plan does not; did you mean 'n0.conv'",
+        ),
+    ],
+)
+def test_broken_scales_are_refused(net: Net, change: dict, error: type, message: str) -> None:
+    plan, params, qparams, x = net
+    for call in (jq.apply_train, jq.apply):
+        with pytest.raises(error, match=re.escape(message)):
+            call(plan, params, qparams | change, x)
+    with pytest.raises(error, match=re.escape(message)):
+        jq.lower(plan, params, qparams | change)
+
+
+def test_broken_inputs_are_refused(net: Net) -> None:
+    plan, params, qparams, x = net
+    for call in (jq.apply_train, jq.apply):
+        with pytest.raises(jq.InputError, match="contains NaN or infinite"):
+            call(plan, params, qparams, x.at[0, 0, 0, 0].set(jnp.nan))
+        with pytest.raises(jq.InputError, match="is float16, expected float32"):
+            call(plan, params, qparams, x.astype(jnp.float16))
+        with pytest.raises(jq.CalibrationError, match=r"parameter 'head.bias' contains NaN"):
+            call(plan, params | {"head.bias": jnp.full(5, jnp.inf)}, qparams, x)
