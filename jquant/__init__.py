@@ -5,7 +5,7 @@ The way of a model: a float `Graph` (imported by `jquant_converters.from_torch`)
 """
 
 from jquant import analysis, ops, reference, targets
-from jquant.apply import apply, apply_with_taps, evaluate_float
+from jquant.apply import apply, apply_with_taps
 from jquant.calibrate import calibrate, finalize_stats, init_stats, merge_stats, update_stats
 from jquant.checkpoint import load, save
 from jquant.integer import run, run_with_taps
@@ -18,6 +18,7 @@ from jquant.prepare import explain, prepare
 from jquant.qat import Trainable, TrainState, apply_train, labels
 from jquant.qconfig import QConfig, high_precision, int2, int3, int4, int8, int16, uint4, uint8
 from jquant.quantizers import fake_quant, lsq, pact
+from jquant.simulate import evaluate_float
 from jquant.types import (
     CalibrationError,
     ConversionError,

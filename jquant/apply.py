@@ -1,197 +1,39 @@
-"""The float and fake-quant meanings of a plan, as pure functions of params and qparams."""
+"""Evaluating a plan: one call, the meaning is an argument."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jquant.ir.evaluate import bind_inputs, evaluate
-from jquant.ir.graph import check_params, is_finite
-from jquant.ops.base import derived_scale, eval_float
-from jquant.quantizers import fake_quant
+from jquant.integer import dequantize_values, quantize_inputs, run_integers
+from jquant.ir.evaluate import bind_inputs
+from jquant.ir.graph import check_params
+from jquant.lower import lower_traced
+from jquant.simulate import check_qparams, evaluate_plan
 from jquant.text import did_you_mean
-from jquant.types import Array, CalibrationError, Graph, JQuantError, Node, Params, Plan, QParams, QuantSpec
+from jquant.types import Array, JQuantError, Params, Plan, Program, QParams
 
 Mode = Literal["float", "calibration", "qat", "validation", "bit_true"]
+MODES = ("float", "calibration", "qat", "validation", "bit_true")
 Outputs = Any  # one array, or a tuple of arrays where the graph has several outputs
-
-_BIAS = QuantSpec(dtype="int32")
-
-
-def float_rule(graph: Graph, params: Params, rng: Array | None = None) -> Callable[..., Array]:
-    """The rule of the float meaning. With `rng`, stochastic operators are active, each with a key of its own."""
-    position = {node.name: i for i, node in enumerate(graph.nodes)}
-
-    def rule(node: Node, *operands: Array) -> Array:
-        key = {"rng": jax.random.fold_in(rng, position[node.name])} if rng is not None and node.op.stochastic else {}
-        return eval_float(node.op, *operands, **{role: params[k] for role, k in node.params.items()}, **key)
-
-    return rule
-
-
-def evaluate_float(graph: Graph, params: Params, *inputs: Array) -> tuple[Array, ...]:
-    """Runs a float graph as imported.
-
-    Args:
-      graph: a valid graph, in its framework's layout.
-      params: {name: float32 array}.
-      *inputs: one array for each graph input.
-
-    Returns:
-      The outputs, in order.
-    """
-    check_params(graph, params)
-    values = evaluate(graph, bind_inputs(graph, inputs), float_rule(graph, params))
-    return tuple(values[name] for name in graph.outputs)
-
-
-def quantizer_of(spec: QuantSpec) -> Any:
-    """The quantizer of a spec; a fixed scale is never trained, so it takes plain fake-quant."""
-    return fake_quant if spec.quantizer is None or spec.fixed_scale is not None else spec.quantizer
-
-
-def parameter_of(name: str, spec: QuantSpec, qparams: QParams) -> Array:
-    if spec.fixed_scale is not None:
-        return jnp.float32(spec.fixed_scale)
-    return qparams[name]
-
-
-def value_scales(plan: Plan, qparams: QParams) -> dict[str, Array | None]:
-    """The scale (real per LSB) of every value: scalar, per channel for high-precision ones, None for float ones."""
-    scales: dict[str, Array | None] = {}
-    owned = set(plan.owned)
-    for entry in plan.graph.inputs:
-        scales[entry.name] = scale_of(entry.name, plan, qparams) if entry.name in owned else None
-    for node in plan.graph.nodes:
-        scales[node.name] = (
-            scale_of(node.name, plan, qparams) if node.name in owned else _follow(node, plan, qparams, scales)
-        )
-    return scales
-
-
-def _follow(node: Node, plan: Plan, qparams: QParams, scales: Mapping[str, Array | None]) -> Array | None:
-    """The scale of a value that has none of its own."""
-    operands = [scale for v in node.inputs if (scale := scales[v]) is not None]
-    weights = {r: scale_of(k, plan, qparams) for r, k in node.params.items() if k in plan.weights}
-    complete = len(operands) == len(node.inputs) and all(r in weights for r in node.op.weight_roles)
-    if plan.values[node.name] is None or not complete:
-        return None
-    if node.op.scale_rule == "same_as_input":
-        return operands[0]
-    return derived_scale(node.op, *operands, **weights)
-
-
-def scale_of(name: str, plan: Plan, qparams: QParams) -> Array:
-    """The scale of a value or weight that owns one, as the integer program will use it."""
-    spec = plan.spec(name)
-    return quantizer_of(spec).scale(parameter_of(name, spec, qparams), spec)
-
-
-def check_qparams(plan: Plan, qparams: QParams) -> None:
-    """Every scale is there, float32, positive and finite.
-
-    Raises:
-      CalibrationError: what is missing or wrong, and how to get it.
-    """
-    if not isinstance(qparams, Mapping):
-        raise CalibrationError(
-            f"qparams must be a mapping of name to scale, not {type(qparams).__name__}; call jq.calibrate"
-        )
-    wanted = plan.trained
-    missing = [n for n in wanted if n not in qparams]
-    if missing:
-        shown = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise CalibrationError(f"no scale for {shown}; call jq.calibrate(plan, params, batches) first")
-    extra = [n for n in qparams if n not in wanted]
-    if extra:
-        raise CalibrationError(
-            f"qparams has {extra[0]!r}, which the plan does not{did_you_mean(extra[0], wanted)}; calibrate this plan"
-        )
-    for name in wanted:
-        if getattr(qparams[name], "dtype", None) != jnp.float32:
-            raise CalibrationError(f"the scale of {name!r} is not a float32 array")
-        if not is_finite(qparams[name]):
-            raise CalibrationError(
-                f"the scale of {name!r} is not finite; lower the learning rate of the scales, or calibrate again"
-            )
-
-
-def fake_quant_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | None = None) -> Callable[..., Array]:
-    """The rule of the fake-quant meaning: weights and bias on their integer grids, then the float operator."""
-    scales = value_scales(plan, qparams)
-    quantized = {
-        key: quantizer_of(spec)(params[key], expand_weight(key, plan, qparams, params[key].ndim), spec)
-        for key, spec in plan.weights.items()
-    }
-    base = dict(params) | quantized
-
-    def rule(node: Node, *operands: Array) -> Array:
-        own = base
-        key, bias = node.params.get("weight"), node.params.get("bias")
-        x_scale = scales[node.inputs[0]] if node.inputs else None
-        if key in plan.weights and key is not None and bias is not None and x_scale is not None:
-            acc_scale = x_scale * scale_of(key, plan, qparams).reshape(-1)
-            own = base | {bias: fake_quant(params[bias], jax.lax.stop_gradient(acc_scale), _BIAS)}
-        return float_rule(plan.graph, own, rng)(node, *operands)
-
-    return rule
-
-
-def expand_weight(key: str, plan: Plan, qparams: QParams, rank: int) -> Array:
-    """The quantizer parameter of a weight, shaped to broadcast against it."""
-    parameter = parameter_of(key, plan.weights[key], qparams)
-    if parameter.ndim == 0 or key not in plan.weight_axis:
-        return parameter
-    axis = plan.weight_axis[key]
-    return parameter.reshape([-1 if i == axis else 1 for i in range(rank)])
-
-
-def fake_quant_tap(plan: Plan, qparams: QParams) -> Callable[[str, Array], Array]:
-    """Quantizes every value that has a scale of its own."""
-    owned = set(plan.owned)
-
-    def tap(name: str, value: Array) -> Array:
-        if name not in owned:
-            return value
-        spec = plan.spec(name)
-        return quantizer_of(spec)(value, parameter_of(name, spec, qparams), spec)
-
-    return tap
-
-
-def evaluate_plan(
-    plan: Plan,
-    params: Params,
-    qparams: QParams,
-    inputs: Mapping[str, Array],
-    *,
-    quantized: bool,
-    rng: Array | None = None,
-) -> dict[str, Array]:
-    """All values of the plan's graph by name, in float or fake-quant."""
-    if not quantized:
-        return evaluate(plan.graph, inputs, float_rule(plan.graph, params, rng))
-    return evaluate(plan.graph, inputs, fake_quant_rule(plan, params, qparams, rng), fake_quant_tap(plan, qparams))
 
 
 @partial(jax.jit, static_argnames=("plan", "mode"))
-def _apply(
+def evaluate_mode(
     plan: Plan, mode: Mode, params: Params, qparams: QParams, inputs: dict[str, Array], rng: Array | None
 ) -> dict[str, Array]:
+    """All values of the plan's graph by name. `rng` activates stochastic operators."""
     if mode == "bit_true":
-        from jquant.lower import lower_traced
-
         values = evaluate_plan(plan, params, qparams, inputs, quantized=True, rng=rng)
         return bit_true_values(lower_traced(plan, params, qparams), inputs, values)
     return evaluate_plan(plan, params, qparams, inputs, quantized=mode in ("qat", "validation"), rng=rng)
 
 
-def bit_true_values(program: Any, inputs: Mapping[str, Array], values: Mapping[str, Array]) -> dict[str, Array]:
+def bit_true_values(program: Program, inputs: Mapping[str, Array], values: Mapping[str, Array]) -> dict[str, Array]:
     """Fake-quant values replaced by those of the integer program, with the gradient left as it was."""
-    from jquant.integer import dequantize_values, quantize_inputs, run_integers
-
     integers = run_integers(program, quantize_inputs(program, inputs))
     exact = dequantize_values(program, integers)
     return {name: straight_through(value, exact[name]) if name in exact else value for name, value in values.items()}
@@ -231,22 +73,19 @@ def apply_with_taps(
     plan: Plan, params: Params, qparams: QParams, *inputs: Array, mode: Mode = "validation", taps: str | None = "*"
 ) -> tuple[Outputs, dict[str, Array]]:
     """Like `apply`, and returns {name: value} for the values whose names match the glob `taps` (None: outputs only)."""
-    from fnmatch import fnmatchcase
-
     check_mode(mode)
     check_params(plan.graph, params)
     if mode not in ("float", "calibration"):
         check_qparams(plan, qparams)
-    values = _apply(plan, mode, dict(params), dict(qparams), bind_inputs(plan.graph, inputs), None)
+    values = evaluate_mode(plan, mode, dict(params), dict(qparams), bind_inputs(plan.graph, inputs), None)
     outputs = unpack([values[name] for name in plan.graph.outputs])
     kept = {n: v for n, v in values.items() if (n in plan.graph.outputs if taps is None else fnmatchcase(n, taps))}
     return outputs, kept
 
 
 def check_mode(mode: str) -> None:
-    known = ("float", "calibration", "qat", "validation", "bit_true")
-    if mode not in known:
-        raise JQuantError(f"unknown mode {mode!r}; known: {', '.join(known)}{did_you_mean(mode, known)}")
+    if mode not in MODES:
+        raise JQuantError(f"unknown mode {mode!r}; known: {', '.join(MODES)}{did_you_mean(mode, MODES)}")
 
 
 def unpack(outputs: list[Array]) -> Outputs:

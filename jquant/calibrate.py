@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jquant.apply import float_rule, quantizer_of
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params
 from jquant.observers import min_max
 from jquant.progress import track
+from jquant.simulate import float_rule, quantizer_of
 from jquant.types import Array, CalibrationError, InputError, Observer, Params, Plan, QuantSpec
 
 Stats = dict[str, Any]

@@ -5,12 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jquant.apply import check_qparams, scale_of, value_scales
 from jquant.ir.graph import check_params
 from jquant.ir.passes import prune
 from jquant.numerics.rounding import expand, quantize
 from jquant.ops.base import Operand, lower_op
-from jquant.prepare import check_integer_target, value_shapes
+from jquant.simulate import check_qparams, scale_of, value_scales, value_shapes
 from jquant.types import Array, FrozenMap, Graph, LoweringError, Node, NodeFormat, Params, Plan, Program, QParams
 
 
@@ -37,7 +36,7 @@ def lower(plan: Plan, params: Params, qparams: QParams, *, outputs: Sequence[str
 
 def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence[str] | None = None) -> Program:
     """`lower` without looking at values, for use inside jit."""
-    check_integer_target(plan)
+    _check_target(plan)
     graph = _deployed(plan.graph, outputs)
     scales = value_scales(plan, qparams)
     shapes = {n: (None, *s[1:]) for n, s in value_shapes(plan.graph, params).items()}
@@ -70,6 +69,15 @@ def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence
     kept = {n: jnp.asarray(scales[n], jnp.float32) for n in graph.values}
     inputs = FrozenMap({i.name: plan.spec(i.name).dtype for i in graph.inputs})
     return Program(constants, kept, graph, FrozenMap(formats), inputs, plan.target)
+
+
+def _check_target(plan: Plan) -> None:
+    """Raises LoweringError for a march whose integer arithmetic is not public."""
+    if not plan.target.integer:
+        raise LoweringError(
+            f"{plan.target.name}: its integer post-processing is not public, so there is nothing to reproduce; "
+            "fake-quant and calibration work. Prepare for jq.targets.NASH_E or NASH_M to get integers"
+        )
 
 
 def _check_format(where: str, value: str, plan: Plan, scale: Array | None) -> None:

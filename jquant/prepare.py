@@ -4,24 +4,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from jquant.ir.evaluate import evaluate
 from jquant.ir.graph import validate
 from jquant.ir.passes import prune
-from jquant.ops.base import Operand, constraints, eval_float
+from jquant.ops.base import Operand, constraints
 from jquant.ops.conv import Conv, Linear, kernel_limits
 from jquant.ops.elementwise import Requantize
 from jquant.ops.movement import Permute
 from jquant.ops.rewrite import channels_last, fold_batch_norm, fuse
 from jquant.qconfig import QConfig
+from jquant.simulate import value_shapes
 from jquant.text import format_table
 from jquant.types import (
     Array,
     FrozenMap,
     Graph,
-    LoweringError,
     Node,
     Params,
     Plan,
@@ -33,22 +31,6 @@ from jquant.types import (
 )
 
 HIGH_PRECISION = QuantSpec(dtype="int32")
-
-
-def value_shapes(graph: Graph, params: Mapping[str, Any], batch: int = 2) -> dict[str, tuple[int, ...]]:
-    """The shape of every value at a batch size, without computing anything."""
-    inputs = {
-        i.name: jax.ShapeDtypeStruct(tuple(batch if n is None else n for n in i.shape), jnp.dtype(i.dtype))
-        for i in graph.inputs
-    }
-    specs = {k: jax.ShapeDtypeStruct(jnp.shape(params[k]), jnp.float32) for k in graph.param_names}
-
-    def run(inputs: dict, params: dict) -> dict:
-        return evaluate(
-            graph, inputs, lambda n, *xs: eval_float(n.op, *xs, **{r: params[k] for r, k in n.params.items()})
-        )
-
-    return {name: value.shape for name, value in jax.eval_shape(run, inputs, specs).items()}
 
 
 def prepare(
@@ -83,7 +65,6 @@ def prepare(
     graph = prune(graph)
     policies = {i.name: qconfig.policy(i.name, "Input") for i in graph.inputs}
     policies |= {n.name: qconfig.policy(n.name, type(n.op).__name__) for n in graph.nodes}
-    operators = {n.name: n.op for n in graph.nodes}
     graph, policies = _insert_requantize(graph, policies)
 
     shapes = value_shapes(graph, params)
@@ -107,7 +88,7 @@ def prepare(
     values, owned, reasons = _resolve_values(graph, output_policy, high_precision_outputs)
     weights, axes = _resolve_weights(graph, policies)
     _check(graph, values, weights, shapes, folded_params, target)
-    rows = _explain_rows(operators, graph, policies, values, weights, renamed, reasons)
+    rows = _explain_rows(graph, policies, values, weights, renamed, reasons)
     plan = Plan(
         graph,
         FrozenMap(values),
@@ -237,7 +218,6 @@ def _check(
 
 
 def _explain_rows(
-    operators: Mapping[str, Any],
     graph: Graph,
     policies: Mapping[str, Requested],
     values: Mapping[str, QuantSpec | None],
@@ -245,31 +225,30 @@ def _explain_rows(
     renamed: Mapping[str, str],
     reasons: Mapping[str, str],
 ) -> list[Resolution]:
-    show = lambda spec: "float" if spec is None else str(spec)  # noqa: E731
-    rows = []
     hosts: dict[str, list[str]] = {}
     for old, new in renamed.items():
         hosts.setdefault(new, []).append(old)
-    for name in [i.name for i in graph.inputs] + list(operators):
-        requested = show(policies[name].output)
+    position = {name: i for i, name in enumerate(policies)}
+    rows = []
+    for name, policy in policies.items():
         final = renamed.get(name, name)
-        last = max(hosts.get(final, [final]), key=lambda n: list(policies).index(n))
-        if final in values and name == last:
-            applied = show(values[final])
-            # the format was asked for at the last fused node, and is applied at the fused one
-            rows.append(
-                Resolution(name, "output", requested, applied, reasons.get(final, "") if applied != requested else "")
-            )
-        else:
-            rows.append(Resolution(name, "output", requested, "-", f"fused: the value is made by {last}"))
-    by_name = graph.by_name
-    for name in operators:
-        if name not in by_name:
+        maker = max(hosts.get(final, [final]), key=position.__getitem__)
+        requested = _show(policy.output)
+        if name != maker:  # asked for inside a fused node
+            rows.append(Resolution(name, "output", requested, "-", f"fused: the value is made by {maker}"))
             continue
-        for role in by_name[name].op.weight_roles:
-            key = by_name[name].params[role]
-            rows.append(Resolution(key, "weight", show(policies[name].weight), show(weights.get(key)), ""))
+        applied = _show(values[final])
+        reason = reasons.get(final, "") if applied != requested else ""
+        inserted = final in graph.by_name and isinstance(graph.by_name[final].op, Requantize)
+        rows.append(Resolution(name, "input" if inserted else "output", requested, applied, reason))
+    for node in graph.nodes:
+        for key in (node.params[role] for role in node.op.weight_roles):
+            rows.append(Resolution(key, "weight", _show(policies[node.name].weight), _show(weights.get(key)), ""))
     return rows
+
+
+def _show(spec: QuantSpec | None) -> str:
+    return "float" if spec is None else str(spec)
 
 
 def explain(plan: Plan) -> str:
@@ -278,12 +257,3 @@ def explain(plan: Plan) -> str:
         ("name", "port", "requested", "applied", "reason"),
         [(r.name, r.port, r.requested, r.applied, r.reason) for r in plan.resolutions],
     )
-
-
-def check_integer_target(plan: Plan) -> None:
-    """Raises LoweringError for a march whose integer arithmetic is not public."""
-    if not plan.target.integer:
-        raise LoweringError(
-            f"{plan.target.name}: its integer post-processing is not public, so there is nothing to reproduce; "
-            "fake-quant and calibration work. Prepare for jq.targets.NASH_E or NASH_M to get integers"
-        )

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jquant.apply import Mode, Outputs, _apply, check_mode, check_qparams, unpack
+from jquant.apply import Mode, Outputs, check_mode, evaluate_mode, unpack
 from jquant.ir.evaluate import bind_inputs
 from jquant.ir.graph import check_params
+from jquant.simulate import check_qparams
 from jquant.text import did_you_mean
 from jquant.types import Array, JQuantError, Params, Plan, QConfigError, QParams
 
@@ -55,7 +56,7 @@ def apply_train(
     check_params(plan.graph, params)
     if mode not in ("float", "calibration"):
         check_qparams(plan, qparams)
-    values = _apply(plan, mode, dict(params), dict(qparams), bind_inputs(plan.graph, inputs), rngs)
+    values = evaluate_mode(plan, mode, dict(params), dict(qparams), bind_inputs(plan.graph, inputs), rngs)
     return unpack([values[name] for name in plan.graph.outputs]), dict(batch_stats or {})
 
 
@@ -118,7 +119,9 @@ class TrainState:
 
     def update(self, grads: Trainable, batch_stats: dict[str, Array] | None = None) -> "TrainState":
         """One optimizer step."""
-        updates, opt_state = self.tx.update(grads, self.opt_state, self.trainable)
+        # Optimizers mix integer counts with floats: a user's strict dtype promotion is not for their code.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = self.tx.update(grads, self.opt_state, self.trainable)
         trainable = jax.tree.map(lambda p, u: p + u.astype(p.dtype), self.trainable, updates)
         stats = self.batch_stats if batch_stats is None else batch_stats
         return TrainState(self.step + 1, trainable, stats, opt_state, self.tx)

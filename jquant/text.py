@@ -1,5 +1,6 @@
 """Text for people: tables, graphs as tables, suggestions for mistyped names."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -29,3 +30,17 @@ def format_graph(graph: Any) -> str:
     inputs: list[tuple[str, ...]] = [(i.name, "Input", "", f"shape={i.shape}, dtype={i.dtype}") for i in graph.inputs]
     table = format_table(("name", "operator", "operands", "attributes"), inputs + [format_node(n) for n in graph.nodes])
     return f"{table}\noutputs: {', '.join(graph.outputs)}"
+
+
+def format_program(program: Any) -> str:
+    """An integer program as a table: formats and accumulators by node, and the worst case of each accumulator."""
+    rows = []
+    for node in program.graph.nodes:
+        entry = program.formats[node.name]
+        worst = "-" if entry.worst_case is None else f"2^{math.log2(max(entry.worst_case, 1)):.1f}"
+        beyond = entry.worst_case is not None and entry.worst_case >= 2**31
+        accumulator = entry.accumulator + (" (beyond int32)" if beyond else "")
+        formats = f"{', '.join(entry.inputs)} -> {entry.output}"
+        rows.append((node.name, type(node.op).__name__, ", ".join(node.inputs), formats, accumulator, worst))
+    table = format_table(("name", "operator", "operands", "formats", "accumulator", "worst case"), rows)
+    return f"{program.target.name}\n{table}\noutputs: {', '.join(program.graph.outputs)}"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 
-from jquant.text import format_graph
+from jquant.text import format_graph, format_program
 
 Array = jax.Array
 Params = Mapping[str, Array]
@@ -460,3 +460,6 @@ class Program:
     formats: FrozenMap[NodeFormat] = field(metadata={"static": True})
     inputs: FrozenMap[str] = field(metadata={"static": True})  # {graph input: quantized dtype}
     target: Target = field(metadata={"static": True})
+
+    def __str__(self) -> str:
+        return format_program(self)

@@ -171,6 +171,32 @@ def test_the_worst_case_is_recorded_and_is_a_bound(network: tuple) -> None:
     assert reached <= program.formats[name].worst_case < 2**31
 
 
+def test_a_printed_program_names_every_node_and_what_passes_int32(network: tuple) -> None:
+    plan, params, qparams, _ = network
+    program = jq.lower(plan, params, qparams)
+    text = str(program)
+    assert all(node.name in text for node in program.graph.nodes)
+    assert "beyond int32" not in text
+    huge = dict(params) | {"head.bias": params["head.bias"] * 1e9}
+    assert "limbs (beyond int32)  2^31." in str(jq.lower(plan, huge, qparams))
+
+
+def test_softmax_is_refused_by_name() -> None:
+    graph = jq.Graph(
+        (jq.Input("x", (None, 4)),), (jq.Node("probabilities", jq.ops.Softmax(), ("x",)),), ("probabilities",)
+    )
+    plan, params = jq.prepare(graph, {}, int8_config(), target=jq.targets.NASH_E)
+    qparams = jq.calibrate(plan, params, [jnp.ones((2, 4))])
+    with pytest.raises(jq.LoweringError, match=r"node 'probabilities' \(Softmax\): .* no integer form yet"):
+        jq.lower(plan, params, qparams)
+
+
+def test_an_accumulator_beyond_int32_stays_exact(network: tuple) -> None:
+    plan, params, qparams, x = network
+    params = dict(params) | {k: v * 3e7 for k, v in params.items() if k.endswith("bias")}
+    assert_equals_reference(jq.lower(plan, params, qparams), x)
+
+
 def test_saved_and_loaded_programs_are_equal(network: tuple, tmp_path) -> None:
     plan, params, qparams, x = network
     program = jq.lower(plan, params, qparams)

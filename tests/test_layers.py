@@ -14,7 +14,7 @@ LAYERS = (
     {"types", "text", "progress", "numerics"},
     {"quantizers", "observers", "qconfig", "ir", "targets"},
     {"ops"},
-    {"prepare", "calibrate", "qat", "lower", "integer", "apply", "trace", "checkpoint", "quantize"},
+    {"prepare", "calibrate", "qat", "lower", "integer", "simulate", "apply", "trace", "checkpoint", "quantize"},
     {"analysis", "reference"},
     {"cli"},
 )

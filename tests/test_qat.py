@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 import jquant as jq
 from jquant import ops
-from jquant.apply import evaluate_plan
+from jquant.simulate import evaluate_plan
 
 LSQ = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out", quantizer=jq.lsq), output=jq.int8(quantizer=jq.lsq))})
 NASH = jq.targets.NASH_E
@@ -210,3 +210,24 @@ def test_broken_inputs_are_refused(net: Net) -> None:
             call(plan, params, qparams, x.astype(jnp.float16))
         with pytest.raises(jq.CalibrationError, match=r"parameter 'head.bias' contains NaN"):
             call(plan, params | {"head.bias": jnp.full(5, jnp.inf)}, qparams, x)
+
+
+def test_adam_trains_under_strict_promotion() -> None:
+    """optax mixes int32 counts with float32; the suite runs under strict promotion, as a careful user's code does."""
+    build = graphs.Builder(3)
+    build.shapes["x"] = (3, 8, 8)
+    x = build.add(jq.ops.Mean(axes=(2, 3)), (build.conv("x", 4, 3),), (4,))
+    graph = build.graph(x, size=8)
+    config = jq.QConfig(
+        {"*": jq.Policy(weight=jq.int8(axis="out", quantizer=jq.lsq), output=jq.int8(quantizer=jq.lsq))}
+    )
+    plan, params = jq.prepare(graph, build.params, config, target=jq.targets.NASH_E)
+    images = graphs.images(0, graph)
+    state = jq.TrainState.create(plan, params, jq.calibrate(plan, params, [images]), tx=optax.adam(1e-3))
+
+    def loss(trainable: jq.Trainable) -> jax.Array:
+        return (jq.apply_train(plan, trainable.params, trainable.qparams, images)[0] ** 2).mean()
+
+    after = jax.jit(lambda s: s.update(jax.grad(loss)(s.trainable)))(state)
+    assert loss(after.trainable) < loss(state.trainable)
+    assert int(after.step) == 1

@@ -8,12 +8,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jquant.apply import check_qparams, evaluate_plan, value_scales
 from jquant.integer import dequantize_values, quantize_inputs, run_integers
 from jquant.ir.evaluate import bind_inputs
 from jquant.ir.graph import check_params
 from jquant.lower import lower
-from jquant.prepare import value_shapes
+from jquant.simulate import check_qparams, evaluate_plan, value_scales, value_shapes
 from jquant.text import did_you_mean, format_table
 from jquant.types import Array, JQuantError, Params, Plan, Program, QParams, QuantSpec
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import jquant.ops as ops
-from jquant.apply import evaluate_float
+from jquant.simulate import evaluate_float
 from jquant.types import ConversionError, Graph
 from jquant_converters import from_torch
 
