@@ -11,7 +11,7 @@ from jquant.ir.graph import check_params, is_finite
 from jquant.ops.base import derived_scale, eval_float
 from jquant.quantizers import fake_quant
 from jquant.text import did_you_mean
-from jquant.types import Array, CalibrationError, Graph, Node, Params, Plan, QParams, QuantSpec
+from jquant.types import Array, CalibrationError, Graph, Node, Params, Plan, QParams, Quantizer, QuantSpec
 
 _BIAS = QuantSpec(dtype="int32")
 
@@ -52,14 +52,12 @@ def value_shapes(graph: Graph, params: Mapping[str, Any], batch: int = 2) -> dic
     specs = {k: jax.ShapeDtypeStruct(jnp.shape(params[k]), jnp.float32) for k in graph.param_names}
 
     def run(inputs: dict, params: dict) -> dict:
-        return evaluate(
-            graph, inputs, lambda n, *xs: eval_float(n.op, *xs, **{r: params[k] for r, k in n.params.items()})
-        )
+        return evaluate(graph, inputs, float_rule(graph, params))
 
     return {name: value.shape for name, value in jax.eval_shape(run, inputs, specs).items()}
 
 
-def quantizer_of(spec: QuantSpec) -> Any:
+def quantizer_of(spec: QuantSpec) -> Quantizer:
     """The quantizer of a spec; a fixed scale is never trained, so it takes plain fake-quant."""
     return fake_quant if spec.quantizer is None or spec.fixed_scale is not None else spec.quantizer
 
@@ -102,7 +100,7 @@ def scale_of(name: str, plan: Plan, qparams: QParams) -> Array:
 
 
 def check_qparams(plan: Plan, qparams: QParams) -> None:
-    """Every scale is there, float32, positive and finite.
+    """Every scale is there, float32 and finite; its quantizer makes it positive.
 
     Raises:
       CalibrationError: what is missing or wrong, and how to get it.
