@@ -133,9 +133,9 @@ def dropout(out: Shape, x: Node, rate: float, train: bool) -> Call:
     return Call(Dropout(rate=rate), (x,))
 
 
-def identity_dropout(out: Shape, x: Node, rate: float, train: bool) -> Node:
-    """Dropout of whole channels, or alpha dropout: the identity in eval mode; jquant does not train with it."""
-    require(not train, "it drops values in eval mode as well; pass training=self.training")
+def refused_dropout(out: Shape, x: Node, rate: float, train: bool) -> Node:
+    """Dropout of whole channels, or alpha dropout: passing it through would lose it in training without a word."""
+    require(rate == 0, "dropout of whole channels and alpha dropout have no operator; use nn.Dropout, or rate 0")
     return x
 
 
@@ -295,10 +295,10 @@ TABLE: dict[Any, Handler] = {
     aten.softmax.int: softmax,
     aten.dropout.default: dropout,
     aten.dropout_.default: dropout,
-    aten.feature_dropout.default: identity_dropout,
-    aten.feature_dropout_.default: identity_dropout,
-    aten.alpha_dropout.default: identity_dropout,
-    aten.alpha_dropout_.default: identity_dropout,
+    aten.feature_dropout.default: refused_dropout,
+    aten.feature_dropout_.default: refused_dropout,
+    aten.alpha_dropout.default: refused_dropout,
+    aten.alpha_dropout_.default: refused_dropout,
     # arithmetic
     aten.add.Tensor: add,
     aten.add_.Tensor: add,

@@ -11,8 +11,8 @@ MIN_SCALE = 2.0**-23  # real per LSB; no scale is smaller
 def divide(x: Array, scale: Array) -> Array:
     """x / scale, correctly rounded in float32.
 
-    XLA rewrites a division by a broadcast scalar into a product with its reciprocal, which is one ulp off for one value
-    in seven and moves ties of the rounding that follows. A divisor that depends on x keeps the division.
+    XLA rewrites a division by a broadcast scalar into a product with its reciprocal, which is an ulp off for many
+    values and moves ties of the rounding that follows. A divisor that depends on x keeps the division.
     """
     return x / jnp.where(jnp.isnan(x), x, scale)
 

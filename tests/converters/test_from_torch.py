@@ -284,7 +284,7 @@ def test_layer(layer, shape, op):
         (lambda m, x: F.avg_pool2d(x, 2), ["avg_pool2d:AvgPool"]),
         (lambda m, x: F.leaky_relu(x), ["leaky_relu:LeakyRelu"]),
         (lambda m, x: x.clone().contiguous().detach().float().relu(), ["relu:Relu"]),
-        (lambda m, x: F.dropout2d(x, 0.5, False).relu(), ["relu:Relu"]),
+        (lambda m, x: F.dropout2d(x, 0.0, False).relu(), ["relu:Relu"]),
     ],
 )
 def test_functional(function, expected):
@@ -474,6 +474,7 @@ def test_unknown_operators_are_listed_at_once():
         (lambda m, x: x * 0, "factor is 0"),
         (lambda m, x: F.conv2d(x, m.w * 2), "weight is computed"),
         (lambda m, x: F.dropout(x, 0.5, True), "eval mode"),
+        (lambda m, x: F.dropout2d(x, 0.5, False), "whole channels"),
         (lambda m, x: F.batch_norm(x, None, None, training=True), "statistics of the batch"),
         (lambda m, x: x.flatten(1).t().unsqueeze(0) * x[:1], "aten.slice"),
         (lambda m, x: m.w.relu_().sum() + x, "in place"),
