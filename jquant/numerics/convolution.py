@@ -1,8 +1,8 @@
 """Exact integer convolution and matrix product, channels last, and the float ones with the same kernel choice.
 
 The choice is by static shape, once, in `kernel_of`. Measured on a CPU: int8 x int8 with int32 accumulation is fast as a
-dense convolution with more than four input channels; a stem is faster as patches times a matrix; a depthwise one is many
-times faster as a sum of shifted products than as a grouped convolution.
+dense convolution with more than four input channels; a stem is faster as patches times a matrix; a depthwise one is
+many times faster as a sum of shifted products than as a grouped convolution.
 """
 
 from collections.abc import Sequence
