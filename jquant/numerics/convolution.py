@@ -1,8 +1,17 @@
 """Exact integer convolution and matrix product, channels last, and the float ones with the same kernel choice.
 
-The choice is by static shape, once, in `kernel_of`. Measured on a CPU: int8 x int8 with int32 accumulation is fast as a
-dense convolution with more than four input channels; a stem is faster as patches times a matrix; a depthwise one is
-many times faster as a sum of shifted products than as a grouped convolution.
+The choice is made here and nowhere else: `kernel_of` by static shape, which is what a program records, and `runnable`
+by platform. Measured on a CPU, where XLA hands int8 x int8 to its fast library in some forms only:
+
+dense      two spatial axes, channels in fours, padding up to "same": all others are brought to this form
+grouped    the same with groups, where small ones are merged first, by a weight that is block diagonal
+depthwise  a sum of shifted products, many times faster than a grouped convolution of one channel a group
+matmul     no window at all
+patches    im2col and a matrix product: any window, slower
+
+XLA lowers no integer convolution on a GPU: off the CPU, dense and grouped run as patches, with the same bits and
+without a float, so that the promise about the jaxpr of a program holds on every platform. A grouped float convolution
+runs as patches on the CPU, where the gradient of XLA's own is 20 to 200 times slower.
 """
 
 from collections.abc import Sequence
@@ -11,13 +20,17 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.numerics import limbs
 from jquant.numerics.limbs import Limbs
-from jquant.types import Array
+from jquant.types import Array, GraphError
 
 Padding = Sequence[tuple[int, int]]
-Kernel = Literal["dense", "depthwise", "patches", "grouped"]
+Kernel = Literal["dense", "depthwise", "grouped", "matmul", "patches"]
+
+_LANES = 4  # the fast library takes input channels in fours
+_MERGED = (16, 64)  # input channels of merged groups: fewer are slow, more are mostly zeros
 
 
 class Window(NamedTuple):
@@ -28,12 +41,42 @@ class Window(NamedTuple):
     dilation: tuple[int, ...]
 
 
+NO_WINDOW = Window((), (), ())
+
+
 def kernel_of(weight_shape: Sequence[int], groups: int) -> Kernel:
-    """The implementation for a weight [*K, C / groups, O]."""
-    *_, per_group, out = weight_shape
-    if groups > 1:
-        return "depthwise" if per_group == 1 and out == groups else "grouped"
-    return "patches" if len(weight_shape) == 2 or per_group <= 4 else "dense"
+    """The implementation for a weight [*K, C / groups, O], on a platform that has it."""
+    if len(weight_shape) == 2:
+        return "matmul"
+    if groups == 1:
+        return "dense"
+    return "depthwise" if weight_shape[-2] == 1 else "grouped"
+
+
+def runnable(kernel: str, weight_shape: Sequence[int], groups: int, *, integer: bool, platform: str) -> str:
+    """What runs for a recorded kernel ("": choose): itself, or patches where the platform lacks it or is slow."""
+    chosen = kernel_of(weight_shape, groups)
+    kernel = kernel or chosen
+    others = () if chosen == "matmul" else ("patches", "dense" if groups == 1 else "grouped")
+    if kernel not in (chosen, *others):
+        raise GraphError(
+            f"kernel {kernel!r} cannot run a weight {tuple(weight_shape)} in {groups} groups; use {chosen!r}"
+        )
+    missing = ("dense", "grouped") if platform != "cpu" else ()
+    slow = ("grouped",) if platform == "cpu" else ()
+    return "patches" if kernel in (missing if integer else slow) else kernel
+
+
+def is_integer(x: Array) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.integer))
+
+
+def accumulator_of(x: Array) -> jnp.dtype:
+    return jnp.dtype(jnp.int32 if is_integer(x) else jnp.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows
 
 
 def pad_spatial(x: Array, padding: Padding, value: int = 0) -> Array:
@@ -55,38 +98,123 @@ def taps(x: Array, kernel: Sequence[int], window: Window) -> list[Array]:
         stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, size, window.strides, strict=True)]
         return jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *window.strides, 1))
 
-    positions: list[tuple[int, ...]] = [()]
-    for k in kernel:
-        positions = [(*p, i) for p in positions for i in range(k)]
-    return [tap(p) for p in positions]
+    return [tap(position) for position in np.ndindex(*kernel)]
 
 
-def convolve(x: Array, weight: Array, window: Window, groups: int = 1) -> Array:
+def apart(v: Array) -> Array:
+    """v, computed before its reader: a selection that is always true, since XLA drops an optimization barrier early."""
+    column = jax.lax.broadcasted_iota(jnp.int32, v.shape, v.ndim - 1)
+    return jnp.where(column < v.shape[-1], v, jnp.zeros_like(v))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+def convolve(x: Array, weight: Array, window: Window, groups: int = 1, kernel: str = "") -> Array:
     """Convolution of [N, *S, C] with [*K, C / groups, O]: int8 operands accumulate in int32, float32 ones in float32.
 
     Exact for integers: a sum of 65,535 int8 products is below 2^31.
     """
-    accumulate = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
-    kind = kernel_of(weight.shape, groups)
-    kernel = weight.shape[:-2]
-    if kind == "grouped":
-        if accumulate == jnp.float32:
-            return _lax_convolve(x, weight, window, groups, accumulate)
-        inputs, weights = jnp.split(x, groups, axis=-1), jnp.split(weight, groups, axis=-1)
-        return jnp.concatenate([convolve(a, b, window) for a, b in zip(inputs, weights, strict=True)], axis=-1)
-    if kind == "dense" or (kind == "patches" and accumulate == jnp.float32 and kernel):
-        return _lax_convolve(x, weight, window, 1, accumulate)
+    platform = jax.default_backend()
+    match runnable(kernel, weight.shape, groups, integer=is_integer(x), platform=platform):
+        case "matmul":
+            return matmul(x, weight)
+        case "depthwise":
+            return _shift_and_add(x, weight, window, groups)
+        case "patches":
+            return _patches(x, weight, window, groups)
+    return _planar(x, weight, window, groups) if platform == "cpu" else _native(x, weight, window, groups)
+
+
+def matmul(x: Array, weight: Array) -> Array:
+    """[..., I] times [I, O], accumulated in int32 for integers and float32 for floats."""
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=accumulator_of(x))
+
+
+def _shift_and_add(x: Array, weight: Array, window: Window, groups: int) -> Array:
+    kernel, accumulate = weight.shape[:-2], accumulator_of(x)
+    x = pad_spatial(x, window.padding)
+    if weight.shape[-1] != groups:  # several outputs a channel
+        x = jnp.repeat(x, weight.shape[-1] // groups, axis=-1)
+    factors = weight.reshape(prod(kernel), -1).astype(accumulate)
+    shifted = taps(x, kernel, window)
+    total = shifted[0].astype(accumulate) * factors[0]
+    for tap, factor in zip(shifted[1:], factors[1:], strict=True):
+        total = total + tap.astype(accumulate) * factor
+    return total
+
+
+def _patches(x: Array, weight: Array, window: Window, groups: int) -> Array:
+    *kernel, per_group, out = weight.shape
     shifted = taps(pad_spatial(x, window.padding), kernel, window)
-    if kind == "depthwise":
-        factors = weight.reshape(prod(kernel), -1).astype(accumulate)
-        total = shifted[0].astype(accumulate) * factors[0]
-        for tap, factor in zip(shifted[1:], factors[1:], strict=True):
-            total = total + tap.astype(accumulate) * factor
-        return total
-    return matmul(jnp.concatenate(shifted, axis=-1), weight.reshape(-1, weight.shape[-1]))
+    columns = jnp.stack([tap.reshape(*tap.shape[:-1], groups, per_group) for tap in shifted], axis=-2)
+    columns = columns.reshape(*columns.shape[:-2], -1)  # [N, *S, groups, K * C / groups]
+    if groups == 1:
+        return matmul(columns[..., 0, :], weight.reshape(-1, out))
+    blocks = weight.reshape(-1, groups, out // groups)
+    axes = (((columns.ndim - 1,), (0,)), ((columns.ndim - 2,), (1,)))
+    y = jax.lax.dot_general(columns, blocks, axes, preferred_element_type=accumulator_of(x))
+    y = jnp.moveaxis(y, 0, -2)  # from [groups, N, *S, O / groups]
+    return y.reshape(*y.shape[:-2], out)
 
 
-def _lax_convolve(x: Array, weight: Array, window: Window, groups: int, accumulate: jnp.dtype) -> Array:
+def _planar(x: Array, weight: Array, window: Window, groups: int) -> Array:
+    """The convolution in two spatial axes, with channels as the fast library wants them."""
+    axes = len(window.strides)
+    if axes == 1:
+        window = Window((1, *window.strides), ((0, 0), *window.padding), (1, *window.dilation))
+        return _planar(x[:, None], weight[None], window, groups)[:, 0]
+    if axes == 3:
+        return _fold_depth(x, weight, window, groups)
+    if is_integer(x) and any(sum(p) > d * (k - 1) for p, d, k in zip(*window[1:], weight.shape, strict=False)):
+        # The fast library takes no padding beyond "same", and XLA would move it back into the convolution.
+        x = apart(pad_spatial(x, window.padding))
+        window = window._replace(padding=((0, 0), (0, 0)))
+    weight, groups = _merge_groups(weight, groups)
+    return _native(*_pad_channels(x, weight, groups), window, groups)
+
+
+def _fold_depth(x: Array, weight: Array, window: Window, groups: int) -> Array:
+    """Three axes as two: the depth of the kernel goes into the channels, that of the output into the batch."""
+    x = pad_spatial(x, (window.padding[0], (0, 0), (0, 0)))
+    n, _, height, width, channels = x.shape
+    depth = weight.shape[0]
+    along = Window((window.strides[0], 1, 1), ((0, 0),) * 3, (window.dilation[0], 1, 1))
+    slabs = [slab.reshape(*slab.shape[:-1], groups, channels // groups) for slab in taps(x, (depth, 1, 1), along)]
+    planes = jnp.stack(slabs, axis=-2).reshape(-1, height, width, depth * channels)
+    kernel = jnp.moveaxis(weight, 0, 2).reshape(*weight.shape[1:3], -1, weight.shape[-1])
+    window = Window(window.strides[1:], window.padding[1:], window.dilation[1:])
+    y = _planar(planes, kernel, window, groups)
+    return y.reshape(n, -1, *y.shape[1:])
+
+
+def _merge_groups(weight: Array, groups: int) -> tuple[Array, int]:
+    """Joins small groups: a block-diagonal weight in fewer groups, in which a channel meets zeros of other groups."""
+    *_, per_group, out = weight.shape
+    low, high = _MERGED
+    fits = [s for s in range(1, groups + 1) if groups % s == 0 and low <= s * per_group <= high]
+    merged = groups if groups * per_group <= low else min(fits, default=1)
+    if merged == 1:
+        return weight, groups
+    group_of_input = np.arange(merged * per_group) // per_group
+    group_of_output = np.arange(out) // (out // groups) % merged
+    tiled = jnp.concatenate([weight] * merged, axis=-2)
+    mask = group_of_input[:, None] == group_of_output
+    return jnp.where(mask, tiled, jnp.zeros_like(tiled)), groups // merged
+
+
+def _pad_channels(x: Array, weight: Array, groups: int) -> tuple[Array, Array]:
+    per_group = weight.shape[-2]
+    extra = -per_group % _LANES
+    if per_group == 1 or extra == 0:
+        return x, weight
+    split = x.reshape(*x.shape[:-1], groups, per_group)
+    x = jnp.pad(split, [*((0, 0),) * (split.ndim - 1), (0, extra)]).reshape(*x.shape[:-1], -1)
+    return x, jnp.pad(weight, [*((0, 0),) * (weight.ndim - 2), (0, extra), (0, 0)])
+
+
+def _native(x: Array, weight: Array, window: Window, groups: int) -> Array:
     letters = "HWD"[: len(window.strides)]
     return jax.lax.conv_general_dilated(
         x,
@@ -96,39 +224,67 @@ def _lax_convolve(x: Array, weight: Array, window: Window, groups: int, accumula
         rhs_dilation=window.dilation,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         feature_group_count=groups,
-        preferred_element_type=accumulate,
+        preferred_element_type=accumulator_of(x),
     )
 
 
-def matmul(x: Array, weight: Array) -> Array:
-    """[..., I] times [I, O], accumulated in int32 for integers and float32 for floats."""
-    accumulate = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=accumulate)
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums beyond int32
 
 
-def accumulate_exactly(x: Array, weight: Array, window: Window, groups: int) -> Array | Limbs:
-    """The exact sum of products: int32 for int8 x int8, limbs where one operand is int16.
+def accumulate_exactly(
+    x: Array, weight: Array, window: Window, groups: int, *, kernel: str = "", accumulator: str = "limbs"
+) -> Array | Limbs:
+    """The exact sum of at most 65,535 products: int32 for int8 x int8, limbs where one operand is int16.
 
     An int16 operand is two bytes, 256 * high + (low - 128) + 128 with low in [0, 255]: two int8 convolutions, and a
-    third term that is a sum over the other operand.
+    third term that is a sum over the other operand. `accumulator` "int32": the caller knows that the sum fits, and the
+    parts are joined modulo 2^32.
     """
     if x.dtype == jnp.int8 and weight.dtype == jnp.int8:
-        return convolve(x, weight, window, groups)
+        return convolve(x, weight, window, groups, kernel)
     x = pad_spatial(x, window.padding)  # before splitting: the bytes of a zero are not zero
     window = window._replace(padding=tuple((0, 0) for _ in window.padding))
     if x.dtype == jnp.int16:
-        high, low = _bytes(x)
+        high, low = split_bytes(x)
         offset = 128 * jnp.sum(weight.astype(jnp.int32), axis=tuple(range(weight.ndim - 1)))
-        highs, lows = convolve(high, weight, window, groups), convolve(low, weight, window, groups)
+        highs, lows = convolve(high, weight, window, groups, kernel), convolve(low, weight, window, groups, kernel)
     else:
-        high, low = _bytes(weight)
+        high, low = split_bytes(weight)
         ones = jnp.ones((*weight.shape[:-1], groups), jnp.int8)
-        offset = 128 * jnp.repeat(convolve(x, ones, window, groups), weight.shape[-1] // groups, axis=-1)
-        highs, lows = convolve(x, high, window, groups), convolve(x, low, window, groups)
-    return limbs.add(limbs.multiply(limbs.from_int32(highs), jnp.int32(256)), limbs.from_int32(lows + offset))
+        offset = 128 * jnp.repeat(convolve(x, ones, window, groups, kernel), weight.shape[-1] // groups, axis=-1)
+        highs, lows = convolve(x, high, window, groups, kernel), convolve(x, low, window, groups, kernel)
+    return join_bytes(highs, lows + offset, accumulator)
 
 
-def _bytes(v: Array) -> tuple[Array, Array]:
+def multiply_exactly(a: Array, b: Array, *, accumulator: str = "limbs") -> Array | Limbs:
+    """The exact matrix product [..., M, K] times [..., K, N] of `jnp.matmul`, K at most 65,535, one operand int8."""
+    if a.dtype == jnp.int8 and b.dtype == jnp.int8:
+        return batch_matmul(a, b)
+    if a.dtype == jnp.int16:
+        high, low = split_bytes(a)
+        offset = 128 * jnp.sum(b.astype(jnp.int32), axis=-2, keepdims=True)  # [..., 1, N]
+        return join_bytes(batch_matmul(high, b), batch_matmul(low, b) + offset, accumulator)
+    high, low = split_bytes(b)
+    offset = 128 * jnp.sum(a.astype(jnp.int32), axis=-1, keepdims=True)  # [..., M, 1]
+    return join_bytes(batch_matmul(a, high), batch_matmul(a, low) + offset, accumulator)
+
+
+def batch_matmul(a: Array, b: Array) -> Array:
+    """`jnp.matmul` that accumulates in int32 for integers and float32 for floats."""
+    # XLA folds a transposition of b into the product, and its fast library takes none: five times slower.
+    b = apart(b) if is_integer(b) else b
+    return jnp.matmul(a, b, preferred_element_type=accumulator_of(a))
+
+
+def split_bytes(v: Array) -> tuple[Array, Array]:
     """An int16 v as int8 (high, low) with v = 256 * high + low + 128."""
     wide = v.astype(jnp.int32)
     return (wide >> 8).astype(jnp.int8), ((wide & 0xFF) - 128).astype(jnp.int8)
+
+
+def join_bytes(highs: Array, lows: Array, accumulator: str) -> Array | Limbs:
+    """256 * highs + lows. Neither leaves int32: |highs| <= 65535 * 2^14, |lows| <= 65535 * 255 * 128 < 2^31."""
+    if accumulator == "int32":
+        return (highs << 8) + lows
+    return limbs.add(limbs.multiply(limbs.from_int32(highs), jnp.int32(256)), limbs.from_int32(lows))

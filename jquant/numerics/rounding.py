@@ -5,8 +5,6 @@ import jax.numpy as jnp
 
 from jquant.types import Array, integer_range, storage_dtype
 
-MIN_SCALE = 2.0**-23  # real per LSB; no scale is smaller
-
 
 def divide(x: Array, scale: Array) -> Array:
     """x / scale, correctly rounded in float32.
@@ -40,21 +38,39 @@ def quantize(x: Array, scale: Array, dtype: str, rounding: str = "half_even") ->
       dtype: the quantized dtype, "int8" for example.
       rounding: "half_even", or "half_up" for the legacy rule floor(v + 1/2).
     """
-    ratio = divide(x, scale)
-    if rounding == "half_even":
-        rounded = jnp.round(ratio)
-    else:  # floor(v + 1/2) without the rounding of the float sum: v - floor(v) is exact
-        below = jnp.floor(ratio)
-        rounded = below + jnp.where(ratio - below >= 0.5, 1.0, 0.0)
+    rounded = round_ties(divide(x, scale), rounding)
     if dtype == "int32":
         return to_int32(rounded)
     low, high = integer_range(dtype)
     return jnp.clip(rounded, low, high).astype(storage_dtype(dtype))
 
 
+def half_steps(value: Array, scale: Array) -> Array:
+    """Where a real number lies among integers n that mean n * scale in float32, in half LSB: 2n at n, odd between two.
+
+    So that 2q is above, at or below it as q * scale is above, at or below `value`, for every int8 or int16 q.
+    """
+    nearest = jnp.clip(quantize(value, scale, "int32", "half_up"), -(2**17), 2**17)
+    point = dequantize(nearest, scale)
+    return 2 * nearest - (point > value).astype(jnp.int32) + (point < value).astype(jnp.int32)
+
+
+def round_ties(v: Array, rounding: str) -> Array:
+    """Float32 v to the nearest integer, ties "half_even", or "half_up": floor(v + 1/2)."""
+    if rounding == "half_even":
+        return jnp.round(v)
+    below = jnp.floor(v)  # v - floor(v) is exact, where the float sum v + 1/2 would round
+    return below + jnp.where(v - below >= 0.5, 1.0, 0.0)
+
+
 def dequantize(q: Array, scale: Array) -> Array:
     """q * scale, in float32."""
     return q.astype(jnp.float32) * scale
+
+
+def to_float16(x: Array) -> Array:
+    """Float32 to float16: to nearest, ties to even, clamped to +-65504."""
+    return jnp.clip(x, -65504.0, 65504.0).astype(jnp.float16)
 
 
 def saturate(v: Array, dtype: str) -> Array:

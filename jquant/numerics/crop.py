@@ -1,0 +1,85 @@
+"""Crop and resize with regions that are data: section 7's interpolation, its step computed from each region.
+
+The arithmetic is that of `resample.steps_of` on the crop: step and offset have 16 fraction bits, half-pixel centres for
+linear.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.numerics.resample import STEP_BITS
+from jquant.numerics.rounding import shift_right, widen
+from jquant.types import Array
+
+REACH = 2**14 - 1  # of coordinates: at most 2^15 - 1 pixels, so that a position in 16 fraction bits stays in int32
+MAX_FRACTION_BITS = 11  # 8 bits of a pixel and two weights in int32
+
+
+class Region(NamedTuple):
+    """A part of each picture along an axis, in pixels: [N], int32. It may leave the picture."""
+
+    first: Array
+    pixels: Array
+
+
+class Taps(NamedTuple):
+    """What outputs meet along an axis: [N, count] indices of two pixels, relative to the picture, and their weights."""
+
+    indices: tuple[Array, ...]
+    weights: tuple[Array, ...]
+
+
+def region_of(low: Array, high: Array) -> Region:
+    """The pixels from low to high, both included and within +-REACH; at least one pixel."""
+    return Region(low, jnp.maximum(high - low, 0) + 1)
+
+
+def divided(n: Array, bits: int, by: int) -> Array:
+    """floor(n * 2^bits / by + 1/2) without leaving int32: n < 2^15, by < 2^15, bits <= 16."""
+    high = (n % by) << bits
+    rest = high % by
+    return ((n // by) << bits) + high // by + (2 * rest >= by).astype(jnp.int32)
+
+
+def taps_of(region: Region, out: int, bits: int, *, nearest: bool) -> Taps:
+    """The pixels that `out` positions on each region meet, clamped to it: [N] -> [N, out]."""
+    first, count = (v[:, None] for v in region)
+    step = divided(count, STEP_BITS, out)
+    i = np.arange(out, dtype=np.int32)
+    if nearest:  # as in `Interpolate`: as much higher as rounded steps can fall short of an integer
+        at = step * i + (out + 2) // 2
+    else:
+        at = step * i + (divided(count, STEP_BITS - 1, out) - 2 ** (STEP_BITS - 1))
+    at = jnp.clip(at, 0, (count - 1) << STEP_BITS)
+    below = at >> STEP_BITS
+    if nearest:
+        return Taps((first + below,), (jnp.full_like(below, 2**bits),))
+    fraction = (at & (2**STEP_BITS - 1)) >> (STEP_BITS - bits)
+    above = jnp.minimum(below + 1, count - 1)
+    return Taps((first + below, first + above), (2**bits - fraction, fraction))
+
+
+def blend(x: Array, axis: int, taps: Taps, fill: Array | None) -> Array:
+    """The weighted sum of the pixels met along an axis of x [N, H, W, C], int32.
+
+    A pixel outside the picture is `fill`, broadcastable to C; with None it is the border's.
+    """
+    n = x.shape[axis]
+    shape = (x.shape[0], *(-1 if a == axis else 1 for a in range(1, x.ndim)))
+    total = jnp.int32(0)
+    for index, weight in zip(taps.indices, taps.weights, strict=True):
+        index, weight = index.reshape(shape), weight.reshape(shape)
+        met = jnp.take_along_axis(x, jnp.clip(index, 0, n - 1), axis=axis, mode="clip")
+        if fill is not None:
+            met = jnp.where((index >= 0) & (index < n), met, fill)
+        total = total + met * weight
+    return total
+
+
+def crop_resize(plane: Array, rows: Taps, columns: Taps, bits: int, fill: int | None) -> Array:
+    """Regions of pixels [N, H, W, C] resized, int32 in [0, 255]: one right shift, half up, of the exact sum."""
+    x = blend(widen(plane), 1, rows, None if fill is None else jnp.int32(fill))
+    x = blend(x, 2, columns, None if fill is None else jnp.int32(fill << bits))
+    return shift_right(x, jnp.int32(2 * bits), "half_up")
