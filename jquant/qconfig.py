@@ -44,8 +44,9 @@ def _constructor(dtype: str) -> Callable[..., QuantSpec]:
 
     Args:
       axis: "out" for one scale per output channel, None for one per tensor.
-      quantizer: `jq.fake_quant` (default), `jq.lsq` or `jq.pact`.
-      observer: `jq.min_max()` (default), `jq.moving_average()` or `jq.mse()`.
+      quantizer: `jq.fake_quant` (default), `jq.lsq`, `jq.lsq_plus` or `jq.pact`.
+      observer: `jq.min_max()` (default), `jq.moving_average()`, `jq.percentile()`, `jq.mse()`, `jq.kl()`, `jq.norm()`,
+        `jq.mix()`, `jq.histogram()` or `jq.clip_std()`.
       scale: a fixed scale, real per LSB.
       threshold: a fixed range in real units; the scale is threshold / 2^(bits - 1).
       scale_form: "real" or "pow2".
@@ -59,6 +60,39 @@ def _constructor(dtype: str) -> Callable[..., QuantSpec]:
 int2, int3, int4, int8, int16 = map(_constructor, ("int2", "int3", "int4", "int8", "int16"))
 uint4, uint8 = map(_constructor, ("uint4", "uint8"))
 high_precision = QuantSpec(dtype="int32")
+
+
+def float16() -> QuantSpec:
+    """A float16 value: a float island between quantized ones, evaluated in float. Only where a rule asks for it."""
+    return QuantSpec(dtype="float16")
+
+
+def consistency(qconfig: "QConfig", level: Literal[0, 1, 2]) -> "QConfig":
+    """The qconfig at a consistency level: how closely fake-quant follows the integers (specification, section 2).
+
+    Level 0 leaves it as it is. Level 1 makes the scales of values powers of two, level 2 those of weights too. Fixed
+    scales are snapped as well. Snapping costs up to one bit of resolution; `tests/conformance/RESULTS.md` has what it
+    gains.
+
+    Raises:
+      QConfigError: another level.
+    """
+    if level not in (0, 1, 2):
+        raise QConfigError(f"consistency level {level!r}; known: 0, 1, 2")
+
+    def snapped(spec: QuantSpec | Inherit | None) -> QuantSpec | Inherit | None:
+        if not isinstance(spec, QuantSpec) or spec.is_high_precision or spec.is_float:
+            return spec
+        return replace(spec, scale_form="pow2")
+
+    def rule(policy: Policy) -> Policy:
+        inputs = policy.input
+        if not isinstance(inputs, Inherit):
+            inputs = {port: spec for port, asked in inputs.items() if isinstance(spec := snapped(asked), QuantSpec)}
+        weight = snapped(policy.weight) if level == 2 else policy.weight
+        return Policy(output=snapped(policy.output), weight=weight, input=inputs)
+
+    return qconfig if level == 0 else QConfig({pattern: rule(policy) for pattern, policy in qconfig.rules.items()})
 
 
 @dataclass(frozen=True, init=False)
@@ -97,20 +131,25 @@ class QConfig:
             checked[pattern] = FLOAT if policy is None else policy
         object.__setattr__(self, "rules", FrozenMap(checked))
 
-    def policy(self, name: str, operator: str) -> Requested:
-        """What is asked for a value, all matching rules merged; what no rule sets is float."""
-        asked = Requested()
+    def policy(self, name: str, operator: str, base: Requested | None = None, unless: str = "") -> Requested:
+        """What is asked for a value, all matching rules merged; what no rule sets is `base`, or float.
+
+        Rules that match the name `unless` as well are left out: those that mean a composite, not this part of it.
+        """
+        asked = base or Requested()
         for pattern, rule in self.rules.items():
-            if not matches(pattern, name, operator):
+            if not matches(pattern, name, operator) or (unless and matches(pattern, unless, "")):
                 continue
-            asked = asked if isinstance(rule.output, Inherit) else replace(asked, output=rule.output)
+            if not isinstance(rule.output, Inherit):
+                asked = replace(asked, output=rule.output, explicit=pattern == name)
             asked = asked if isinstance(rule.weight, Inherit) else replace(asked, weight=rule.weight)
             asked = asked if isinstance(rule.input, Inherit) else replace(asked, input=FrozenMap(rule.input))
         return asked
 
-    def check_matches(self, graph: Graph) -> None:
-        """Raises QConfigError for a rule that matches nothing in the graph, with near names."""
-        named = [(i.name, "Input") for i in graph.inputs] + [(n.name, type(n.op).__name__) for n in graph.nodes]
+    def check_matches(self, *graphs: Graph) -> None:
+        """Raises QConfigError for a rule that matches nothing in any of the graphs, with near names."""
+        named = [(i.name, "Input") for graph in graphs for i in graph.inputs]
+        named += [(n.name, type(n.op).__name__) for graph in graphs for n in graph.nodes]
         for pattern in self.rules:
             if not any(matches(pattern, name, operator) for name, operator in named):
                 known = (

@@ -41,6 +41,9 @@ def format_program(program: Any) -> str:
         beyond = entry.worst_case is not None and entry.worst_case >= 2**31
         accumulator = entry.accumulator + (" (beyond int32)" if beyond else "")
         formats = f"{', '.join(entry.inputs)} -> {entry.output}"
-        rows.append((node.name, type(node.op).__name__, ", ".join(node.inputs), formats, accumulator, worst))
-    table = format_table(("name", "operator", "operands", "formats", "accumulator", "worst case"), rows)
-    return f"{program.target.name}\n{table}\noutputs: {', '.join(program.graph.outputs)}"
+        operator = type(node.op).__name__
+        rows.append((node.name, operator, ", ".join(node.inputs), formats, entry.kernel or "-", accumulator, worst))
+    table = format_table(("name", "operator", "operands", "formats", "kernel", "accumulator", "worst case"), rows)
+    islands = [name for name, entry in program.formats.items() if entry.output == "float16"]
+    floats = f"\nfloat islands, evaluated in float: {', '.join(islands)}" if islands else ""
+    return f"{program.target.name}\n{table}\noutputs: {', '.join(program.graph.outputs)}{floats}"

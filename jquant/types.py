@@ -101,24 +101,30 @@ class FrozenMap(Mapping[str, Value]):
 
 _SIGNED = ("int2", "int3", "int4", "int8", "int16", "int32")
 _UNSIGNED = ("uint2", "uint3", "uint4", "uint8")
-DTYPES = (*_SIGNED, *_UNSIGNED)
+DTYPES = (*_SIGNED, *_UNSIGNED, "float16")
+MIN_SCALE = 2.0**-23  # real per LSB; no scale is smaller
+EXACT_DTYPES = ("bool", "int32", "uint8")  # of values that are not numbers on a grid: masks, indices, pixels
 
 
 def bit_width(dtype: str) -> int:
     """Number of bits of a quantized dtype name: `bit_width("int4") == 4`."""
     if dtype not in DTYPES:
         raise QConfigError(f"unknown quantized dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    return int(dtype.removeprefix("u").removeprefix("int"))
+    return int(dtype.lstrip("uintfloa"))
 
 
 def integer_range(dtype: str) -> tuple[int, int]:
     """Smallest and largest integer of a quantized dtype: `integer_range("int8") == (-128, 127)`."""
     bits = bit_width(dtype)
+    if dtype == "float16":
+        raise QConfigError("float16 is no integer dtype")
     return (0, 2**bits - 1) if dtype.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def storage_dtype(dtype: str) -> str:
     """The array dtype that holds a quantized dtype: narrow types are stored in the next larger machine type."""
+    if dtype in ("bool", "float16"):
+        return dtype
     low, high = integer_range(dtype)
     return next(name for name, bits in (("int8", 8), ("int16", 16), ("int32", 32)) if high < 2 ** (bits - 1) >= -low)
 
@@ -170,12 +176,14 @@ class Observer:
 class QuantSpec:
     """The quantization of one tensor: symmetric, zero point 0.
 
-    `dtype`         int2, int3, int4, int8, int16, int32 (an accumulator: high precision), uint2 - uint8 (training)
+    `dtype`         int2, int3, int4, int8, int16, int32 (an accumulator: high precision), uint2 - uint8 (training),
+                    float16 (a float island on the vector unit: rounded to nearest even, clamped to +-65504, no scale)
     `axis`          None: one scale for the tensor. "out": one scale per output channel (weights)
     `scale_form`    "real", or "pow2": snapped to the nearest power of two not below the scale, in training as well
     `quantizer`     the fake-quantizer; None takes plain `fake_quant`
     `observer`      the calibration statistic; None takes the default of the role (min-max for weights and activations)
     `fixed_scale`   real per LSB; set, it is neither observed nor trained
+    `rounding`      of ties; `prepare` sets it to what the target's integers do at this place
     """
 
     dtype: str
@@ -184,6 +192,7 @@ class QuantSpec:
     quantizer: Quantizer | None = None
     observer: Observer | None = None
     fixed_scale: float | None = None
+    rounding: Literal["half_even", "half_up"] = "half_even"
 
     def __post_init__(self) -> None:
         bit_width(self.dtype)
@@ -191,8 +200,14 @@ class QuantSpec:
             raise QConfigError(f"axis must be None or 'out', not {self.axis!r}")
         if self.scale_form not in ("real", "pow2"):
             raise QConfigError(f"scale_form must be 'real' or 'pow2', not {self.scale_form!r}")
-        if self.fixed_scale is not None and not 0 < self.fixed_scale < float("inf"):
-            raise QConfigError(f"fixed_scale must be positive and finite, not {self.fixed_scale!r}")
+        if self.fixed_scale is not None and not MIN_SCALE <= self.fixed_scale < float("inf"):
+            raise QConfigError(f"fixed_scale must be positive and finite, and at least 2^-23, not {self.fixed_scale!r}")
+        if self.is_float and (self.axis or self.fixed_scale is not None or self.scale_form != "real"):
+            raise QConfigError("float16 has no scale: it takes no axis, fixed scale or scale form")
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype == "float16"
 
     @property
     def range(self) -> tuple[int, int]:
@@ -255,11 +270,15 @@ FLOAT = Policy(output=None, weight=None, input={})
 
 @dataclass(frozen=True, kw_only=True)
 class Requested:
-    """What all rules together ask for one node: a `Policy` with nothing left to inherit."""
+    """What all rules together ask for one node: a `Policy` with nothing left to inherit.
+
+    `explicit`  the output was asked for by the full name of the node, not by a pattern
+    """
 
     output: QuantSpec | None = None
     weight: QuantSpec | None = None
     input: FrozenMap[QuantSpec] = FrozenMap()
+    explicit: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +294,9 @@ class Op:
     `needs_stats`  True where the output scale must come from data, so that it cannot be inserted after calibration
     `ports`        names of the operands, for `Policy.input` and error messages; the last one repeats
     `stochastic`   True where training needs a PRNG key
-    `weight_roles` the parameters that `Policy.weight` quantizes, channel axis 0
+    `weight_roles` the parameters that `Policy.weight` quantizes
+    `weight_axis`  the axis of output channels in them
+    `keeps_accumulator` True where the int32 accumulator may be the output ("high precision", `derived_scale`)
     `layout`       framework: needs [N, C, *S]; elementwise: any order; spatial: runs on [N, *S, C]; axes: follows its
                    operands, its axes renumbered (the last two by `jquant.ops.to_channels_last`)
     """
@@ -285,12 +306,14 @@ class Op:
     ports: ClassVar[tuple[str, ...]] = ("x",)
     stochastic: ClassVar[bool] = False
     weight_roles: ClassVar[tuple[str, ...]] = ()
+    weight_axis: ClassVar[int] = 0
+    keeps_accumulator: ClassVar[bool] = False
     layout: ClassVar[Literal["framework", "elementwise", "spatial", "axes"]] = "framework"
 
 
 @dataclass(frozen=True)
 class Input:
-    """A graph input: its shape, with None for the symbolic batch."""
+    """A graph input: its shape, with None for the symbolic batch. One that is not float32 is exact: never quantized."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -371,6 +394,7 @@ class Target:
     post_rounding: Literal["half_up", "half_even"] = "half_up"
     high_precision_rescale: bool = False
     max_kernel: int = 31
+    resample_fraction_bits: int = 8  # of the bilinear weights of interpolate
     max_conv_inputs: int = 65535  # KH * KW * C / groups
     max_reduced: int = 65535  # elements of a reduced window or axis
     max_rank: int = 10
@@ -396,6 +420,7 @@ class Plan:
     """What `prepare` returns: the fused, channels-last graph with a decision for every value and weight.
 
     `values`    {value: spec}, None for float. A value whose operator keeps the scale carries its producer's spec.
+    `exact`     {value: dtype} of the values that are no numbers on a grid (masks, indices, pixels); their spec is None
     `weights`   {param: spec}, only quantized ones; `weight_axis` {param: channel axis} for per-channel specs
     `owned`     the values that have a scale of their own in qparams, in graph order
     `renamed`   {old node: fused node}
@@ -409,6 +434,7 @@ class Plan:
     target: Target
     resolutions: tuple[Resolution, ...] = ()
     renamed: FrozenMap[str] = FrozenMap()
+    exact: FrozenMap[str] = FrozenMap()
 
     def spec(self, name: str) -> QuantSpec:
         """The spec of a quantized value or weight."""
@@ -420,11 +446,12 @@ class Plan:
     @cached_property
     def trained(self) -> tuple[str, ...]:
         """The names in qparams: every value and weight with a scale that is neither fixed nor another's."""
-        return tuple(n for n in (*self.owned, *self.weights) if self.spec(n).fixed_scale is None)
+        named = (*self.owned, *self.weights)
+        return tuple(n for n in named if self.spec(n).fixed_scale is None and not self.spec(n).is_float)
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.graph, self.values, self.weights, self.owned, self.target))
+        return hash((self.graph, self.values, self.weights, self.owned, self.target, self.exact))
 
     def __hash__(self) -> int:
         return self._hash
@@ -436,12 +463,14 @@ class NodeFormat:
 
     `accumulator`  "int32" where the worst case fits; "limbs" where the sum is carried in base-2^16 limbs
     `worst_case`   bound on |accumulator| in acc, computed from the weights; None where lowered inside jit
+    `kernel`       the implementation of a convolution or matrix product; "" where there is nothing to choose
     """
 
     inputs: tuple[str, ...]
     output: str
     accumulator: Literal["int32", "limbs"] = "int32"
     worst_case: int | None = None
+    kernel: str = ""
 
 
 @jax.tree_util.register_dataclass
@@ -451,14 +480,14 @@ class Program:
 
     `constants`  {node: {role: integer array}}
     `scales`     {value: float32 scale, real per LSB}: scalar, or broadcastable per channel for high-precision values.
-                 Only the borders use them; no integer rule reads a scale.
+                 Only the borders use them; no integer rule reads a scale. Exact and float16 values have none.
     """
 
     constants: dict[str, dict[str, Array]]
     scales: dict[str, Array]
     graph: Graph = field(metadata={"static": True})
     formats: FrozenMap[NodeFormat] = field(metadata={"static": True})
-    inputs: FrozenMap[str] = field(metadata={"static": True})  # {graph input: quantized dtype}
+    inputs: FrozenMap[str] = field(metadata={"static": True})  # {graph input: quantized or exact dtype}
     target: Target = field(metadata={"static": True})
 
     def __str__(self) -> str:
