@@ -1,4 +1,4 @@
-"""Activations: those that are exact on integers, and those that become tables."""
+"""Activations that are not tables: those of `table.py` are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jquant.numerics.rescale import Rescale, ratio, rescale_of, rescale_unsaturated
-from jquant.numerics.rounding import MIN_SCALE, expand, quantize, saturate, widen
+from jquant.numerics.rounding import expand, quantize, saturate, widen
 from jquant.ops.base import Lowered, Operand, eval_float, eval_integer, lower_op, to_channels_last
-from jquant.types import Array, LoweringError, NodeFormat, Op, Target, bit_width
+from jquant.types import MIN_SCALE, Array, NodeFormat, Op, Target, bit_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,29 +38,6 @@ class PRelu(Op):
     layout: ClassVar = "spatial"
 
     channels_last: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeakyRelu(Op):
-    """max(x, 0) + negative_slope * min(x, 0)."""
-
-    layout: ClassVar = "elementwise"
-
-    negative_slope: float = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sigmoid(Op):
-    """1 / (1 + exp(-x))."""
-
-    layout: ClassVar = "elementwise"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Softmax(Op):
-    """exp(x) / sum(exp(x)) along `axis`."""
-
-    axis: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,42 +142,3 @@ def _(op: PRelu, node_format: NodeFormat, target: Target, x: Array, *, slope: Ar
 @to_channels_last.register
 def _(op: PRelu, rank: int) -> Op:
     return replace(op, channels_last=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Table functions: T[i] = quantize(f(i * s_x), s_y), exact for int8 input (specification, section 6)
-
-
-@eval_float.register
-def _(op: LeakyRelu, x: Array) -> Array:
-    return jnp.maximum(x, 0.0) + op.negative_slope * jnp.minimum(x, 0.0)
-
-
-@eval_float.register
-def _(op: Sigmoid, x: Array) -> Array:
-    return jax.nn.sigmoid(x)
-
-
-@eval_float.register
-def _(op: Softmax, x: Array) -> Array:
-    return jax.nn.softmax(x, axis=op.axis)
-
-
-@lower_op.register(LeakyRelu)
-@lower_op.register(Sigmoid)
-def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    (x,) = inputs
-    if x.dtype != "int8":
-        raise LoweringError(
-            f"tables take int8, and the input is {x.dtype}; set the output of the node before it to int8"
-        )
-    # The barriers keep the function a computation of its own, so that a table has the same bits inside any jit.
-    real = jax.lax.optimization_barrier(jnp.arange(-128, 128, dtype=jnp.float32) * x.scale)
-    values = jax.lax.optimization_barrier(eval_float(op, real))
-    return Lowered({"table": quantize(values, output.scale, output.dtype, target.quantize_rounding)})
-
-
-@eval_integer.register(LeakyRelu)
-@eval_integer.register(Sigmoid)
-def _(op: Op, node_format: NodeFormat, target: Target, x: Array, *, table: Array) -> Array:
-    return table[widen(x) + 128]

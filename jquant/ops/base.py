@@ -3,17 +3,20 @@
 To add an operator, define its dataclass and register what it can do: see `docs/adding-an-operator.md`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any, Literal
 
-from jquant.types import Array, GraphError, LoweringError, NodeFormat, Op, Target
+from jquant.types import Array, GraphError, LoweringError, Node, NodeFormat, Op, QuantSpec, Target
 
 
 @dataclass(frozen=True)
 class Operand:
-    """What lowering knows of a value: its integer dtype, its scale (real per LSB) and its shape without the batch."""
+    """What lowering knows of a value: its integer dtype, its scale (real per LSB) and its shape without the batch.
+
+    An exact value (mask, index, pixel) has the dtype "bool", "int32" or "uint8" and the scale 1.
+    """
 
     dtype: str
     scale: Array
@@ -27,6 +30,7 @@ class Lowered:
     constants: dict[str, Array]
     accumulator: Literal["int32", "limbs"] = "int32"
     worst_case: int | None = None
+    kernel: str = ""
 
 
 @singledispatch
@@ -50,7 +54,9 @@ def lower_op(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[st
 @singledispatch
 def derived_scale(op: Op, *scales: Array, **weight_scales: Array) -> Array:
     """The output scale of an operator whose `scale_rule` is "derived", or of one that keeps its accumulator."""
-    raise LoweringError(f"{type(op).__name__} cannot give a high-precision (int32) output; only conv and linear can")
+    raise LoweringError(
+        f"{type(op).__name__} cannot give a high-precision (int32) output; only convolutions and matrix products can"
+    )
 
 
 @singledispatch
@@ -59,6 +65,26 @@ def constraints(
 ) -> list[str]:
     """The documented limits of the target that this node breaks, each as one sentence; empty where it fits."""
     return []
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a composite operator is made of: nodes in order, the last one under the name of the composite.
+
+    `specs` fixes the format of inner values; the others are int16 (or float where the composite is).
+    """
+
+    nodes: Sequence[Node]
+    specs: Mapping[str, QuantSpec] = field(default_factory=dict)
+
+
+@singledispatch
+def decompose(op: Op, node: Node, shapes: Mapping[str, tuple[int, ...]]) -> Parts | None:
+    """The operators that the chip runs for a composite one; None for an operator that it has.
+
+    `shapes` are those of the operands and of the result, with a batch of 2. Inner nodes are named `node.name.part`.
+    """
+    return None
 
 
 @singledispatch

@@ -1,7 +1,8 @@
-"""Convolution and linear layers, with the fused bias, add and activation of the chip's convolution unit."""
+"""Convolutions and linear layers, with the fused bias, add and activation of the chip's convolution unit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.numerics import limbs
-from jquant.numerics.convolution import Window, accumulate_exactly, convolve, matmul
+from jquant.numerics.convolution import NO_WINDOW, Window, accumulate_exactly, convolve, kernel_of, matmul
 from jquant.numerics.limbs import Limbs
 from jquant.numerics.rescale import Rescale, multiplier_of, ratio, rescale, rescale_of
 from jquant.numerics.rounding import quantize, shift_right
+from jquant.numerics.transposed import transpose_convolve
 from jquant.ops.base import (
     Lowered,
     Operand,
@@ -40,9 +42,35 @@ class Conv(Op):
     layout: ClassVar = "spatial"
     ports: ClassVar = ("x", "addend")
     weight_roles: ClassVar = ("weight",)
+    keeps_accumulator: ClassVar = True
 
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    activation: Activation = "none"
+    addend: bool = False
+    channels_last: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvTranspose(Op):
+    """N-dimensional transposed convolution, as in torch: the adjoint of `Conv`, `output_padding` at the high end.
+
+    Operands: x [N, C, *S] (or [N, *S, C]), and with `addend` a second one of the output's shape.
+    Parameters: weight [C, O / groups, *K], bias [O] (optional). A weight scale per channel is [O / groups], shared by
+    the groups, since the weight has no axis for all of O.
+    """
+
+    layout: ClassVar = "spatial"
+    ports: ClassVar = ("x", "addend")
+    weight_roles: ClassVar = ("weight",)
+    weight_axis: ClassVar = 1
+    keeps_accumulator: ClassVar = True
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    output_padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
     activation: Activation = "none"
@@ -56,6 +84,7 @@ class Linear(Op):
 
     ports: ClassVar = ("x", "addend")
     weight_roles: ClassVar = ("weight",)
+    keeps_accumulator: ClassVar = True
 
     activation: Activation = "none"
     addend: bool = False
@@ -79,15 +108,34 @@ def activate(y: Array, activation: Activation) -> Array:
     return jnp.minimum(y, 6.0) if activation == "relu6" else y
 
 
-@eval_float.register
-def _(op: Conv, x: Array, addend: Array | None = None, *, weight: Array, bias: Array | None = None) -> Array:
+@eval_float.register(Conv)
+@eval_float.register(ConvTranspose)
+def _(
+    op: Conv | ConvTranspose, x: Array, addend: Array | None = None, *, weight: Array, bias: Array | None = None
+) -> Array:
     if not op.channels_last:
         x = jnp.moveaxis(x, 1, -1)
         addend = None if addend is None else jnp.moveaxis(addend, 1, -1)
-    kernel = jnp.moveaxis(weight, (0, 1), (-1, -2))  # [O, I, *K] to [*K, I, O]
-    y = convolve(x, kernel, Window(op.strides, op.padding, op.dilation), op.groups)
+    y = _slide(op, x, kernel_layout(op, weight), convolve)
     y = _finish_float(y, bias, addend, op.activation)
     return y if op.channels_last else jnp.moveaxis(y, -1, 1)
+
+
+def _slide(op: Conv | ConvTranspose, x: Array, kernel: Array, product: Any) -> Any:
+    """x [N, *S, C] with [*K, C / groups, O], by the plain convolution `product`."""
+    window = Window(op.strides, op.padding, op.dilation)
+    if isinstance(op, Conv):
+        return product(x, kernel, window, op.groups)
+    return transpose_convolve(x, kernel, window, op.output_padding, op.groups, product)
+
+
+def kernel_layout(op: Conv | ConvTranspose, weight: Array) -> Array:
+    """torch's weight as [*K, C / groups, O], the output channels of a group side by side."""
+    if isinstance(op, Conv):
+        return jnp.moveaxis(weight, (0, 1), (-1, -2))
+    split = weight.reshape(op.groups, -1, *weight.shape[1:])  # [groups, C / groups, O / groups, *K]
+    kernel = jnp.moveaxis(split, (1, 0, 2), (-3, -2, -1))
+    return kernel.reshape(*kernel.shape[:-2], -1)
 
 
 @eval_float.register
@@ -128,9 +176,10 @@ def batch_norm_affine(
 # Integer: acc = sum x * w + bias + rsh(e * sumin_scale, sumin_rshift), rescaled, then clamped (section 4)
 
 
-@eval_integer.register
+@eval_integer.register(Conv)
+@eval_integer.register(ConvTranspose)
 def _(
-    op: Conv,
+    op: Conv | ConvTranspose,
     node_format: NodeFormat,
     target: Target,
     x: Array,
@@ -139,7 +188,8 @@ def _(
     weight: Array,
     **post: Array,
 ) -> Array:
-    products = accumulate_exactly(x, weight, Window(op.strides, op.padding, op.dilation), op.groups)
+    product = partial(accumulate_exactly, kernel=node_format.kernel, accumulator=node_format.accumulator)
+    products = _slide(op, x, weight, product)
     return _post_process(op.activation, node_format, target, products, addend, **post)
 
 
@@ -155,7 +205,7 @@ def _(
     **post: Array,
 ) -> Array:
     flat = x.reshape(-1, x.shape[-1])
-    products = accumulate_exactly(flat, weight, Window((), (), ()), 1)
+    products = accumulate_exactly(flat, weight, NO_WINDOW, 1, accumulator=node_format.accumulator)
     products = jax.tree.map(lambda v: v.reshape(*x.shape[:-1], -1), products)
     return _post_process(op.activation, node_format, target, products, addend, **post)
 
@@ -177,14 +227,18 @@ def _post_process(
     if addend is not None and sumin_scale is not None and sumin_rshift is not None:
         terms.append(shift_right(addend.astype(jnp.int32) * sumin_scale, sumin_rshift, "half_up"))
     total = _sum(terms, node_format.accumulator)
-    if node_format.output == "int32":
-        y = limbs.saturate(total, "int32") if isinstance(total, Limbs) else total
-    else:
-        y = rescale(total, Rescale(**by), node_format.output, target)
+    y = finish_accumulator(total, node_format, target, **by)
     if activation == "none":
         return y
     y = jnp.maximum(y, 0)
     return y if upper is None else jnp.minimum(y, upper.astype(y.dtype))
+
+
+def finish_accumulator(total: Array | Limbs, node_format: NodeFormat, target: Target, **by: Array) -> Array:
+    """The rescaled accumulator, or with high precision the accumulator itself."""
+    if node_format.output != "int32":
+        return rescale(total, Rescale(**by), node_format.output, target)
+    return limbs.saturate(total, "int32") if isinstance(total, Limbs) else total
 
 
 def _sum(terms: Sequence[Array | Limbs], accumulator: str) -> Array | Limbs:
@@ -202,29 +256,43 @@ def _sum(terms: Sequence[Array | Limbs], accumulator: str) -> Array | Limbs:
 # Lowering
 
 
-@lower_op.register
-def _(op: Conv, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return _lower(op.activation, inputs, output, params, lambda w: jnp.moveaxis(w, (0, 1), (-1, -2)))
+@lower_op.register(Conv)
+@lower_op.register(ConvTranspose)
+def _(
+    op: Conv | ConvTranspose, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target
+) -> Lowered:
+    weight, scale = quantized_weight(params)
+    return _lower(op, inputs, output, kernel_layout(op, weight), scale, params.get("bias"))
 
 
 @lower_op.register
 def _(op: Linear, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return _lower(op.activation, inputs, output, params, jnp.transpose)
+    weight, scale = quantized_weight(params)
+    return _lower(op, inputs, output, weight.T, scale, params.get("bias"))
+
+
+def quantized_weight(params: dict[str, Any]) -> tuple[Array, Array]:
+    """The integers and scale of a weight."""
+    if not isinstance(params["weight"], tuple):
+        raise LoweringError("the weight is float; give it a spec with Policy(weight=jq.int8(axis='out'))")
+    return params["weight"]
 
 
 def _lower(
-    activation: Activation, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], layout: Any
+    op: Conv | ConvTranspose | Linear,
+    inputs: Sequence[Operand],
+    output: Operand,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None,
 ) -> Lowered:
+    """weight [*K, C / groups, O]."""
     x, *addends = inputs
-    if not isinstance(params["weight"], tuple):
-        raise LoweringError("the weight is float; give it a spec with Policy(weight=jq.int8(axis='out'))")
-    weight, weight_scale = params["weight"]
-    channels = weight.shape[0]
-    weight_scale = jnp.broadcast_to(weight_scale.reshape(-1), (channels,))
+    channels = weight.shape[-1]
+    weight_scale = jnp.broadcast_to(channel_scale(op, weight_scale), (channels,))
     acc_scale = x.scale * weight_scale
-    bias = params.get("bias")
     bias = jnp.zeros(channels, jnp.int32) if bias is None else quantize(bias, acc_scale, "int32")
-    constants = {"weight": layout(weight), "bias": bias}
+    constants = {"weight": weight, "bias": bias}
     if addends:
         sumin = ratio(addends[0].scale, 1.0, x.scale, weight_scale)
         constants["sumin_scale"], constants["sumin_rshift"] = multiplier_of(sumin, 31)
@@ -236,16 +304,26 @@ def _lower(
     if output.dtype != "int32":
         by = rescale_of(ratio(x.scale, weight_scale, output.scale, 1.0), bits=bit_width(output.dtype))
         constants |= by._asdict()
-    if activation == "relu6":
+    if op.activation == "relu6":
         scale = acc_scale if output.dtype == "int32" else output.scale
         limit = quantize(jnp.float32(6.0), scale, output.dtype, "half_up")
         constants["upper"] = limit.astype(jnp.int32)
     worst = _worst_case(x, addends, constants)
-    return Lowered(constants, "int32" if worst is not None and worst < 2**31 else "limbs", worst)
+    kernel = kernel_of(weight.shape, getattr(op, "groups", 1))
+    return Lowered(constants, "int32" if worst is not None and worst < 2**31 else "limbs", worst, kernel)
+
+
+def channel_scale(op: Conv | ConvTranspose | Linear, scale: Array) -> Array:
+    """A weight's scale as [O] or, for the whole tensor, [1]. Groups of a transposed convolution share theirs."""
+    scale = scale.reshape(-1)
+    return jnp.tile(scale, op.groups) if isinstance(op, ConvTranspose) and scale.size > 1 else scale
 
 
 def _worst_case(x: Operand, addends: Sequence[Operand], constants: dict[str, Array]) -> int | None:
-    """Bound on |acc| over all channels; None while tracing, where the weights are not known."""
+    """Bound on |acc| over all channels; None while tracing, where the weights are not known.
+
+    An output of a transposed convolution meets a part of the kernel only: there the bound is that of the whole.
+    """
     if any(isinstance(v, jax.core.Tracer) for v in constants.values()):
         return None
     weight = np.abs(np.asarray(constants["weight"]).astype(np.int64))
@@ -258,18 +336,16 @@ def _worst_case(x: Operand, addends: Sequence[Operand], constants: dict[str, Arr
 
 
 @derived_scale.register(Conv)
+@derived_scale.register(ConvTranspose)
 @derived_scale.register(Linear)
-def _(op: Conv | Linear, *scales: Array, weight: Array) -> Array:
-    return scales[0] * weight.reshape(-1)  # [O], broadcasts along the last axis
+def _(op: Conv | ConvTranspose | Linear, *scales: Array, weight: Array) -> Array:
+    return scales[0] * channel_scale(op, weight)  # [O], broadcasts along the last axis
 
 
-@constraints.register
-def _(op: Conv, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
-    return _weight_limits(inputs, weight_dtype)
-
-
-@constraints.register
-def _(op: Linear, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
+@constraints.register(Conv)
+@constraints.register(ConvTranspose)
+@constraints.register(Linear)
+def _(op: Op, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
     return _weight_limits(inputs, weight_dtype)
 
 
@@ -279,9 +355,10 @@ def _weight_limits(inputs: Sequence[Operand], weight_dtype: str | None) -> list[
     return []
 
 
-def kernel_limits(weight_shape: Sequence[int], target: Target) -> list[str]:
-    """Documented limits on a weight [O, C / groups, *K]."""
-    _, per_group, *kernel = weight_shape
+def kernel_limits(weight_shape: Sequence[int], target: Target, op: Op) -> list[str]:
+    """Documented limits on a weight [O, C / groups, *K], or [C, O / groups, *K] of a transposed convolution."""
+    first, second, *kernel = weight_shape
+    per_group = first // op.groups if isinstance(op, ConvTranspose) else second
     broken = []
     if kernel and max(kernel) > target.max_kernel:
         broken.append(f"kernel {tuple(kernel)} is larger than {target.max_kernel}")
@@ -290,6 +367,7 @@ def kernel_limits(weight_shape: Sequence[int], target: Target) -> list[str]:
     return broken
 
 
-@to_channels_last.register
-def _(op: Conv, rank: int) -> Op:
+@to_channels_last.register(Conv)
+@to_channels_last.register(ConvTranspose)
+def _(op: Conv | ConvTranspose, rank: int) -> Op:
     return replace(op, channels_last=True)

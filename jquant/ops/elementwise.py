@@ -1,20 +1,33 @@
-"""Elementwise arithmetic of two activations, constants, and the change of a value's format."""
+"""Elementwise arithmetic, constants, and the change of a value's format.
 
-from collections.abc import Sequence
+A mask or a pixel counts as its number where the other operand is one. Exact operands alone give an exact int32, by
+plain integer arithmetic that wraps as torch's does.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.numerics.rescale import Ratio, Rescale, multiplier_of, ratio, rescale, rescale_of
 from jquant.numerics.rounding import quantize, saturate, widen
 from jquant.ops.base import Lowered, Operand, derived_scale, eval_float, eval_integer, lower_op
-from jquant.types import Array, NodeFormat, Op, Target, bit_width
+from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target, bit_width
 
 
 @dataclass(frozen=True, kw_only=True)
 class Add(Op):
     """a + b with broadcasting."""
+
+    layout: ClassVar = "elementwise"
+    ports: ClassVar = ("a", "b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sub(Op):
+    """a - b with broadcasting."""
 
     layout: ClassVar = "elementwise"
     ports: ClassVar = ("a", "b")
@@ -40,10 +53,52 @@ class Scale(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Neg(Op):
+    """-x; the smallest integer becomes the largest one."""
+
+    layout: ClassVar = "elementwise"
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abs(Op):
+    """|x|; the smallest integer becomes the largest one."""
+
+    layout: ClassVar = "elementwise"
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clamp(Op):
+    """min(max(x, minimum), maximum), with None for no bound. Integer bounds are floor(v / s + 1/2), saturated."""
+
+    layout: ClassVar = "elementwise"
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Constant(Op):
     """A parameter as a value. Parameter: value, of any shape."""
 
     ports: ClassVar = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerConstant(Op):
+    """An exact array that is part of the graph: indices, or a mask of 0 and 1. `values` in row-major order."""
+
+    needs_stats: ClassVar = False
+    ports: ClassVar = ()
+
+    shape: tuple[int, ...]
+    values: tuple[int, ...]
+    dtype: Literal["int32", "bool"] = "int32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,46 +108,118 @@ class Requantize(Op):
     layout: ClassVar = "elementwise"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What other families share
+
+
+def as_numbers(*operands: Array) -> tuple[Array, ...]:
+    """Operands of arithmetic: all float32, where a mask or pixel counts as its number, or all exact int32."""
+    if not any(jnp.issubdtype(x.dtype, jnp.floating) for x in operands):
+        if all(x.dtype == jnp.bool_ for x in operands):
+            raise GraphError("this is no operator for masks; use logical_and, logical_or, logical_xor or logical_not")
+        return tuple(map(widen, operands))
+    if any(x.dtype == jnp.int32 for x in operands):
+        raise GraphError("an exact int32 (index or count) cannot be mixed with numbers; there is no exact scale for it")
+    return tuple(x.astype(jnp.float32) for x in operands)
+
+
+def is_exact(x: Array) -> bool:
+    return str(x.dtype) in EXACT_DTYPES
+
+
+def exact_number(value: float, dtype: str) -> np.ndarray:
+    """A number that goes with exact values, which have no fractions."""
+    low, high = (0, 1) if dtype == "bool" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    if not (low <= value <= high and value == int(value)):
+        raise GraphError(f"{value:g} is no {dtype}, which the exact operand is")
+    return np.asarray(int(value)).astype(dtype)
+
+
+def requantize(x: Operand, output: Operand) -> Rescale:
+    """The rescale from one narrow format to another."""
+    return rescale_of(ratio(x.scale, 1.0, output.scale, 1.0), bits=bit_width(output.dtype), narrow=True)
+
+
+def requantize_each(inputs: Sequence[Operand], outputs: Sequence[Operand]) -> dict[str, Array]:
+    """The rescale of every operand, stacked: role i belongs to operand i."""
+    each = [requantize(x, y) for x, y in zip(inputs, outputs, strict=True)]
+    return {role: jnp.stack([getattr(by, role) for by in each]) for role in Rescale._fields}
+
+
+def rescale_each(inputs: Sequence[Array], by: Mapping[str, Array], dtype: str, target: Target) -> list[Array]:
+    """Operands to `dtype`, with the constants of `requantize_each`."""
+    each = [Rescale(**{role: v[i] for role, v in by.items()}) for i in range(len(inputs))]
+    return [rescale(widen(x), row, dtype, target) for x, row in zip(inputs, each, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two operands
+
+
 @eval_float.register
 def _(op: Add, a: Array, b: Array) -> Array:
+    a, b = as_numbers(a, b)
     return a + b
 
 
-@lower_op.register
-def _(op: Add, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+@eval_float.register
+def _(op: Sub, a: Array, b: Array) -> Array:
+    a, b = as_numbers(a, b)
+    return a - b
+
+
+@lower_op.register(Add)
+@lower_op.register(Sub)
+def _(op: Add | Sub, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     """The operand with the larger scale is shifted left, the other multiplied (specification, section 5)."""
+    if output.dtype in EXACT_DTYPES:
+        return Lowered({})
     a, b = inputs
-    max_shift = 15 if "int16" in (a.dtype, b.dtype) else 23
+    max_shift = 23 if {a.dtype, b.dtype} <= {"int8", "bool"} else 15
     swap = b.scale > a.scale
     large, small = jnp.where(swap, b.scale, a.scale), jnp.where(swap, a.scale, b.scale)
     factor, shift = multiplier_of(ratio(small, 1.0, large, 1.0), max_shift, exact_bound=True)
     shifted = jnp.int32(1) << shift
     to_output = ratio(large, 1.0, output.scale, 1.0)
     by = rescale_of(Ratio(to_output.bits, to_output.exponent - shift, to_output.exact), bits=bit_width(output.dtype))
-    multiplier = jnp.stack([jnp.where(swap, factor, shifted), jnp.where(swap, shifted, factor)])
+    of_a, of_b = jnp.where(swap, factor, shifted), jnp.where(swap, shifted, factor)
+    multiplier = jnp.stack([of_a, -of_b if isinstance(op, Sub) else of_b])
     return Lowered({"multiplier": multiplier, **by._asdict()})
 
 
-@eval_integer.register
-def _(op: Add, node_format: NodeFormat, target: Target, a: Array, b: Array, *, multiplier: Array, **by: Array) -> Array:
-    acc = widen(a) * multiplier[0] + widen(b) * multiplier[1]
-    return rescale(acc, Rescale(**by), node_format.output, target)
+@eval_integer.register(Add)
+@eval_integer.register(Sub)
+def _(op: Add | Sub, node_format: NodeFormat, target: Target, a: Array, b: Array, **constants: Array) -> Array:
+    """The largest sum is that of two int16: 2^15 * 2^15 + 2^15 * 32767, below 2^31."""
+    if not constants:
+        return eval_float(op, a, b)
+    of_a, of_b = constants.pop("multiplier")
+    return rescale(widen(a) * of_a + widen(b) * of_b, Rescale(**constants), node_format.output, target)
 
 
 @eval_float.register
 def _(op: Mul, a: Array, b: Array) -> Array:
+    a, b = as_numbers(a, b)
     return a * b
 
 
 @lower_op.register
 def _(op: Mul, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    if output.dtype in EXACT_DTYPES:
+        return Lowered({})
     a, b = inputs
     return Lowered(rescale_of(ratio(a.scale, b.scale, output.scale, 1.0), bits=bit_width(output.dtype))._asdict())
 
 
 @eval_integer.register
 def _(op: Mul, node_format: NodeFormat, target: Target, a: Array, b: Array, **by: Array) -> Array:
+    if not by:
+        return eval_float(op, a, b)
     return rescale(widen(a) * widen(b), Rescale(**by), node_format.output, target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One operand
 
 
 @eval_float.register
@@ -113,6 +240,86 @@ def _(op: Scale, node_format: NodeFormat, target: Target, x: Array) -> Array:
 @derived_scale.register
 def _(op: Scale, *scales: Array) -> Array:
     return scales[0] * abs(op.factor)
+
+
+@eval_float.register
+def _(op: Neg, x: Array) -> Array:
+    (x,) = as_numbers(x)
+    return -x
+
+
+@eval_float.register
+def _(op: Abs, x: Array) -> Array:
+    (x,) = as_numbers(x)
+    return jnp.abs(x)
+
+
+@lower_op.register(Neg)
+@lower_op.register(Abs)
+def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    return Lowered({})
+
+
+@eval_integer.register(Neg)
+@eval_integer.register(Abs)
+def _(op: Op, node_format: NodeFormat, target: Target, x: Array) -> Array:
+    return saturate(eval_float(op, widen(x)), node_format.output)
+
+
+@eval_float.register
+def _(op: Clamp, x: Array) -> Array:
+    """With `where`, so that the gradient at a bound is 1, as torch's."""
+    dtype = str(x.dtype)
+    for bound, beyond in ((op.minimum, jnp.less), (op.maximum, jnp.greater)):
+        if bound is not None:
+            limit = exact_number(bound, dtype) if is_exact(x) else np.float32(bound)
+            x = jnp.where(beyond(x, limit), limit, x)
+    return x
+
+
+@lower_op.register
+def _(op: Clamp, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    if output.dtype in EXACT_DTYPES:
+        return Lowered({})
+    bounds = {"lower": op.minimum, "upper": op.maximum}
+    return Lowered(
+        {
+            role: quantize(jnp.float32(bound), output.scale, output.dtype, "half_up")
+            for role, bound in bounds.items()
+            if bound is not None
+        }
+    )
+
+
+@eval_integer.register
+def _(op: Clamp, node_format: NodeFormat, target: Target, x: Array, **bounds: Array) -> Array:
+    if node_format.output in EXACT_DTYPES:
+        return eval_float(op, x)
+    x = jnp.maximum(x, bounds["lower"]) if "lower" in bounds else x
+    return jnp.minimum(x, bounds["upper"]) if "upper" in bounds else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants and formats
+
+
+@eval_float.register
+def _(op: IntegerConstant) -> Array:
+    for value in (min(op.values, default=0), max(op.values, default=0)):
+        exact_number(value, op.dtype)
+    return jnp.asarray(np.asarray(op.values, op.dtype).reshape(op.shape))
+
+
+@lower_op.register
+def _(
+    op: IntegerConstant, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target
+) -> Lowered:
+    return Lowered({})
+
+
+@eval_integer.register
+def _(op: IntegerConstant, node_format: NodeFormat, target: Target) -> Array:
+    return eval_float(op)
 
 
 @eval_float.register
@@ -137,14 +344,13 @@ def _(op: Requantize, x: Array) -> Array:
 
 @lower_op.register
 def _(op: Requantize, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    if inputs[0].dtype == "float16":
+        return Lowered({"scale": output.scale})
     return Lowered(requantize(inputs[0], output)._asdict())
-
-
-def requantize(x: Operand, output: Operand) -> Rescale:
-    """The rescale from one narrow format to another."""
-    return rescale_of(ratio(x.scale, 1.0, output.scale, 1.0), bits=bit_width(output.dtype), narrow=True)
 
 
 @eval_integer.register
 def _(op: Requantize, node_format: NodeFormat, target: Target, x: Array, **by: Array) -> Array:
+    if "scale" in by:  # the border of a float island
+        return quantize(x.astype(jnp.float32), by["scale"], node_format.output, target.quantize_rounding)
     return rescale(widen(x), Rescale(**by), node_format.output, target)

@@ -1,16 +1,25 @@
-"""Data movement: exact on integers, the scale is kept; concatenation rescales."""
+"""Data movement: exact on integers, the scale is kept; joining operands rescales them to the output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
-from jquant.numerics.rescale import Rescale, rescale
-from jquant.numerics.rounding import quantize, widen
-from jquant.ops.base import Lowered, Operand, derived_scale, eval_float, eval_integer, lower_op, to_channels_last
-from jquant.ops.elementwise import requantize
-from jquant.types import Array, NodeFormat, Op, Target
+from jquant.numerics.rounding import quantize
+from jquant.ops.base import (
+    Lowered,
+    Operand,
+    constraints,
+    derived_scale,
+    eval_float,
+    eval_integer,
+    lower_op,
+    to_channels_last,
+)
+from jquant.ops.elementwise import requantize_each, rescale_each
+from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +27,13 @@ class Cat(Op):
     """Concatenation along `axis`."""
 
     layout: ClassVar = "axes"
+
+    axis: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack(Op):
+    """Operands of one shape side by side along a new axis, which is `axis` of the output."""
 
     axis: int
 
@@ -55,7 +71,7 @@ class Permute(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pad(Op):
-    """Constant padding, (before, after) for every axis."""
+    """Padding, (before, after) for every axis: with `value`, the border element, or the mirror image without it."""
 
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
@@ -63,6 +79,60 @@ class Pad(Op):
 
     padding: tuple[tuple[int, int], ...]
     value: float = 0.0
+    mode: Literal["constant", "border", "reflect"] = "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expand(Op):
+    """Repeats axes of size 1 without a copy of the data. -1 keeps an axis; new axes come first.
+
+    With a second operand, `like`, axis 0 becomes as long as its axis 0: a constant [1, ...] for every example.
+    """
+
+    layout: ClassVar = "axes"
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+    ports: ClassVar = ("x", "like")
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile(Op):
+    """The whole tensor repeats[i] times along axis i; new axes come first."""
+
+    layout: ClassVar = "axes"
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+
+    repeats: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roll(Op):
+    """Shifts elements by shifts[i] towards the end of axes[i]; what leaves comes in again at the start."""
+
+    layout: ClassVar = "axes"
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+
+    shifts: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip(Op):
+    """Reverses the order along `axes`."""
+
+    layout: ClassVar = "axes"
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+
+    axes: tuple[int, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What other families share
 
 
 def channels_last_axis(axis: int, rank: int) -> int:
@@ -71,29 +141,65 @@ def channels_last_axis(axis: int, rank: int) -> int:
     return axis if axis == 0 else rank - 1 if axis == 1 else axis - 1
 
 
+def channels_last_order(values: tuple) -> tuple:
+    """One entry for each axis of [N, C, *S], in the order of [N, *S, C]."""
+    return (values[0], *values[2:], values[1]) if len(values) > 2 else values
+
+
+def only_moves(*operators: type[Op]) -> None:
+    """Registers the integer side of operators whose float rule computes nothing: it is their integer rule too."""
+    for operator in operators:
+        lower_op.register(operator)(_no_constants)
+        eval_integer.register(operator)(_float_rule)
+
+
+def _no_constants(
+    op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target
+) -> Lowered:
+    return Lowered({})
+
+
+def _float_rule(op: Op, node_format: NodeFormat, target: Target, *inputs: Array) -> Array:
+    return eval_float(op, *inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Joining
+
+
 @eval_float.register
 def _(op: Cat, *inputs: Array) -> Array:
     return jnp.concatenate(inputs, axis=op.axis)
 
 
-@lower_op.register
-def _(op: Cat, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    each = [requantize(x, output) for x in inputs]
-    return Lowered({role: jnp.stack([getattr(by, role) for by in each]) for role in Rescale._fields})
+@eval_float.register
+def _(op: Stack, *inputs: Array) -> Array:
+    return jnp.stack(inputs, axis=op.axis)
 
 
-@eval_integer.register
-def _(op: Cat, node_format: NodeFormat, target: Target, *inputs: Array, **by: Array) -> Array:
-    parts = [
-        rescale(widen(x), Rescale(**{role: v[i] for role, v in by.items()}), node_format.output, target)
-        for i, x in enumerate(inputs)
-    ]
-    return jnp.concatenate(parts, axis=op.axis)
+@lower_op.register(Cat)
+@lower_op.register(Stack)
+def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    if output.dtype in EXACT_DTYPES:
+        return Lowered({})
+    return Lowered(requantize_each(inputs, [output] * len(inputs)))
+
+
+@eval_integer.register(Cat)
+@eval_integer.register(Stack)
+def _(op: Op, node_format: NodeFormat, target: Target, *inputs: Array, **by: Array) -> Array:
+    if not by:  # exact values
+        return eval_float(op, *inputs)
+    return eval_float(op, *rescale_each(inputs, by, node_format.output, target))  # which joins integers as well
 
 
 @to_channels_last.register
 def _(op: Cat, rank: int) -> Op:
     return replace(op, axis=channels_last_axis(op.axis, rank))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes
 
 
 @eval_float.register
@@ -121,34 +227,96 @@ def _(op: Permute, *scales: Array) -> Array:
 
 
 @eval_float.register
+def _(op: Expand, x: Array, like: Array | None = None) -> Array:
+    sizes = (1,) * (len(op.shape) - x.ndim) + x.shape
+    wanted = [old if new == -1 else new for new, old in zip(op.shape, sizes, strict=True)]
+    if like is not None:
+        wanted[0] = like.shape[0]
+    return jnp.broadcast_to(x, tuple(wanted))
+
+
+@eval_float.register
+def _(op: Tile, x: Array) -> Array:
+    if len(op.repeats) < x.ndim:
+        raise GraphError(f"{len(op.repeats)} repeats for {x.ndim} axes; give one for each")
+    return jnp.tile(x, op.repeats)
+
+
+@eval_float.register
+def _(op: Roll, x: Array) -> Array:
+    return jnp.roll(x, op.shifts, op.axes)
+
+
+@eval_float.register
+def _(op: Flip, x: Array) -> Array:
+    return jnp.flip(x, op.axes)
+
+
+only_moves(Reshape, Flatten, Permute, Expand, Tile, Roll, Flip)
+
+
+@to_channels_last.register
+def _(op: Expand, rank: int) -> Op | None:
+    return replace(op, shape=channels_last_order(op.shape)) if len(op.shape) == rank else None
+
+
+@to_channels_last.register
+def _(op: Tile, rank: int) -> Op | None:
+    return replace(op, repeats=channels_last_order(op.repeats)) if len(op.repeats) == rank else None
+
+
+@to_channels_last.register(Roll)
+@to_channels_last.register(Flip)
+def _(op: Roll | Flip, rank: int) -> Op:
+    return replace(op, axes=tuple(channels_last_axis(axis, rank) for axis in op.axes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padding
+
+
+def _padded(op: Pad, x: Array, fill: Any) -> Array:
+    if op.mode == "constant":
+        return jnp.pad(x, op.padding, constant_values=fill)
+    if op.mode == "border":
+        return jnp.pad(x, op.padding, mode="edge")
+    if any(max(pair) >= n for pair, n in zip(op.padding, x.shape, strict=True) if any(pair)):
+        raise GraphError(f"reflect padding {op.padding} must be smaller than the axes it pads")
+    return jnp.pad(x, op.padding, mode="reflect")
+
+
+def _exact_fill(op: Pad, dtype: str) -> np.ndarray:
+    fill = np.asarray(op.value).astype(dtype)
+    if fill != op.value:
+        raise GraphError(f"the padding value {op.value:g} is no {dtype}")
+    return fill
+
+
+@eval_float.register
 def _(op: Pad, x: Array) -> Array:
-    return jnp.pad(x, op.padding, constant_values=op.value)
-
-
-@lower_op.register(Reshape)
-@lower_op.register(Flatten)
-@lower_op.register(Permute)
-def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return Lowered({})
-
-
-@eval_integer.register(Reshape)
-@eval_integer.register(Flatten)
-@eval_integer.register(Permute)
-def _(op: Op, node_format: NodeFormat, target: Target, x: Array) -> Array:
-    return eval_float(op, x)  # only moves elements
+    exact = str(x.dtype) in EXACT_DTYPES
+    return _padded(op, x, _exact_fill(op, str(x.dtype)) if exact else np.float32(op.value))
 
 
 @lower_op.register
 def _(op: Pad, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    if op.mode != "constant":
+        return Lowered({})
+    if output.dtype in EXACT_DTYPES:
+        return Lowered({"fill": jnp.asarray(_exact_fill(op, output.dtype))})
     return Lowered({"fill": quantize(jnp.float32(op.value), output.scale, output.dtype, "half_up")})
 
 
 @eval_integer.register
-def _(op: Pad, node_format: NodeFormat, target: Target, x: Array, *, fill: Array) -> Array:
-    return jnp.pad(x, op.padding, constant_values=fill)
+def _(op: Pad, node_format: NodeFormat, target: Target, x: Array, *, fill: Array | None = None) -> Array:
+    return _padded(op, x, fill)
+
+
+@constraints.register
+def _(op: Pad, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
+    return ["it pads with constants or the border, not by reflection"] if op.mode == "reflect" else []
 
 
 @to_channels_last.register
 def _(op: Pad, rank: int) -> Op:
-    return replace(op, padding=(op.padding[0], *op.padding[2:], op.padding[1]))
+    return replace(op, padding=channels_last_order(op.padding))

@@ -1,4 +1,4 @@
-"""Pooling and means."""
+"""Pooling."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.numerics.rescale import Rescale, ratio, rescale, rescale_of
+from jquant.numerics.rescale import Rescale, rescale
 from jquant.numerics.rounding import widen
+from jquant.numerics.windows import Combine, larger, reduce_windows
 from jquant.ops.base import Lowered, Operand, constraints, eval_float, eval_integer, lower_op, to_channels_last
-from jquant.ops.movement import channels_last_axis
-from jquant.types import Array, LoweringError, NodeFormat, Op, Target, bit_width, integer_range
+from jquant.ops.movement import only_moves
+from jquant.ops.reduce import average, reduced_limit
+from jquant.types import Array, GraphError, LoweringError, NodeFormat, Op, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class MaxPool(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class AvgPool(Op):
-    """Mean over windows; `count_include_pad`: zeros of the padding count as elements."""
+    """Mean over windows; `count_include_pad`: zeros of the padding count as elements; `divisor` replaces the count."""
 
     layout: ClassVar = "spatial"
 
@@ -43,6 +45,7 @@ class AvgPool(Op):
     padding: tuple[tuple[int, int], ...]
     ceil_mode: bool = False
     count_include_pad: bool = True
+    divisor: int | None = None
     channels_last: bool = False
 
 
@@ -57,13 +60,15 @@ class AdaptiveAvgPool(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean(Op):
-    """Mean over `axes`."""
+class AdaptiveMaxPool(Op):
+    """Maximum over the windows of `AdaptiveAvgPool`, which may differ in size and overlap."""
 
-    layout: ClassVar = "axes"
+    layout: ClassVar = "spatial"
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
 
-    axes: tuple[int, ...]
-    keepdims: bool = False
+    output_size: tuple[int, ...]
+    channels_last: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,8 +80,7 @@ def _full_padding(op: MaxPool | AvgPool, sizes: Sequence[int]) -> tuple[tuple[in
     if not op.ceil_mode:
         return op.padding
     padding = []
-    dilation = getattr(op, "dilation", (1,) * len(op.kernel))
-    for n, k, s, d, (low, high) in zip(sizes, op.kernel, op.strides, dilation, op.padding, strict=True):
+    for n, k, s, d, (low, high) in zip(sizes, op.kernel, op.strides, _dilation(op), op.padding, strict=True):
         free = n + low + high - d * (k - 1) - 1
         windows = -(-free // s) + 1
         windows -= (windows - 1) * s >= n + low
@@ -84,18 +88,27 @@ def _full_padding(op: MaxPool | AvgPool, sizes: Sequence[int]) -> tuple[tuple[in
     return tuple(padding)
 
 
-def _reduce(op: MaxPool | AvgPool, x: Array, start: Any, combine: Any) -> Array:
-    """A window reduction over the spatial axes of [N, *S, C]."""
+def _reduce(op: MaxPool | AvgPool, x: Array, fill: Any, combine: Combine) -> Array:
+    """A window reduction over the spatial axes of [N, *S, C]; `fill` is what the padding holds."""
     padding = _full_padding(op, x.shape[1:-1])
-    dilation = (1, *op.dilation, 1) if isinstance(op, MaxPool) else None
-    ends = ((0, 0), *padding, (0, 0))
-    return jax.lax.reduce_window(
-        x, start, combine, (1, *op.kernel, 1), (1, *op.strides, 1), ends, window_dilation=dilation
-    )
+    dilation = _dilation(op)
+    for n, k, d, pair in zip(x.shape[1:-1], op.kernel, dilation, padding, strict=True):
+        if n + sum(pair) < d * (k - 1) + 1:
+            raise GraphError(f"a window of {k}, dilation {d}, does not fit into {n} + padding {pair}")
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=fill)
+    return reduce_windows(padded, op.kernel, op.strides, dilation, combine)
+
+
+def _dilation(op: MaxPool | AvgPool) -> tuple[int, ...]:
+    return op.dilation if isinstance(op, MaxPool) else (1,) * len(op.kernel)
 
 
 def _counts(op: AvgPool, sizes: Sequence[int]) -> np.ndarray:
     """How many elements each window divides by, [*S_out, 1], or [1] where it is the same everywhere."""
+    if op.divisor is not None:
+        if op.divisor < 1:
+            raise GraphError(f"divisor {op.divisor} must be positive")
+        return np.array([op.divisor])
     per_axis = []
     for n, k, s, (low, high), (_, full) in zip(
         sizes, op.kernel, op.strides, op.padding, _full_padding(op, sizes), strict=True
@@ -105,17 +118,22 @@ def _counts(op: AvgPool, sizes: Sequence[int]) -> np.ndarray:
             per_axis.append(np.minimum(first + k, n + high) - first)
         else:
             per_axis.append(np.minimum(first + k, n) - np.maximum(first, 0))
+    if min(int(axis.min()) for axis in per_axis) < 1:
+        raise GraphError(f"padding {op.padding} leaves a window of {op.kernel} without an element; pad less")
     counts = np.ones((), np.int64)
     for axis in per_axis:
         counts = counts[..., None] * axis
     return np.array([counts.flat[0]]) if (counts == counts.flat[0]).all() else counts[..., None]
 
 
-def _spatial_last(op: MaxPool | AvgPool | AdaptiveAvgPool, x: Array) -> Array:
+Pool = MaxPool | AvgPool | AdaptiveAvgPool | AdaptiveMaxPool
+
+
+def _spatial_last(op: Pool, x: Array) -> Array:
     return x if op.channels_last else jnp.moveaxis(x, 1, -1)
 
 
-def _spatial_back(op: MaxPool | AvgPool | AdaptiveAvgPool, y: Array) -> Array:
+def _spatial_back(op: Pool, y: Array) -> Array:
     return y if op.channels_last else jnp.moveaxis(y, -1, 1)
 
 
@@ -125,18 +143,24 @@ def _spatial_back(op: MaxPool | AvgPool | AdaptiveAvgPool, y: Array) -> Array:
 
 @eval_float.register
 def _(op: MaxPool, x: Array) -> Array:
-    return _spatial_back(op, _reduce(op, _spatial_last(op, x), -jnp.inf, jax.lax.max))
+    lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
+    return _spatial_back(op, _reduce(op, _spatial_last(op, x), np.asarray(lowest, x.dtype), larger))
 
 
-@lower_op.register
-def _(op: MaxPool, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return Lowered({})
+def _bins(n: int, m: int) -> list[tuple[int, int]]:
+    return [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
 
 
-@eval_integer.register
-def _(op: MaxPool, node_format: NodeFormat, target: Target, x: Array) -> Array:
-    lowest = np.asarray(integer_range(node_format.output)[0], x.dtype)
-    return _spatial_back(op, _reduce(op, _spatial_last(op, x), lowest, jax.lax.max))
+@eval_float.register
+def _(op: AdaptiveMaxPool, x: Array) -> Array:
+    x = _spatial_last(op, x)
+    for axis, size in enumerate(op.output_size, start=1):
+        bins = _bins(x.shape[axis], size)
+        x = jnp.concatenate([jax.lax.slice_in_dim(x, *b, axis=axis).max(axis, keepdims=True) for b in bins], axis)
+    return _spatial_back(op, x)
+
+
+only_moves(MaxPool, AdaptiveMaxPool)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,12 +170,8 @@ def _(op: MaxPool, node_format: NodeFormat, target: Target, x: Array) -> Array:
 @eval_float.register
 def _(op: AvgPool, x: Array) -> Array:
     x = _spatial_last(op, x)
-    counts = jnp.asarray(_counts(op, x.shape[1:-1]), jnp.float32)
-    return _spatial_back(op, _reduce(op, x, 0.0, jax.lax.add) / counts)
-
-
-def _bins(n: int, m: int) -> list[tuple[int, int]]:
-    return [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+    total = _reduce(op, x, np.float32(0), jnp.add)
+    return _spatial_back(op, total / jnp.asarray(_counts(op, x.shape[1:-1]), jnp.float32))
 
 
 @eval_float.register
@@ -168,24 +188,14 @@ def _(op: AdaptiveAvgPool, x: Array) -> Array:
     return _spatial_back(op, x)
 
 
-@eval_float.register
-def _(op: Mean, x: Array) -> Array:
-    return x.mean(op.axes, keepdims=op.keepdims)
-
-
 def _sizes(x: Operand) -> tuple[int, ...]:
     """Spatial sizes of a channels-last operand; only the batch can be unknown."""
     return tuple(n for n in x.shape[1:-1] if n is not None)
 
 
-def _average(x: Operand, output: Operand, counts: Any) -> Lowered:
-    by = rescale_of(ratio(x.scale, 1.0, output.scale, jnp.asarray(counts, jnp.float32)), bits=bit_width(output.dtype))
-    return Lowered(by._asdict())
-
-
 @lower_op.register
 def _(op: AvgPool, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return _average(inputs[0], output, _counts(op, _sizes(inputs[0])))
+    return Lowered(average(inputs[0], output, _counts(op, _sizes(inputs[0])))._asdict())
 
 
 @lower_op.register
@@ -193,24 +203,22 @@ def _(
     op: AdaptiveAvgPool, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target
 ) -> Lowered:
     sizes = _sizes(inputs[0])
+    for reason in _unequal(op, sizes):
+        raise LoweringError(reason)
+    count = prod(n // m for n, m in zip(sizes, op.output_size, strict=True))
+    return Lowered(average(inputs[0], output, [count])._asdict())
+
+
+def _unequal(op: AdaptiveAvgPool, sizes: Sequence[int]) -> list[str]:
+    """Windows of different sizes: the chip is described as averaging by plain windows only."""
     if any(n % m for n, m in zip(sizes, op.output_size, strict=True)):
-        raise LoweringError(
-            f"input size {sizes} does not divide into {op.output_size}; resize the input or pool by avg_pool"
-        )
-    return _average(inputs[0], output, [prod(n // m for n, m in zip(sizes, op.output_size, strict=True))])
-
-
-@lower_op.register
-def _(op: Mean, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    (x,) = inputs
-    if any(axis % len(x.shape) == 0 for axis in op.axes):
-        raise LoweringError("a mean over the batch has no fixed number of elements; average after the network")
-    return _average(x, output, prod(x.shape[axis] for axis in op.axes))
+        return [f"input size {sizes} does not divide into {op.output_size}; resize the input or pool by avg_pool"]
+    return []
 
 
 @eval_integer.register
 def _(op: AvgPool, node_format: NodeFormat, target: Target, x: Array, **by: Array) -> Array:
-    total = _reduce(op, _spatial_last(op, widen(x)), np.int32(0), jax.lax.add)
+    total = _reduce(op, _spatial_last(op, widen(x)), np.int32(0), jnp.add)
     return _spatial_back(op, rescale(total, Rescale(**by), node_format.output, target, average=True))
 
 
@@ -223,30 +231,18 @@ def _(op: AdaptiveAvgPool, node_format: NodeFormat, target: Target, x: Array, **
     return _spatial_back(op, rescale(total, Rescale(**by), node_format.output, target, average=True))
 
 
-@eval_integer.register
-def _(op: Mean, node_format: NodeFormat, target: Target, x: Array, **by: Array) -> Array:
-    return rescale(widen(x).sum(op.axes, keepdims=op.keepdims), Rescale(**by), node_format.output, target)
-
-
-def _reduced_limit(count: int, target: Target) -> list[str]:
-    return [f"{count} elements are reduced, more than {target.max_reduced}"] if count > target.max_reduced else []
-
-
 @constraints.register
 def _(op: AvgPool, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
-    return _reduced_limit(prod(op.kernel), target)
+    return reduced_limit(prod(op.kernel), target)
 
 
 @constraints.register
 def _(
     op: AdaptiveAvgPool, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target
 ) -> list[str]:
-    return _reduced_limit(prod(-(-n // m) for n, m in zip(_sizes(inputs[0]), op.output_size, strict=True)), target)
-
-
-@constraints.register
-def _(op: Mean, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
-    return _reduced_limit(prod(inputs[0].shape[axis] or 1 for axis in op.axes), target)
+    sizes = _sizes(inputs[0])
+    reduced = prod(-(-n // m) for n, m in zip(sizes, op.output_size, strict=True))
+    return [*_unequal(op, sizes), *reduced_limit(reduced, target)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,13 +252,6 @@ def _(op: Mean, inputs: Sequence[Operand], output: Operand, weight_dtype: str | 
 @to_channels_last.register(MaxPool)
 @to_channels_last.register(AvgPool)
 @to_channels_last.register(AdaptiveAvgPool)
-def _(op: MaxPool | AvgPool | AdaptiveAvgPool, rank: int) -> Op:
+@to_channels_last.register(AdaptiveMaxPool)
+def _(op: Pool, rank: int) -> Op:
     return replace(op, channels_last=True)
-
-
-@to_channels_last.register
-def _(op: Mean, rank: int) -> Op | None:
-    """Without keepdims the result is in the framework's order only if exactly the spatial axes go."""
-    if not op.keepdims and {a % rank for a in op.axes} != set(range(2, rank)):
-        return None
-    return replace(op, axes=tuple(sorted(channels_last_axis(a, rank) for a in op.axes)))

@@ -12,18 +12,20 @@ import jax.numpy as jnp
 from jquant.ir.passes import keep_used, param_uses, rewire, scale_channels, sole_consumer, with_params
 from jquant.ops.activation import Relu, Relu6
 from jquant.ops.base import to_channels_last
-from jquant.ops.conv import Activation, BatchNorm, Conv, Linear, batch_norm_affine
+from jquant.ops.conv import Activation, BatchNorm, Conv, ConvTranspose, Linear, batch_norm_affine
 from jquant.ops.elementwise import Add
 from jquant.ops.movement import Permute
-from jquant.types import Array, Graph, Node
+from jquant.types import Array, Graph, Node, Op
 
 Shapes = Mapping[str, tuple[int, ...]]
+FUSES = Conv | ConvTranspose | Linear  # what takes an add and an activation into its post-processing
 
 
 def fold_batch_norm(
     graph: Graph, params: Mapping[str, Array], shapes: Shapes
 ) -> tuple[Graph, dict[str, Array], dict[str, str]]:
-    """Folds every batch norm into the conv or linear before it; one that stands alone becomes a depthwise 1x1 conv.
+    """Folds every batch norm into the convolution or linear before it; one that stands alone becomes a depthwise 1x1
+    convolution.
 
     Returns the graph, its parameters, and {batch norm: node it went into}.
     """
@@ -48,7 +50,7 @@ def fold_batch_norm(
 
 def _takes_batch_norm(node: Node, shapes: Shapes) -> bool:
     """A linear layer only has its features on the channel axis when there is no other axis."""
-    return isinstance(node.op, Conv) or (isinstance(node.op, Linear) and len(shapes[node.name]) == 2)
+    return isinstance(node.op, Conv | ConvTranspose) or (isinstance(node.op, Linear) and len(shapes[node.name]) == 2)
 
 
 def eval_batch_norm(node: Node, params: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -68,10 +70,19 @@ def _fold(node: Node, params: dict[str, Array], uses: Mapping[str, int], multipl
         return f"{node.name}.folded_{role}" if new in uses else new
 
     bias = params[node.params["bias"]] * multiplier if "bias" in node.params else 0.0
-    weight = scale_channels(params[node.params["weight"]], multiplier)
+    weight = scale_outputs(node.op, params[node.params["weight"]], multiplier)
     keys = {"weight": key("weight"), "bias": key("bias")}
     params[keys["weight"]], params[keys["bias"]] = weight, bias + offset
     return with_params(node, keys)
+
+
+def scale_outputs(op: Op, weight: Array, multiplier: Array) -> Array:
+    """The weight of a convolution or linear layer with output channel c multiplied by multiplier[c]."""
+    if not isinstance(op, ConvTranspose):
+        return scale_channels(weight, multiplier)
+    split = weight.reshape(op.groups, -1, *weight.shape[1:])  # [groups, C / groups, O / groups, *K]
+    by_group = multiplier.reshape(op.groups, 1, -1, *(1,) * (weight.ndim - 2))
+    return (split * by_group).reshape(weight.shape)
 
 
 def _affine_conv(node: Node, params: dict[str, Array], shapes: Shapes, multiplier: Array, offset: Array) -> Node:
@@ -85,7 +96,7 @@ def _affine_conv(node: Node, params: dict[str, Array], shapes: Shapes, multiplie
 
 
 def fuse(graph: Graph, shapes: Shapes, fusible: Callable[[Node, str], bool]) -> tuple[Graph, dict[str, str]]:
-    """Fuses conv or linear with an add of the same shape and with relu or relu6, where nobody else reads between.
+    """Fuses convolution or linear with an add of the same shape and with relu or relu6, where nobody reads between.
 
     `fusible(node, role)` decides by dtype, role "add" with the other operand's consumer, or "activation". Where both
     operands of an add could take it, the later one does, since the other operand must exist by then. The fused node
@@ -102,7 +113,7 @@ def fuse(graph: Graph, shapes: Shapes, fusible: Callable[[Node, str], bool]) -> 
             for new, old in zip(operands, node.inputs, strict=True)
             if new in nodes and sole_consumer(graph, old) is node
         ]
-        free = [(host, op) for host, op in hosts if isinstance(op, Conv | Linear) and op.activation == "none"]
+        free = [(host, op) for host, op in hosts if isinstance(op, FUSES) and op.activation == "none"]
         if isinstance(node.op, Relu | Relu6) and free and fusible(node, "activation"):
             host, op = free[0]
             activation: Activation = "relu" if isinstance(node.op, Relu) else "relu6"

@@ -1,0 +1,77 @@
+"""Attention: a composite of matrix products, a mask and softmax."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.ops.base import Parts, decompose, eval_float
+from jquant.ops.compare import LogicalNot, LogicalOr
+from jquant.ops.composite import MASKED, Chain, Shapes, Softmax
+from jquant.ops.elementwise import Add, Clamp, IntegerConstant, Scale
+from jquant.ops.matmul import MatMul
+from jquant.types import Array, Node, Op
+
+LEAST_ADDED = -30.0  # of an added mask: exp is 1e-13, and the sum keeps a scale that resolves the scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Op):
+    """softmax(q @ k.T * scale + mask) @ v over the last two axes.
+
+    Operands: query [..., L, E], key [..., S, E], value [..., S, D], and a mask [..., L, S] if there is one. `mask`
+    "bool": exact, True where attention is allowed; "add": a number to add to the score, cut at -30. `scale` None is
+    1 / sqrt(E). `causal` masks keys after the query.
+    """
+
+    ports: ClassVar = ("query", "key", "value", "mask")
+
+    scale: float | None = None
+    causal: bool = False
+    mask: Literal["none", "bool", "add"] = "none"
+
+
+def _factor(op: Attention, features: int) -> float:
+    return 1 / sqrt(features) if op.scale is None else op.scale
+
+
+def _later(queries: int, keys: int) -> np.ndarray:
+    """[L, S]: True where the key comes after the query."""
+    return ~np.tril(np.ones((queries, keys), bool))
+
+
+@eval_float.register
+def _(op: Attention, query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+    scores = jnp.matmul(query, key.swapaxes(-1, -2)) * _factor(op, query.shape[-1])
+    if mask is not None and op.mask == "add":
+        scores = scores + jnp.maximum(mask, LEAST_ADDED)
+    if op.causal:
+        scores = jnp.where(_later(*scores.shape[-2:]), MASKED, scores)
+    if mask is not None and op.mask == "bool":
+        scores = jnp.where(mask, scores, MASKED)
+    probabilities = jnp.where(scores <= MASKED, 0.0, jax.nn.softmax(scores, axis=-1))
+    return jnp.matmul(probabilities, value)
+
+
+@decompose.register
+def _(op: Attention, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    query, key, value, *given = node.inputs
+    length, features = shapes[query][-2:]
+    products = chain.add("products", MatMul(transpose_b=True), query, key)
+    scores = chain.add("scores", Scale(factor=_factor(op, features)), products)
+    if op.mask == "add":
+        scores = chain.add("biased", Add(), scores, chain.add("bias", Clamp(minimum=LEAST_ADDED), given[0]))
+    masks = [chain.add("not_allowed", LogicalNot(), given[0])] if op.mask == "bool" else []
+    if op.causal:
+        later = _later(length, shapes[key][-2])
+        constant = IntegerConstant(shape=later.shape, values=tuple(map(int, later.flat)), dtype="bool")
+        masks.append(chain.add("later", constant))
+    if len(masks) == 2:
+        masks = [chain.add("masked", LogicalOr(), *masks)]
+    probabilities = chain.add("softmax", Softmax(axis=-1), scores, *masks)
+    chain.add("output", MatMul(), probabilities, value)
+    return chain.parts()

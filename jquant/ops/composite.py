@@ -1,0 +1,362 @@
+"""Composite operators: the float meaning here, the integer one as a chain of operators that the chip has.
+
+`decompose` gives the chain (specification, section 6, last item). `prepare` puts it in the place of a composite that is
+to be quantized; its inner values are int16. Where softmax, layer_norm and the like stay float, they stay whole.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jquant.ops.base import Parts, decompose, eval_float
+from jquant.ops.compare import MaskedFill
+from jquant.ops.elementwise import Abs, Add, Clamp, Constant, Mul, Requantize, Scale, Sub
+from jquant.ops.lookup import TableOptions
+from jquant.ops.movement import Reshape
+from jquant.ops.reduce import Mean, ReduceMax, Sum
+from jquant.ops.table import Exp, Log, Reciprocal, Rsqrt, Sqrt
+from jquant.types import Array, FrozenMap, Node, Op, QuantSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+MASKED = -1e30  # of a masked element: finite, where -inf would be NaN in a row of nothing else
+# exp(x - max) is nothing in int16 below -12. Seven points that keep the error of the tables below one LSB of 1/32767.
+EXP_RANGE = 12.0
+EXP_TABLE = TableOptions(placement=(-12.0, -6.0, -4.0, -2.5, -1.5, -0.7, 0.0))
+SHIFTED = QuantSpec(dtype="int16", fixed_scale=EXP_RANGE / 32768)
+UNIT = QuantSpec(dtype="int16", fixed_scale=1 / 32767)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax(Op):
+    """exp(x) / sum(exp(x)) along `axis`. Where a second operand, bool, is True, an element is left out and gives 0."""
+
+    ports: ClassVar = ("x", "masked")
+
+    axis: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSoftmax(Op):
+    """x - log(sum(exp(x))) along `axis`."""
+
+    axis: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Div(Op):
+    """a / b with broadcasting: a times a reciprocal table of b. By a Python number it is `Scale`."""
+
+    ports: ClassVar = ("a", "b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variance(Op):
+    """Mean square distance from the mean over `axes`; `correction` 1 divides by n - 1, as torch's default does."""
+
+    axes: tuple[int, ...]
+    keepdims: bool = False
+    correction: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Op):
+    """Vector norm over `axes`: the sum of magnitudes ("1"), the root of the sum of squares ("2"), or "max"."""
+
+    axes: tuple[int, ...]
+    keepdims: bool = False
+    order: Literal["1", "2", "max"] = "2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm(Op):
+    """(x - mean) / sqrt(var + epsilon) over the last `rank` axes. Optional parameters of their shape: weight, bias."""
+
+    rank: int = 1
+    epsilon: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmsNorm(Op):
+    """x / sqrt(mean(x^2) + epsilon) over the last `rank` axes. Parameter of their shape: weight (optional)."""
+
+    rank: int = 1
+    epsilon: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupNorm(Op):
+    """Normalization of x [N, C, *S] over each of `groups` groups of channels. Optional parameters [C]: weight, bias."""
+
+    groups: int
+    epsilon: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceNorm(Op):
+    """Normalization of x [N, C, *S] over its spatial axes. Parameters [C]: weight, bias (optional)."""
+
+    epsilon: float = 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Float
+
+
+@eval_float.register
+def _(op: Softmax, x: Array, masked: Array | None = None) -> Array:
+    if masked is None:
+        return jax.nn.softmax(x, axis=op.axis)
+    return jnp.where(masked, 0.0, jax.nn.softmax(jnp.where(masked, MASKED, x), axis=op.axis))
+
+
+@eval_float.register
+def _(op: LogSoftmax, x: Array) -> Array:
+    return jax.nn.log_softmax(x, axis=op.axis)
+
+
+@eval_float.register
+def _(op: Div, a: Array, b: Array) -> Array:
+    return a / b
+
+
+@eval_float.register
+def _(op: Variance, x: Array) -> Array:
+    return jnp.var(x, axis=op.axes, keepdims=op.keepdims, ddof=op.correction)
+
+
+@eval_float.register
+def _(op: Norm, x: Array) -> Array:
+    magnitude = jnp.abs(x)
+    if op.order == "max":
+        return magnitude.max(op.axes, keepdims=op.keepdims)
+    if op.order == "1":
+        return magnitude.sum(op.axes, keepdims=op.keepdims)
+    square = (x * x).sum(op.axes, keepdims=op.keepdims)
+    positive = square > 0  # the root has no finite gradient at 0; torch's is 0 there
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+
+
+def _normalized(x: Array, axes: tuple[int, ...], epsilon: float) -> Array:
+    centred = x - x.mean(axes, keepdims=True)
+    return centred * jax.lax.rsqrt((centred * centred).mean(axes, keepdims=True) + epsilon)
+
+
+def _affine(y: Array, weight: Array | None, bias: Array | None, shape: tuple[int, ...]) -> Array:
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape)
+
+
+@eval_float.register
+def _(op: LayerNorm, x: Array, *, weight: Array | None = None, bias: Array | None = None) -> Array:
+    y = _normalized(x, _last_axes(op.rank), op.epsilon)
+    return _affine(y, weight, bias, x.shape[x.ndim - op.rank :])
+
+
+@eval_float.register
+def _(op: RmsNorm, x: Array, *, weight: Array | None = None) -> Array:
+    square = (x * x).mean(_last_axes(op.rank), keepdims=True)
+    return _affine(x * jax.lax.rsqrt(square + op.epsilon), weight, None, x.shape[x.ndim - op.rank :])
+
+
+@eval_float.register
+def _(op: GroupNorm, x: Array, *, weight: Array | None = None, bias: Array | None = None) -> Array:
+    y = _normalized(x.reshape(x.shape[0], op.groups, -1), (2,), op.epsilon).reshape(x.shape)
+    return _affine(y, weight, bias, _channel_shape(x.shape))
+
+
+@eval_float.register
+def _(op: InstanceNorm, x: Array, *, weight: Array | None = None, bias: Array | None = None) -> Array:
+    y = _normalized(x, tuple(range(2, x.ndim)), op.epsilon)
+    return _affine(y, weight, bias, _channel_shape(x.shape))
+
+
+def _last_axes(rank: int) -> tuple[int, ...]:
+    return tuple(range(-rank, 0))
+
+
+def _channel_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[1], *(1,) * (len(shape) - 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chains
+
+
+@dataclass
+class Chain:
+    """Collects the nodes of a composite, named `node.name.part`."""
+
+    node: Node
+    nodes: list[Node] = field(default_factory=list)
+    specs: dict[str, QuantSpec] = field(default_factory=dict)
+
+    def add(
+        self,
+        part: str,
+        op: Op,
+        *operands: str,
+        spec: QuantSpec | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> str:
+        name = f"{self.node.name}.{part}"
+        self.nodes.append(Node(name, op, operands, FrozenMap(params)))
+        if spec is not None:
+            self.specs[name] = spec
+        return name
+
+    def constant(self, role: str) -> str:
+        """A parameter of the composite as a value."""
+        return self.add(role, Constant(), params={"value": self.node.params[role]})
+
+    def parts(self) -> Parts:
+        """The last node takes the name of the composite, and must have a scale of its own for its format."""
+        if self.nodes[-1].op.scale_rule != "own":
+            self.add("output", Requantize(), self.nodes[-1].name)
+        *inner, last = self.nodes
+        self.specs.pop(last.name, None)
+        return Parts([*inner, Node(self.node.name, last.op, last.inputs, last.params)], self.specs)
+
+
+@decompose.register
+def _(op: Softmax, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    exp, total, count = _exponentials(chain, op.axis, shapes)
+    inverse = chain.add("reciprocal", Reciprocal(table=_from_one(count)), total)
+    chain.add("mul", Mul(), exp, inverse)
+    return chain.parts()
+
+
+@decompose.register
+def _(op: LogSoftmax, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    _, total, count = _exponentials(chain, op.axis, shapes)
+    log = chain.add("log", Log(table=_from_one(count)), total)
+    # The distance to the maximum again, in a scale of its own: what softmax may cut at -12 counts here.
+    distance = chain.add("distance", Sub(), node.inputs[0], f"{node.name}.max")
+    chain.add("sub", Sub(), distance, log)
+    return chain.parts()
+
+
+def _exponentials(chain: Chain, axis: int, shapes: Shapes) -> tuple[str, str, int]:
+    """exp(x - max), its sum along the axis, and the number of terms.
+
+    A masked element is the smallest integer for the maximum, which may still be near the others: hence 0 after exp.
+    """
+    x, *masks = chain.node.inputs
+    for mask in masks:
+        x = chain.add("filled", MaskedFill(value=MASKED), x, mask)
+    largest = chain.add("max", ReduceMax(axes=(axis,), keepdims=True), x)
+    shifted = chain.add("shift", Sub(), x, largest, spec=SHIFTED)
+    exp = chain.add("exp", Exp(table=EXP_TABLE), shifted, spec=UNIT)
+    for mask in masks:
+        exp = chain.add("masked", MaskedFill(value=0.0), exp, mask)
+    total = chain.add("sum", Sum(axes=(axis,), keepdims=True), exp)
+    if masks:  # the largest exp is 1, but in a row that is masked as a whole
+        total = chain.add("total", Clamp(minimum=1.0), total)
+    return exp, total, shapes[chain.node.inputs[0]][axis]
+
+
+def _from_one(count: int) -> TableOptions:
+    """Tables over [1, count], the range of a sum of exponentials, each as wide as the last one times a factor."""
+    return TableOptions(placement=tuple(float(max(count, 2) ** (i / 6)) for i in range(7)))
+
+
+@decompose.register
+def _(op: Div, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    a, b = node.inputs
+    chain.add("mul", Mul(), a, chain.add("reciprocal", Reciprocal(), b))
+    return chain.parts()
+
+
+@decompose.register
+def _(op: Variance, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    (x,) = node.inputs
+    square = _square(chain, _centred(chain, x, op.axes))
+    mean = chain.add("variance", Mean(axes=op.axes, keepdims=op.keepdims), square)
+    count = prod(shapes[x][axis] for axis in op.axes)
+    if op.correction:
+        chain.add("correction", Scale(factor=count / max(count - op.correction, 1)), mean)
+    return chain.parts()
+
+
+@decompose.register
+def _(op: Norm, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    (x,) = node.inputs
+    axes, keepdims = op.axes, op.keepdims
+    if op.order == "2":
+        chain.add("sqrt", Sqrt(), chain.add("sum", Sum(axes=axes, keepdims=keepdims), _square(chain, x)))
+    else:
+        reduce = ReduceMax(axes=axes, keepdims=keepdims) if op.order == "max" else Sum(axes=axes, keepdims=keepdims)
+        chain.add("reduce", reduce, chain.add("abs", Abs(), x))
+    return chain.parts()
+
+
+@decompose.register
+def _(op: LayerNorm, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    _normalize(chain, node.inputs[0], _last_axes(op.rank), op.epsilon)
+    return _scaled(chain, ())
+
+
+@decompose.register
+def _(op: RmsNorm, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    _divide_by_root(chain, node.inputs[0], _last_axes(op.rank), op.epsilon)
+    return _scaled(chain, ())
+
+
+@decompose.register
+def _(op: InstanceNorm, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    shape = shapes[node.inputs[0]]
+    _normalize(chain, node.inputs[0], tuple(range(2, len(shape))), op.epsilon)
+    return _scaled(chain, _channel_shape(shape))
+
+
+@decompose.register
+def _(op: GroupNorm, node: Node, shapes: Shapes) -> Parts:
+    chain = Chain(node)
+    shape = shapes[node.inputs[0]]
+    grouped = chain.add("group", Reshape(shape=(-1, op.groups, prod(shape[1:]) // op.groups)), node.inputs[0])
+    y = _normalize(chain, grouped, (2,), op.epsilon)
+    chain.add("ungroup", Reshape(shape=(-1, *shape[1:])), y)
+    return _scaled(chain, _channel_shape(shape))
+
+
+def _centred(chain: Chain, x: str, axes: tuple[int, ...]) -> str:
+    return chain.add("centre", Sub(), x, chain.add("mean", Mean(axes=axes, keepdims=True), x))
+
+
+def _square(chain: Chain, x: str) -> str:
+    return chain.add("square", Mul(), x, x)
+
+
+def _normalize(chain: Chain, x: str, axes: tuple[int, ...], epsilon: float) -> str:
+    return _divide_by_root(chain, _centred(chain, x, axes), axes, epsilon)
+
+
+def _divide_by_root(chain: Chain, x: str, axes: tuple[int, ...], epsilon: float) -> str:
+    variance = chain.add("variance", Mean(axes=axes, keepdims=True), _square(chain, x))
+    return chain.add("normalize", Mul(), x, chain.add("rsqrt", Rsqrt(epsilon=epsilon), variance))
+
+
+def _scaled(chain: Chain, shape: tuple[int, ...]) -> Parts:
+    """The last value times weight plus bias, where the composite has them; `shape` of the two, () as they are."""
+
+    def operand(role: str) -> str:
+        value = chain.constant(role)
+        return chain.add(f"{role}_shaped", Reshape(shape=shape), value) if shape else value
+
+    for role, op in (("weight", Mul()), ("bias", Add())):
+        if role in chain.node.params:
+            y = chain.nodes[-1].name
+            chain.add("scaled" if role == "weight" else "shifted", op, y, operand(role))
+    return chain.parts()

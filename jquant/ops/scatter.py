@@ -1,0 +1,116 @@
+"""Writing elements: into slices, and at indices that are values of the graph (exact int32).
+
+x and what is written have scales of their own; both are rescaled to that of the output, as in a concatenation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+
+from jquant.numerics.rounding import saturate, widen
+from jquant.ops.base import Lowered, Operand, eval_float, eval_integer, lower_op, to_channels_last
+from jquant.ops.elementwise import requantize_each, rescale_each
+from jquant.ops.movement import channels_last_axis, channels_last_order
+from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceScatter(Op):
+    """x with x[starts[0]:stops[0]:steps[0], ...] replaced by the source, bounds as in `Slice`."""
+
+    layout: ClassVar = "axes"
+    ports: ClassVar = ("x", "source")
+
+    starts: tuple[int, ...]
+    stops: tuple[int | None, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scatter(Op):
+    """x with x[..., index[..., i, ...], ...] replaced by, or combined with, source[..., i, ...] along `axis`.
+
+    Index and source have the same shape, that of x but for `axis`. Where an element is written several times, the last
+    one counts, or with `reduce` all of them and x itself. The index is clamped to the axis.
+    """
+
+    layout: ClassVar = "axes"
+    ports: ClassVar = ("x", "index", "source")
+
+    axis: int
+    reduce: Literal["none", "add", "max", "min"] = "none"
+
+
+@eval_float.register
+def _(op: SliceScatter, x: Array, source: Array) -> Array:
+    where = tuple(slice(*bounds) for bounds in zip(op.starts, op.stops, op.steps, strict=True))
+    return x.at[where].set(source)
+
+
+@eval_float.register
+def _(op: Scatter, x: Array, index: Array, source: Array) -> Array:
+    return _scattered(op, x, index, source)
+
+
+def _scattered(op: Scatter, x: Array, index: Array, source: Array) -> Array:
+    """The operator on arrays of one dtype, floats or integers. With "none" it is the same on every backend."""
+    axis = op.axis % x.ndim
+    fits = index.shape == source.shape and all(
+        m == n for d, (m, n) in enumerate(zip(index.shape, x.shape, strict=True)) if d != axis
+    )
+    if not fits or index.dtype != jnp.int32:
+        raise GraphError(
+            f"index {index.dtype}{list(index.shape)} and source {list(source.shape)} must have one shape, that of x "
+            f"{list(x.shape)} but for axis {axis}, and the index be int32"
+        )
+    at = list(jnp.indices(index.shape, sparse=True))
+    at[axis] = jnp.clip(index, 0, x.shape[axis] - 1)
+    target = x.at[tuple(at)]
+    match op.reduce:
+        case "add":
+            return target.add(source)
+        case "max":
+            return target.max(source)
+        case "min":
+            return target.min(source)
+    positions = jnp.broadcast_to(jnp.indices(index.shape, sparse=True)[axis], index.shape)
+    writer = jnp.full(x.shape, -1, jnp.int32).at[tuple(at)].max(positions)  # the last one that writes here
+    written = jnp.take_along_axis(source, jnp.maximum(writer, 0), axis=axis)
+    return jnp.where(writer >= 0, written, x)
+
+
+@lower_op.register(SliceScatter)
+@lower_op.register(Scatter)
+def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
+    if output.dtype in EXACT_DTYPES:
+        return Lowered({})
+    return Lowered(requantize_each([inputs[0], inputs[-1]], [output, output]))
+
+
+@eval_integer.register
+def _(op: SliceScatter, node_format: NodeFormat, target: Target, x: Array, source: Array, **by: Array) -> Array:
+    x, source = rescale_each((x, source), by, node_format.output, target) if by else (x, source)
+    return eval_float(op, x, source)  # which writes integers as well
+
+
+@eval_integer.register
+def _(
+    op: Scatter, node_format: NodeFormat, target: Target, x: Array, index: Array, source: Array, **by: Array
+) -> Array:
+    if not by:  # exact values
+        return _scattered(op, x, index, source)
+    x, source = rescale_each((x, source), by, node_format.output, target)
+    return saturate(_scattered(op, widen(x), index, widen(source)), node_format.output)
+
+
+@to_channels_last.register
+def _(op: SliceScatter, rank: int) -> Op:
+    starts, stops, steps = (channels_last_order(v) for v in (op.starts, op.stops, op.steps))
+    return replace(op, starts=starts, stops=stops, steps=steps)
+
+
+@to_channels_last.register
+def _(op: Scatter, rank: int) -> Op:
+    return replace(op, axis=channels_last_axis(op.axis, rank))
