@@ -4,35 +4,133 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jquant.reference import layers, pointwise
+from jquant.reference import compare, images, layers, movement, pointwise, pool, reduce, sampling, scatter, tables
 from jquant.reference.arithmetic import dequantize, quantize
 from jquant.reference.call import Call
 from jquant.types import GraphError, InputError, LoweringError, Node, Program, integer_range
 
 # The rule of an operator, by the name of its class: importing the operators would import what is to be checked.
 RULES: dict[str, Callable[[Call], np.ndarray]] = {
-    "AdaptiveAvgPool": layers.adaptive_avg_pool,
+    "Abs": pointwise.absolute,
+    "Acos": tables.table,
+    "Acosh": tables.table,
+    "AdaptiveAvgPool": pool.adaptive_avg_pool,
+    "AdaptiveMaxPool": pool.adaptive_max_pool,
     "Add": pointwise.add,
-    "AvgPool": layers.avg_pool,
-    "Cat": pointwise.cat,
+    "AffineGrid": sampling.affine_grid,
+    "ArgMax": reduce.arg_max,
+    "ArgMin": reduce.arg_min,
+    "Asin": tables.table,
+    "Asinh": tables.table,
+    "Atan": tables.table,
+    "Atanh": tables.table,
+    "AvgPool": pool.avg_pool,
+    "BitShift": scatter.bit_shift,
+    "BitwiseAnd": compare.bitwise,
+    "BitwiseNot": compare.bitwise,
+    "BitwiseOr": compare.bitwise,
+    "BitwiseXor": compare.bitwise,
+    "Cat": movement.cat,
+    "Ceil": compare.whole,
+    "Celu": tables.table,
+    "CentrePixels": images.centre_pixels,
+    "ChannelShuffle": movement.channel_shuffle,
+    "Clamp": pointwise.clamp,
     "Constant": pointwise.constant,
     "Conv": layers.conv,
+    "ConvTranspose": layers.conv_transpose,
+    "Cos": tables.table,
+    "Cosh": tables.table,
+    "CumSum": reduce.cum_sum,
     "Dropout": pointwise.identity,
-    "Flatten": pointwise.flatten,
-    "LeakyRelu": pointwise.table,
+    "Elu": tables.table,
+    "Embedding": layers.embedding,
+    "Equal": compare.comparison,
+    "Erf": tables.table,
+    "Exp": tables.table,
+    "Expand": movement.expand,
+    "Flatten": movement.flatten,
+    "Flip": movement.flip,
+    "Floor": compare.whole,
+    "Gather": movement.gather,
+    "Gelu": tables.table,
+    "Greater": compare.comparison,
+    "GreaterEqual": compare.comparison,
+    "GridSample": sampling.grid_sample,
+    "HardSigmoid": tables.table,
+    "HardSwish": tables.table,
+    "IndexSelect": movement.index_select,
+    "IntegerConstant": pointwise.integer_constant,
+    "Interpolate": sampling.interpolate,
+    "LeakyRelu": tables.table,
+    "Less": compare.comparison,
+    "LessEqual": compare.comparison,
     "Linear": layers.linear,
-    "MaxPool": layers.max_pool,
-    "Mean": layers.mean,
+    "Log": tables.table,
+    "LogSigmoid": tables.table,
+    "LogicalAnd": compare.logical,
+    "LogicalNot": compare.logical,
+    "LogicalOr": compare.logical,
+    "LogicalXor": compare.logical,
+    "MaskedFill": compare.masked_fill,
+    "MatMul": layers.matmul,
+    "MaxPool": pool.max_pool,
+    "Maximum": compare.maximum,
+    "Mean": reduce.sum_or_mean,
+    "Minimum": compare.minimum,
+    "Mish": tables.table,
+    "Mod": compare.mod,
     "Mul": pointwise.mul,
+    "Neg": pointwise.neg,
+    "NotEqual": compare.comparison,
+    "Nv12ToCentredYuv444": images.nv12_to_centred_yuv444,
     "PRelu": pointwise.prelu,
-    "Pad": pointwise.pad,
-    "Permute": pointwise.permute,
+    "Pad": movement.pad,
+    "Permute": movement.permute,
+    "PixelShuffle": movement.pixel_shuffle,
+    "PixelUnshuffle": movement.pixel_unshuffle,
+    "Pow": tables.table,
+    "Reciprocal": tables.table,
+    "ReduceAll": reduce.reduce_all,
+    "ReduceAny": reduce.reduce_any,
+    "ReduceMax": reduce.reduce_max,
+    "ReduceMin": reduce.reduce_min,
     "Relu": pointwise.relu,
     "Relu6": pointwise.relu6,
     "Requantize": pointwise.requantize,
-    "Reshape": pointwise.reshape,
+    "Reshape": movement.reshape,
+    "RoiAlign": sampling.roi_align,
+    "RoiResize": images.roi_resize,
+    "Roll": movement.roll,
+    "Round": compare.whole,
+    "Rsqrt": tables.table,
     "Scale": pointwise.scale,
-    "Sigmoid": pointwise.table,
+    "Scatter": scatter.scatter,
+    "Selu": tables.table,
+    "Sigmoid": tables.table,
+    "Sign": tables.table,
+    "Silu": tables.table,
+    "Sin": tables.table,
+    "Sinh": tables.table,
+    "Slice": movement.slice_,
+    "SliceScatter": scatter.slice_scatter,
+    "Softplus": tables.table,
+    "Softsign": tables.table,
+    "Sort": movement.sort,
+    "SortIndices": movement.sort_indices,
+    "Sqrt": tables.table,
+    "Stack": movement.stack,
+    "Sub": pointwise.sub,
+    "Sum": reduce.sum_or_mean,
+    "SwapChannels": images.swap_channels,
+    "Tan": tables.table,
+    "Tanh": tables.table,
+    "ThresholdedRelu": tables.table,
+    "Tile": movement.tile,
+    "TopK": movement.top_k,
+    "TopKIndices": movement.top_k_indices,
+    "Warp": sampling.warp,
+    "Where": compare.where,
 }
 
 
@@ -52,14 +150,14 @@ def run(program: Program, *inputs, raw: bool = False) -> tuple[tuple[np.ndarray,
     values: dict[str, np.ndarray] = {}
     for name, array in zip(names, inputs, strict=True):
         dtype = program.inputs[name]
-        if raw:
+        if raw or name not in program.scales:  # an exact input (mask, index, pixel) has no scale
             values[name] = checked_integers(np.asarray(array), dtype, f"input {name!r}")
         else:
             values[name] = quantize(array, program.scales[name], dtype, target.quantize_rounding)
     for node in program.graph.nodes:
         values[node.name] = evaluate(program, node, values)
-    names = list(program.graph.outputs)
-    return tuple(values[n] if raw else dequantize(values[n], program.scales[n]) for n in names), values
+    outputs = [(name, values[name]) for name in program.graph.outputs]
+    return tuple(v if raw or n not in program.scales else dequantize(v, program.scales[n]) for n, v in outputs), values
 
 
 def evaluate(program: Program, node: Node, values: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -70,6 +168,8 @@ def evaluate(program: Program, node: Node, values: Mapping[str, np.ndarray]) -> 
         raise GraphError(f"{where}: the reference has no rule for this operator; known: {', '.join(RULES)}")
     if (node_format := program.formats.get(node.name)) is None:
         raise GraphError(f"{where}: the program has no format for this node")
+    if "float16" in (node_format.output, *node_format.inputs):
+        raise GraphError(f"{where}: a float island has no integer arithmetic; compare such a program with fake-quant")
     operands = [values[name] for name in node.inputs]
     constants = {
         role: np.asarray(array).astype(np.int64) for role, array in program.constants.get(node.name, {}).items()
@@ -86,9 +186,9 @@ def evaluate(program: Program, node: Node, values: Mapping[str, np.ndarray]) -> 
 
 def checked_integers(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
     """`array` as int64, once it is known to hold only integers of `dtype`."""
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iub":
         raise InputError(f"{where}: integers are needed, not {array.dtype}")
-    low, high = integer_range(dtype)
+    low, high = (0, 1) if dtype == "bool" else integer_range(dtype)
     if array.size and not (low <= array.min() and array.max() <= high):
         raise InputError(f"{where}: [{array.min()}, {array.max()}] leaves the range of {dtype}, [{low}, {high}]")
     return array.astype(np.int64)

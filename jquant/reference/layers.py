@@ -1,4 +1,4 @@
-"""Convolution, linear layers and pooling: nash-arithmetic sections 4 and 5.
+"""Convolutions, linear layers, matrix products and pooling: nash-arithmetic sections 4 and 5.
 
 Inside, every array is [N, *S, C]. A window operator is a loop over the taps of its kernel: at each tap, `window_taps`
 gives the elements that the tap meets at every output position.
@@ -83,44 +83,45 @@ def conv(call: Call) -> np.ndarray:
     return channels_back(y, op.channels_last)
 
 
+def conv_transpose(call: Call) -> np.ndarray:
+    """Section 4. weight [*K, C / groups, O], bias [O]; x[i] * weight[k] is added at i * stride + k * dilation.
+
+    That is the whole sum; padding then cuts it at both ends, output_padding extends it at the high end.
+    """
+    op, weight = call.op, call.constants["weight"]
+    x, *addends = (channels_to_last(operand, op.channels_last) for operand in call.operands)
+    kernel, sizes = weight.shape[:-2], x.shape[1:-1]
+    reach = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(sizes, op.strides, op.dilation, kernel, strict=True)]
+    whole = np.zeros((x.shape[0], *map(sum, zip(reach, op.output_padding, strict=True)), weight.shape[-1]), np.int64)
+    for tap in np.ndindex(*kernel):
+        at = [
+            slice(k * d, k * d + (n - 1) * s + 1, s)
+            for k, d, n, s in zip(tap, op.dilation, sizes, op.strides, strict=True)
+        ]
+        whole[(slice(None), *at)] += grouped_product(x, weight[tap], op.groups)
+    kept = [slice(low, n - high) for n, (low, high) in zip(whole.shape[1:-1], op.padding, strict=True)]
+    y = post_process(call, whole[(slice(None), *kept)], addends[0] if op.addend else None)
+    return channels_back(y, op.channels_last)
+
+
 def linear(call: Call) -> np.ndarray:
     """Section 4. x [..., I], weight [I, O], bias [O]."""
     x, *addends = call.operands
     return post_process(call, x @ call.constants["weight"], addends[0] if call.op.addend else None)
 
 
-def max_pool(call: Call) -> np.ndarray:
-    """Section 5: exact, scale kept. The padding is the smallest integer of the format, so that it never wins."""
-    op, x = call.op, channels_to_last(call.operands[0], call.op.channels_last)
-    lowest = saturate(np.iinfo(np.int64).min, call.format.output)
-    taps = window_taps(x, op.kernel, op.strides, op.padding, op.dilation, ceil=op.ceil_mode, fill=lowest)
-    return channels_back(np.maximum.reduce([elements for _, elements in taps]), op.channels_last)
+def matmul(call: Call) -> np.ndarray:
+    """Section 4, without a bias: [..., M, K] @ [..., K, N]; an int32 output is not rescaled."""
+    a, b = call.operands
+    a = np.swapaxes(a, -1, -2) if call.op.transpose_a else a
+    b = np.swapaxes(b, -1, -2) if call.op.transpose_b else b
+    acc = np.matmul(a, b)
+    return saturate(acc, "int32") if call.format.output == "int32" else call.rescaled(acc)
 
 
-def window_mean(call: Call, kernel, strides, padding, ceil: bool) -> np.ndarray:
-    """Section 5: exact sum, rescale from s_x / N. The constants are [1] or, where N varies, [*S_out, 1]."""
-    x = channels_to_last(call.operands[0], call.op.channels_last)
-    taps = window_taps(x, kernel, strides, padding, (1,) * len(kernel), ceil=ceil)
-    total = reduce(np.add, (elements for _, elements in taps))
-    return channels_back(call.rescaled(total, average=True), call.op.channels_last)
-
-
-def avg_pool(call: Call) -> np.ndarray:
-    op = call.op
-    return window_mean(call, op.kernel, op.strides, op.padding, op.ceil_mode)
-
-
-def adaptive_avg_pool(call: Call) -> np.ndarray:
-    """Windows of n / m elements for n inputs and m outputs, which must divide n."""
-    sizes = channels_to_last(call.operands[0], call.op.channels_last).shape[1:-1]
-    outputs = call.op.output_size
-    if len(sizes) != len(outputs) or any(n % m for n, m in zip(sizes, outputs, strict=True)):
-        raise GraphError(f"output size {outputs} does not divide the input size {sizes}")
-    kernel = tuple(n // m for n, m in zip(sizes, outputs, strict=True))
-    return window_mean(call, kernel, kernel, ((0, 0),) * len(kernel), ceil=False)
-
-
-def mean(call: Call) -> np.ndarray:
-    """Section 5: exact sum, rescale from s_x / N."""
-    (x,), op = call.operands, call.op
-    return call.rescaled(x.sum(axis=tuple(op.axes), keepdims=op.keepdims))
+def embedding(call: Call) -> np.ndarray:
+    """Rows of the table, which is on the grid of the output. weight [rows, dim]."""
+    (index,), table = call.operands, call.constants["weight"]
+    if index.size and (index.min() < 0 or index.max() >= len(table)):
+        raise GraphError(f"indices [{index.min()}, {index.max()}] leave the {len(table)} rows of the table")
+    return table[index]

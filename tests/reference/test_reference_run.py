@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from jquant import reference
-from jquant.ops.activation import Dropout, LeakyRelu, PRelu, Relu, Relu6, Sigmoid, Softmax
+from jquant.ops.activation import Dropout, PRelu, Relu, Relu6
+from jquant.ops.composite import Softmax
 from jquant.ops.conv import Conv, Linear
 from jquant.ops.elementwise import Add, Constant, Mul, Requantize, Scale
 from jquant.ops.movement import Cat, Flatten, Pad, Permute, Reshape
-from jquant.ops.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
+from jquant.ops.pool import AdaptiveAvgPool, AvgPool, MaxPool
+from jquant.ops.reduce import Mean
+from jquant.ops.table import LeakyRelu, Sigmoid
 from jquant.types import (
     FrozenMap,
     Graph,
