@@ -4,20 +4,33 @@ The way of a model: a float `Graph` (imported by `jquant_converters.from_torch`)
 `apply_train` (fake-quant), `lower`, `run` (integers). Every step is a pure function of pytrees.
 """
 
-from jquant import analysis, ops, reference, targets
+from jquant import analysis, images, ops, ptq, quantizers, reference, targets, templates
 from jquant.apply import apply, apply_with_taps
-from jquant.calibrate import calibrate, finalize_stats, init_stats, merge_stats, update_stats
+from jquant.calibrate import (
+    calibrate,
+    collect,
+    finalize_stats,
+    gather_stats,
+    init_stats,
+    merge_stats,
+    reset_scale,
+    update_stats,
+)
 from jquant.checkpoint import load, save
+from jquant.describe import describe
+from jquant.insert import insert_image_convert, insert_image_preprocess, insert_op, insert_roi_resize
 from jquant.integer import run, run_with_taps
 from jquant.ir.graph import validate
 from jquant.ir.serialize import graph_from_json, graph_to_json
 from jquant.lower import lower
-from jquant.observers import min_max, moving_average, mse
-from jquant.ops.base import constraints, derived_scale, eval_float, eval_integer, lower_op, to_channels_last
+from jquant.observers import clip_std, histogram, kl, min_max, mix, moving_average, mse, norm, percentile
+from jquant.ops.base import constraints, decompose, derived_scale, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.prepare import explain, prepare
 from jquant.qat import Trainable, TrainState, apply_train, labels
-from jquant.qconfig import QConfig, high_precision, int2, int3, int4, int8, int16, uint4, uint8
-from jquant.quantizers import fake_quant, lsq, pact
+from jquant.qconfig import QConfig, consistency, float16, high_precision, int2, int3, int4, int8, int16, uint4, uint8
+from jquant.qconfig_file import qconfig_from_json, qconfig_from_toml, qconfig_to_json, qconfig_to_toml
+from jquant.quantize import quantize_params, weight_qparams
+from jquant.quantizers import adaround, fake_quant, float16_cast, forward_mode, lsq, lsq_plus, pact
 from jquant.simulate import evaluate_float
 from jquant.types import (
     CalibrationError,
@@ -71,48 +84,79 @@ __all__ = [
     "TrainState",
     "Trainable",
     "__version__",
+    "adaround",
     "analysis",
     "apply",
     "apply_train",
     "apply_with_taps",
     "calibrate",
+    "clip_std",
+    "collect",
+    "consistency",
     "constraints",
+    "decompose",
     "derived_scale",
+    "describe",
     "eval_float",
     "eval_integer",
     "evaluate_float",
     "explain",
     "fake_quant",
     "finalize_stats",
+    "float16",
+    "float16_cast",
+    "forward_mode",
+    "gather_stats",
     "graph_from_json",
     "graph_to_json",
     "high_precision",
+    "histogram",
+    "images",
     "init_stats",
+    "insert_image_convert",
+    "insert_image_preprocess",
+    "insert_op",
+    "insert_roi_resize",
     "int16",
     "int2",
     "int3",
     "int4",
     "int8",
+    "kl",
     "labels",
     "load",
     "lower",
     "lower_op",
     "lsq",
+    "lsq_plus",
     "merge_stats",
     "min_max",
+    "mix",
     "moving_average",
     "mse",
+    "norm",
     "ops",
     "pact",
+    "percentile",
     "prepare",
+    "ptq",
+    "qconfig_from_json",
+    "qconfig_from_toml",
+    "qconfig_to_json",
+    "qconfig_to_toml",
+    "quantize_params",
+    "quantizers",
     "reference",
+    "reset_scale",
     "run",
     "run_with_taps",
     "save",
     "targets",
+    "templates",
     "to_channels_last",
     "uint4",
     "uint8",
     "update_stats",
     "validate",
+    "weight_qparams",
 ]

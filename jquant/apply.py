@@ -1,6 +1,6 @@
 """Evaluating a plan: one call, the meaning is an argument."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jquant.integer import dequantize_values, quantize_inputs, run_integers
-from jquant.ir.evaluate import bind_inputs
+from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params
 from jquant.lower import lower_traced
-from jquant.simulate import check_qparams, evaluate_plan
+from jquant.ops.lookup import table_float
+from jquant.simulate import check_qparams, evaluate_plan, fake_quant_rule, fake_quant_tap, value_scales
 from jquant.text import did_you_mean
-from jquant.types import Array, JQuantError, Params, Plan, Program, QParams
+from jquant.types import Array, JQuantError, Node, Params, Plan, Program, QParams
 
-Mode = Literal["float", "calibration", "qat", "validation", "bit_true"]
-MODES = ("float", "calibration", "qat", "validation", "bit_true")
+Mode = Literal["float", "calibration", "qat", "validation", "pre_export", "bit_true"]
+MODES = ("float", "calibration", "qat", "validation", "pre_export", "bit_true")
 Outputs = Any  # one array, or a tuple of arrays where the graph has several outputs
 
 
@@ -29,14 +30,41 @@ def evaluate_mode(
     if mode == "bit_true":
         values = evaluate_plan(plan, params, qparams, inputs, quantized=True, rng=rng)
         return bit_true_values(lower_traced(plan, params, qparams), inputs, values)
+    if mode == "pre_export":
+        return evaluate(plan.graph, inputs, table_rule(plan, params, qparams, rng), fake_quant_tap(plan, qparams))
     return evaluate_plan(plan, params, qparams, inputs, quantized=mode in ("qat", "validation"), rng=rng)
+
+
+def table_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | None) -> Callable[..., Array]:
+    """Fake-quant in which table functions are their tables, with the gradient of the function."""
+    rule, scales = fake_quant_rule(plan, params, qparams, rng), value_scales(plan, qparams)
+
+    def with_tables(node: Node, *operands: Array) -> Array:
+        value = rule(node, *operands)
+        source, spec = plan.values.get(node.inputs[0]) if node.inputs else None, plan.values[node.name]
+        if not hasattr(node.op, "table") or source is None or spec is None or "float16" in (source.dtype, spec.dtype):
+            return value
+        x_scale, y_scale = scales[node.inputs[0]], scales[node.name]
+        assert x_scale is not None
+        assert y_scale is not None
+        rounding = plan.target.quantize_rounding
+        table = table_float(node.op, operands[0], x_scale, source.dtype, y_scale, spec.dtype, rounding=rounding)
+        return straight_through(value, jax.lax.stop_gradient(table))
+
+    return with_tables
 
 
 def bit_true_values(program: Program, inputs: Mapping[str, Array], values: Mapping[str, Array]) -> dict[str, Array]:
     """Fake-quant values replaced by those of the integer program, with the gradient left as it was."""
     integers = run_integers(program, quantize_inputs(program, inputs))
     exact = dequantize_values(program, integers)
-    return {name: straight_through(value, exact[name]) if name in exact else value for name, value in values.items()}
+    return {name: _replaced(value, exact.get(name)) for name, value in values.items()}
+
+
+def _replaced(value: Array, replacement: Array | None) -> Array:
+    if replacement is None:
+        return value
+    return straight_through(value, replacement) if value.dtype == jnp.float32 else replacement
 
 
 @jax.custom_vjp
@@ -56,8 +84,9 @@ def apply(plan: Plan, params: Params, qparams: QParams, *inputs: Array, mode: Mo
       params: the parameters that `prepare` returned, or trained ones.
       qparams: what `calibrate` returned, or trained ones; unused (may be {}) in the modes "float" and "calibration".
       *inputs: real float32, one for each graph input.
-      mode: "float" and "calibration" (nothing quantized), "qat" and "validation" (fake-quant), "bit_true" (the value of
-        the integer program, the gradient of fake-quant).
+      mode: "float" and "calibration" (nothing quantized), "qat" and "validation" (fake-quant), "pre_export" (fake-quant
+        with the real lookup tables, to find those that cost accuracy), "bit_true" (the value of the integer program,
+        the gradient of fake-quant).
 
     Returns:
       The output, or a tuple where the graph has several.

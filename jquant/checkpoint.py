@@ -85,7 +85,7 @@ def _assemble(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Program:
         name, _, role = rest.rpartition(":")
         if kind == "scale" and array.dtype == np.float32 and np.isfinite(array).all() and (array > 0).all():
             scales[rest] = jnp.asarray(array)
-        elif kind == "constant" and name in constants and array.dtype in (np.int8, np.int16, np.int32):
+        elif kind == "constant" and name in constants and _is_constant(array):
             constants[name][role] = jnp.asarray(array)
         else:
             raise FormatError(f"unexpected array {key!r} of dtype {array.dtype}")
@@ -95,10 +95,22 @@ def _assemble(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Program:
     return program
 
 
+def _is_constant(array: np.ndarray) -> bool:
+    """Integers, masks, and the finite float parameters of float islands."""
+    if array.dtype == np.float32:
+        return bool(np.isfinite(array).all())
+    return array.dtype in (np.int8, np.int16, np.int32, np.bool_)
+
+
 def _check_complete(graph: Graph, formats: Any, inputs: Any, scales: dict[str, Any]) -> None:
     if set(formats) != {n.name for n in graph.nodes} or set(inputs) != {i.name for i in graph.inputs}:
         raise FormatError("formats and inputs do not belong to the graph")
-    if set(scales) != set(graph.values):
+    dtypes = dict(inputs) | {name: node_format.output for name, node_format in formats.items()}
+    exact = {i.name for i in graph.inputs if i.dtype != "float32"}
+    # A scale for every integer that stands for a real number. An int32 node is an accumulator, or an index.
+    needed = {n for n, dtype in dtypes.items() if dtype in ("int8", "int16") and n not in exact}
+    possible = needed | {n for n, dtype in dtypes.items() if dtype == "int32" and n not in exact}
+    if not needed <= set(scales) <= possible:
         raise FormatError("scales do not belong to the graph")
 
 
@@ -111,7 +123,8 @@ def _check_evaluates(program: Program) -> None:
 
     inputs = {
         i.name: jax.ShapeDtypeStruct(
-            tuple(2 if n is None else n for n in i.shape), storage_dtype(program.inputs[i.name])
+            tuple(2 if n is None else n for n in i.shape),
+            storage_dtype(program.inputs[i.name]) if i.dtype == "float32" else i.dtype,
         )
         for i in program.graph.inputs
     }

@@ -1,35 +1,65 @@
 """The jitted interpreter of integer programs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jquant.ir.evaluate import bind_inputs, evaluate
-from jquant.numerics.rounding import dequantize, quantize
-from jquant.ops.base import eval_integer
+from jquant.numerics.rounding import dequantize, quantize, to_float16
+from jquant.ops.base import eval_float, eval_integer
 from jquant.types import Array, Node, Program, storage_dtype
 
 
 def run_integers(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """All values of a program as integers, by name. No float dtype appears in its jaxpr."""
+    """All values of a program as integers, by name. No float dtype appears in its jaxpr, except for float islands."""
 
     def rule(node: Node, *operands: Array) -> Array:
         constants = program.constants[node.name]
+        if program.formats[node.name].output == "float16":
+            return run_island(node, operands, constants)
         return eval_integer(node.op, program.formats[node.name], program.target, *operands, **constants)
 
     return evaluate(program.graph, inputs, rule)
 
 
+def run_island(node: Node, operands: Sequence[Array], constants: Mapping[str, Array]) -> Array:
+    """A float16 node: its operands made real, the operator in float32, the result rounded to float16 once."""
+    scales = [constants[f"scale_{i}"] for i in range(len(operands))]
+    params = {role: constants[role] for role in node.params}
+    real = [x if is_exact(x) else dequantize(x, s) for x, s in zip(operands, scales, strict=True)]
+    return to_float16(eval_float(node.op, *real, **params))
+
+
+def is_exact(x: Array) -> bool:
+    """Whether a stored operand is a mask, index or pixel; a high-precision accumulator never feeds a node."""
+    return x.dtype in (jnp.bool_, jnp.int32, jnp.uint8)
+
+
 def quantize_inputs(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Real inputs to integers, at the scales of the program."""
-    rounding = program.target.quantize_rounding
-    return {n: quantize(inputs[n], program.scales[n], dtype, rounding) for n, dtype in program.inputs.items()}
+
+    def convert(name: str, dtype: str) -> Array:
+        if dtype == "float16":
+            return to_float16(inputs[name])
+        if name not in program.scales:
+            return inputs[name]  # exact
+        return quantize(inputs[name], program.scales[name], dtype, program.target.quantize_rounding)
+
+    return {name: convert(name, dtype) for name, dtype in program.inputs.items()}
 
 
 def dequantize_values(program: Program, values: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: dequantize(value, program.scales[name]) for name, value in values.items()}
+    """Integers to real float32; exact values as they are."""
+
+    def convert(name: str, value: Array) -> Array:
+        if value.dtype == jnp.float16:
+            return value.astype(jnp.float32)
+        return dequantize(value, program.scales[name]) if name in program.scales else value
+
+    return {name: convert(name, value) for name, value in values.items()}
 
 
 @partial(jax.jit, static_argnames=("raw", "tapped"))
@@ -65,5 +95,6 @@ def run_with_taps(program: Program, *inputs: Array, raw: bool = False) -> dict[s
 
 
 def _bind(program: Program, inputs: tuple[Array, ...], raw: bool) -> dict[str, Array]:
-    dtypes = {n: storage_dtype(d) for n, d in program.inputs.items()} if raw else None
+    dtypes = {n: storage_dtype(d) for n, d in program.inputs.items() if n in program.scales or d == "float16"}
+    dtypes = dtypes if raw else {}
     return bind_inputs(program.graph, inputs, dtypes)

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jquant.ir.graph import check_params
 from jquant.ir.passes import prune
-from jquant.numerics.rounding import expand, quantize
-from jquant.ops.base import Operand, lower_op
-from jquant.simulate import check_qparams, scale_of, value_scales, value_shapes
+from jquant.numerics.rounding import dequantize, expand, quantize
+from jquant.ops.base import Lowered, Operand, lower_op
+from jquant.quantizers import has_offset
+from jquant.simulate import check_qparams, quantizer_of, scale_of, value_scales, value_shapes
 from jquant.types import Array, FrozenMap, Graph, LoweringError, Node, NodeFormat, Params, Plan, Program, QParams
 
 
@@ -37,19 +39,19 @@ def lower(plan: Plan, params: Params, qparams: QParams, *, outputs: Sequence[str
 def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence[str] | None = None) -> Program:
     """`lower` without looking at values, for use inside jit."""
     _check_target(plan)
+    check_offsets(plan, qparams)
     graph = _deployed(plan.graph, outputs)
     scales = value_scales(plan, qparams)
     shapes = {n: (None, *s[1:]) for n, s in value_shapes(plan.graph, params).items()}
     for entry in graph.inputs:
-        if plan.values[entry.name] is None:
+        if plan.values[entry.name] is None and entry.name not in plan.exact:
             raise LoweringError(
                 f"input {entry.name!r} is float; give it a format: {{{entry.name!r}: jq.Policy(output=jq.int8())}}"
             )
 
     def operand(value: str) -> Operand:
         scale = scales[value]
-        assert scale is not None  # checked before
-        return Operand(plan.spec(value).dtype, scale, shapes[value])
+        return Operand(dtype_of(value, plan), jnp.float32(1) if scale is None else scale, shapes[value])
 
     constants: dict[str, dict[str, Array]] = {}
     formats: dict[str, NodeFormat] = {}
@@ -59,16 +61,36 @@ def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence
             _check_format(where, value, plan, scales[value])
         operands, output = [operand(v) for v in node.inputs], operand(node.name)
         try:
-            lowered = lower_op(node.op, operands, output, _integer_params(plan, params, qparams, node), plan.target)
+            integers = _integer_params(plan, params, qparams, node)
+            if output.dtype == "float16":
+                lowered = lower_island(operands, integers, node, plan)
+            else:
+                lowered = lower_op(node.op, operands, output, integers, plan.target)
         except LoweringError as error:
             raise LoweringError(f"{where}: {error}") from error
         constants[node.name] = {role: jnp.asarray(v) for role, v in lowered.constants.items()}
         formats[node.name] = NodeFormat(
-            tuple(o.dtype for o in operands), output.dtype, lowered.accumulator, lowered.worst_case
+            tuple(o.dtype for o in operands), output.dtype, lowered.accumulator, lowered.worst_case, lowered.kernel
         )
-    kept = {n: jnp.asarray(scales[n], jnp.float32) for n in graph.values}
-    inputs = FrozenMap({i.name: plan.spec(i.name).dtype for i in graph.inputs})
+    kept = {n: jnp.asarray(scale, jnp.float32) for n in graph.values if (scale := scales[n]) is not None}
+    inputs = FrozenMap({i.name: dtype_of(i.name, plan) for i in graph.inputs})
     return Program(constants, kept, graph, FrozenMap(formats), inputs, plan.target)
+
+
+def dtype_of(value: str, plan: Plan) -> str:
+    """The quantized dtype of a value, or its own where it is exact."""
+    return plan.exact.get(value) or plan.spec(value).dtype
+
+
+def lower_island(inputs: Sequence[Operand], integers: dict[str, Any], node: Node, plan: Plan) -> Lowered:
+    """A float16 node keeps its parameters as float, and the scales of its integer operands (1 for the others)."""
+    constants = {f"scale_{i}": x.scale for i, x in enumerate(inputs)}
+    for role, value in integers.items():
+        if isinstance(value, tuple):
+            weight, scale = value
+            value = dequantize(weight, expand(scale, plan.weight_axis.get(node.params[role]), weight.ndim))
+        constants[role] = value
+    return Lowered(constants)
 
 
 def _check_target(plan: Plan) -> None:
@@ -80,7 +102,28 @@ def _check_target(plan: Plan) -> None:
         )
 
 
+def check_offsets(plan: Plan, qparams: QParams) -> None:
+    """Raises LoweringError where a quantizer has learned an offset: every integer here has zero point 0."""
+    for name in plan.trained:
+        if not has_offset(quantizer_of(plan.spec(name))):
+            continue
+        offset = qparams[name][1]
+        if isinstance(offset, jax.core.Tracer):
+            raise LoweringError(
+                f"{name!r} has a learned offset (lsq_plus), and inside jit nobody knows whether it is 0; use jq.lsq "
+                "for mode 'bit_true'"
+            )
+        if bool(jnp.any(offset != 0)):
+            raise LoweringError(
+                f"{name!r} has a learned offset (lsq_plus), and {plan.target.name} has no zero point; train it with "
+                "jq.lsq, or set the offset, qparams[name][1], to 0 and train on"
+            )
+
+
 def _check_format(where: str, value: str, plan: Plan, scale: Array | None) -> None:
+    spec = plan.values[value]
+    if value in plan.exact or (spec is not None and spec.is_float):
+        return
     if scale is None:
         raise LoweringError(
             f"{where}: {value!r} is float, and on the way to a deployed output. Give it a format in the qconfig, or "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params, is_finite
 from jquant.ops.base import derived_scale, eval_float
-from jquant.quantizers import fake_quant
+from jquant.quantizers import fake_quant, float16_cast, forward_mode
 from jquant.text import did_you_mean
 from jquant.types import Array, CalibrationError, Graph, Node, Params, Plan, QParams, Quantizer, QuantSpec
 
@@ -45,6 +45,11 @@ def evaluate_float(graph: Graph, params: Params, *inputs: Array) -> tuple[Array,
 
 def value_shapes(graph: Graph, params: Mapping[str, Any], batch: int = 2) -> dict[str, tuple[int, ...]]:
     """The shape of every value at a batch size, without computing anything."""
+    return {name: value.shape for name, value in value_types(graph, params, batch).items()}
+
+
+def value_types(graph: Graph, params: Mapping[str, Any], batch: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape and the float meaning's dtype of every value. What is not float32 is exact: a mask, index or pixel."""
     inputs = {
         i.name: jax.ShapeDtypeStruct(tuple(batch if n is None else n for n in i.shape), jnp.dtype(i.dtype))
         for i in graph.inputs
@@ -54,24 +59,31 @@ def value_shapes(graph: Graph, params: Mapping[str, Any], batch: int = 2) -> dic
     def run(inputs: dict, params: dict) -> dict:
         return evaluate(graph, inputs, float_rule(graph, params))
 
-    return {name: value.shape for name, value in jax.eval_shape(run, inputs, specs).items()}
+    return jax.eval_shape(run, inputs, specs)
 
 
 def quantizer_of(spec: QuantSpec) -> Quantizer:
-    """The quantizer of a spec; a fixed scale is never trained, so it takes plain fake-quant."""
-    return fake_quant if spec.quantizer is None or spec.fixed_scale is not None else spec.quantizer
+    """The quantizer of a spec; a fixed scale is never trained, so it takes plain fake-quant.
+
+    Where the spec cannot choose, it is the forward-mode twin, which serves both directions.
+    """
+    if spec.is_float:
+        return forward_mode(float16_cast)
+    if spec.fixed_scale is not None:
+        return forward_mode(fake_quant)
+    return spec.quantizer or fake_quant
 
 
 def parameter_of(name: str, spec: QuantSpec, qparams: QParams) -> Array:
-    if spec.fixed_scale is not None:
-        return jnp.float32(spec.fixed_scale)
+    if spec.fixed_scale is not None or spec.is_float:
+        return jnp.float32(spec.fixed_scale or 1.0)
     return qparams[name]
 
 
 def value_scales(plan: Plan, qparams: QParams) -> dict[str, Array | None]:
-    """The scale (real per LSB) of every value: scalar, per channel for high-precision ones, None for float ones."""
+    """The scale (real per LSB) of every value: scalar, per channel for an accumulator, None for float and exact."""
     scales: dict[str, Array | None] = {}
-    owned = set(plan.owned)
+    owned = {name for name in plan.owned if not plan.spec(name).is_float}
     for entry in plan.graph.inputs:
         scales[entry.name] = scale_of(entry.name, plan, qparams) if entry.name in owned else None
     for node in plan.graph.nodes:
@@ -83,10 +95,12 @@ def value_scales(plan: Plan, qparams: QParams) -> dict[str, Array | None]:
 
 def _follow(node: Node, plan: Plan, qparams: QParams, scales: Mapping[str, Array | None]) -> Array | None:
     """The scale of a value that has none of its own."""
-    operands = [scale for v in node.inputs if (scale := scales[v]) is not None]
+    numbers = [v for v in node.inputs if v not in plan.exact]
+    operands = [scale for v in numbers if (scale := scales[v]) is not None]
     weights = {r: scale_of(k, plan, qparams) for r, k in node.params.items() if k in plan.weights}
-    complete = len(operands) == len(node.inputs) and all(r in weights for r in node.op.weight_roles)
-    if plan.values[node.name] is None or not complete:
+    complete = len(operands) == len(numbers) and all(r in weights for r in node.op.weight_roles)
+    spec = plan.values[node.name]
+    if spec is None or spec.is_float or not complete:
         return None
     if node.op.scale_rule == "same_as_input":
         return operands[0]
@@ -142,8 +156,8 @@ def fake_quant_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | N
         key, bias = node.params.get("weight"), node.params.get("bias")
         x_scale = scales[node.inputs[0]] if node.inputs else None
         if key in plan.weights and key is not None and bias is not None and x_scale is not None:
-            acc_scale = x_scale * scale_of(key, plan, qparams).reshape(-1)
-            own = base | {bias: fake_quant(params[bias], jax.lax.stop_gradient(acc_scale), _BIAS)}
+            acc_scale = derived_scale(node.op, x_scale, weight=scale_of(key, plan, qparams))
+            own = base | {bias: forward_mode(fake_quant)(params[bias], jax.lax.stop_gradient(acc_scale), _BIAS)}
         return float_rule(plan.graph, own, rng)(node, *operands)
 
     return rule
@@ -154,8 +168,8 @@ def expand_weight(key: str, plan: Plan, qparams: QParams, rank: int) -> Array:
     parameter = parameter_of(key, plan.weights[key], qparams)
     if parameter.ndim == 0 or key not in plan.weight_axis:
         return parameter
-    axis = plan.weight_axis[key]
-    return parameter.reshape([-1 if i == axis else 1 for i in range(rank)])
+    axis, leading = plan.weight_axis[key], parameter.shape[:-1]  # LSQ+ has [2, channels]
+    return parameter.reshape(*leading, *(-1 if i == axis else 1 for i in range(rank)))
 
 
 def fake_quant_tap(plan: Plan, qparams: QParams) -> Callable[[str, Array], Array]:

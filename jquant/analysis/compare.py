@@ -133,7 +133,7 @@ def _metrics(
     first, second = (_values(plan, m, params, qparams, inputs, program) for m in (a, b))
     found = {}
     for name in plan.graph.values:
-        if name in first and name in second:
+        if name in first and name in second and name not in plan.exact:
             found[name] = _errors(first[name], second[name], scales[name], plan.values[name])
     return found
 
@@ -152,7 +152,7 @@ def _errors(a: Array, b: Array, scale: Array | None, spec: QuantSpec | None) -> 
     signal, noise = jnp.mean(a * a), jnp.mean(error * error)
     largest = jnp.max(jnp.abs(error))
     norms = jnp.sqrt(jnp.sum(a * a) * jnp.sum(b * b))
-    on_grid = scale is not None and spec is not None and not spec.is_high_precision
+    on_grid = scale is not None and spec is not None and not spec.is_high_precision and not spec.is_float
     tolerance = jnp.max(scale) * 0.5 if scale is not None and on_grid else 0.0
     return {
         "scale": scale if on_grid else None,

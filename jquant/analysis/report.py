@@ -51,6 +51,7 @@ def write_report(
         {"title": name, "rows": c.rows, "a": c.a, "b": c.b, "ranges": _ranges(c), "errors": _errors(c)}
         for name, c in comparisons.items()
     ]
+    notes = [*notes, *_islands(comparisons)]
     environment = Environment(loader=PackageLoader("jquant.analysis", "."), autoescape=select_autoescape(default=True))
     environment.filters["number"] = format_number
     page = environment.get_template("report.jinja").render(
@@ -66,6 +67,12 @@ def write_report(
     _replace(report.html, page)
     _replace(report.json, json.dumps(data, indent=1))
     return report
+
+
+def _islands(comparisons: Mapping[str, Comparison]) -> list[str]:
+    """One sentence that names the float islands, if there are any."""
+    names = dict.fromkeys(row.name for c in comparisons.values() for row in c.rows if row.dtype == "float16")
+    return [f"Float islands, evaluated in float between quantized operators: {', '.join(names)}."] if names else []
 
 
 def format_number(value: Any) -> str:

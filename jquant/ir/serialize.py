@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jquant.types import FormatError, FrozenMap, Graph, Op
+from jquant.types import FormatError, FrozenMap, Graph, Op, QConfigError
 
 VERSION = 1
 
@@ -100,7 +100,7 @@ def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     try:
         return cls(**{key: decode(hints[key], item, f"{where}.{key}") for key, item in data.items()})
-    except TypeError as error:
+    except (QConfigError, TypeError) as error:
         raise FormatError(f"{where}: {error}") from error
 
 

@@ -1,0 +1,162 @@
+"""Adapts a graph to its policies: composites expanded, formats converted where they meet.
+
+Every inserted node is an ordinary one with a policy of its own, so that `explain`, taps and the program show it.
+"""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+
+from jquant.ir.passes import prune
+from jquant.ops.base import Parts, decompose
+from jquant.ops.elementwise import Requantize
+from jquant.ops.matmul import MatMul
+from jquant.qconfig import QConfig
+from jquant.simulate import value_shapes
+from jquant.types import FrozenMap, Graph, Node, Params, QConfigError, QuantSpec, Requested
+
+Policies = Mapping[str, Requested]
+
+
+def insert_requantize(graph: Graph, policies: Policies) -> tuple[Graph, dict[str, Requested]]:
+    """Gives an operand that `Policy.input` wants in another format a node of its own, named `consumer.port`."""
+    nodes, policies = [], dict(policies)
+    for node in graph.nodes:
+        ports, operands = node.op.ports, list(node.inputs)
+        for port, spec in policies[node.name].input.items():
+            if port not in ports[: len(operands)]:
+                raise QConfigError(
+                    f"node {node.name!r} ({type(node.op).__name__}) has no input {port!r}; it has {', '.join(ports)}"
+                )
+            name, index = f"{node.name}.{port}", ports.index(port)
+            nodes.append(Node(name, Requantize(), (operands[index],)))
+            policies[name] = Requested(output=spec)
+            operands[index] = name
+        policies[node.name] = replace(policies[node.name], input=FrozenMap())
+        nodes.append(replace(node, inputs=tuple(operands)))
+    return replace(graph, nodes=tuple(nodes)), policies
+
+
+def expand(graph: Graph, params: Params, policies: Policies, qconfig: QConfig) -> tuple[Graph, dict[str, Requested]]:
+    """Replaces composite operators by what the chip runs. A composite that is to be float (or float16) stays whole.
+
+    Inner values are int16 whatever the qconfig says of the composite (specification, section 6); a rule that names an
+    inner value, and not the composite too, overrides that. A part may be a composite itself.
+    """
+    policies = dict(policies)
+    while True:
+        shapes, taken = value_shapes(graph, params), set(graph.values)
+        nodes: list[Node] = []
+        expanded = False
+        for node in graph.nodes:
+            asked = policies[node.name]
+            parts = _parts_of(node, shapes, taken) if is_quantized(asked.output) else None
+            if parts is None:
+                nodes.append(node)
+                continue
+            expanded = True
+            taken |= {part.name for part in parts.nodes}
+            policies |= _inner_policies(node, parts, asked, qconfig)
+            nodes += parts.nodes
+        graph = prune(replace(graph, nodes=tuple(nodes)))
+        if not expanded:
+            return insert_requantize(graph, {name: policies[name] for name in graph.values})
+
+
+def _parts_of(node: Node, shapes: Mapping[str, tuple[int, ...]], taken: Set[str]) -> Parts | None:
+    """The parts of a composite under names that no other value has: `node.part`, or `node.2.part` and so on."""
+    prefix, count = node.name, 1
+    while True:
+        parts = decompose(node.op, replace(node, name=prefix), {**shapes, prefix: shapes[node.name]})
+        if parts is None:
+            return None
+        *inner, last = parts.nodes
+        if not any(part.name in taken for part in inner):
+            return Parts([*inner, replace(last, name=node.name)], parts.specs)
+        count += 1
+        prefix = f"{node.name}.{count}"
+
+
+def _inner_policies(node: Node, parts: Parts, asked: Requested, qconfig: QConfig) -> Policies:
+    """What is asked for the parts of a composite, but for the last, which is the composite's own value."""
+    assert asked.output is not None
+    wide = replace(asked.output, dtype="int16", fixed_scale=None)
+    found = {}
+    for part in parts.nodes[:-1]:
+        base = replace(asked, output=parts.specs.get(part.name, wide), explicit=False)
+        found[part.name] = qconfig.policy(part.name, type(part.op).__name__, base, unless=node.name)
+    return found
+
+
+def is_quantized(spec: QuantSpec | None) -> bool:
+    return spec is not None and not spec.is_high_precision and not spec.is_float
+
+
+@dataclass
+class _Conversions:
+    """Collects the nodes of a graph with the requantizations put between them, and why."""
+
+    policies: dict[str, Requested]
+    nodes: list[Node] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def convert(self, value: str, name: str, spec: QuantSpec, why: str) -> str:
+        """The name of a node that gives `value` in another format; made once."""
+        if name not in self.notes:
+            self.nodes.append(Node(name, Requantize(), (value,)))
+            self.policies[name], self.notes[name] = Requested(output=spec), why
+        return name
+
+    def from_island(self, value: str, asked: QuantSpec) -> str:
+        source = self.policies[value].output
+        if source is None or not source.is_float:
+            return value
+        spec = replace(asked, fixed_scale=None)
+        return self.convert(value, f"{value}.to_{spec.dtype}", spec, ISLAND_BORDER)
+
+
+ISLAND_BORDER = "border of a float island: quantized for integer operators"
+PRODUCT = "int16 x int16: the chip multiplies int16 by int8 at most, and the other side has the smaller range"
+
+
+def insert_conversions(
+    graph: Graph, policies: Policies, bounded: Set[str]
+) -> tuple[Graph, dict[str, Requested], dict[str, str]]:
+    """Quantizes float16 values for integer consumers, and one side of an int16 x int16 matrix product to int8.
+
+    The side of the smaller range stays int16. Before any data that is the one of `bounded` (`bounded_values`), else the
+    first. Returns the graph, its policies, and {inserted node: why}.
+    """
+    made = _Conversions(dict(policies))
+    for node in graph.nodes:
+        operands, asked = list(node.inputs), policies[node.name].output
+        if asked is not None and is_quantized(asked):
+            operands = [made.from_island(value, asked) for value in operands]
+            formats = [_source_format(graph, policies, value) for value in node.inputs]
+            if isinstance(node.op, MatMul) and all(spec is not None and spec.dtype == "int16" for spec in formats):
+                side = 0 if node.inputs[1] in bounded and node.inputs[0] not in bounded else 1
+                wide = formats[side]
+                assert wide is not None
+                spec = replace(wide, dtype="int8", fixed_scale=None)
+                operands[side] = made.convert(operands[side], f"{node.name}.{node.op.ports[side]}", spec, PRODUCT)
+        made.nodes.append(replace(node, inputs=tuple(operands)))
+    graph = replace(graph, nodes=tuple(made.nodes))
+    return graph, {name: made.policies[name] for name in graph.values}, made.notes
+
+
+def _source_format(graph: Graph, policies: Policies, value: str) -> QuantSpec | None:
+    """What is asked for the value whose scale this one keeps."""
+    node = graph.by_name.get(value)
+    while node is not None and node.op.scale_rule != "own" and node.inputs:
+        value = node.inputs[0]
+        node = graph.by_name.get(value)
+    return policies[value].output
+
+
+def bounded_values(graph: Graph) -> set[str]:
+    """The values that lie in [-1, 1] by their operator, or by that of the value that they only move."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        moved = node.op.scale_rule == "same_as_input" and node.inputs and node.inputs[0] in found
+        if type(node.op).__name__ in ("Softmax", "Sigmoid", "Tanh", "HardSigmoid") or moved:
+            found.add(node.name)
+    return found
