@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import traceback
-import warnings
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 import torch
 from torch.fx import Node as FxNode
-from torch.utils import _pytree as pytree
 
 from jquant.ir.graph import validate
 from jquant.ir.passes import prune
 from jquant.ops.elementwise import Constant
-from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, Node, Op
+from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, Node
 
-from .aten import TABLE, Call, Unsupported, format_shape, shape_of
+from .aten import BATCH, CONSTANT, TABLE, Call, Unsupported, format_shape, shape_of
+from .drafts import Draft, Param, Refused, Results, check_value, evaluate, example_shape, integer_constant, join_mask
+from .exact import DTYPES
+from .export import check_arguments, check_dtypes, export
 
 
 def from_torch(module: Any, example_inputs: Any, *, dynamic_batch: bool = True) -> tuple[Graph, dict[str, Array]]:
@@ -27,7 +26,8 @@ def from_torch(module: Any, example_inputs: Any, *, dynamic_batch: bool = True) 
 
     Args:
       module: any `torch.nn.Module` that `torch.export` can trace; its training flags are left as they were.
-      example_inputs: the positional arguments of its forward, float32 tensors of any batch, such as `(x,)`.
+      example_inputs: the positional arguments of its forward, tensors of any batch, such as `(x,)`. Integers (token
+        ids, indices), masks and uint8 pixels become exact inputs of dtype int32, bool and uint8; others are float32.
       dynamic_batch: axis 0 of every input is a batch of any size; False fixes all shapes to the example.
 
     Returns:
@@ -38,12 +38,12 @@ def from_torch(module: Any, example_inputs: Any, *, dynamic_batch: bool = True) 
     """
     if not isinstance(module, torch.nn.Module):
         raise ConversionError(f"from_torch needs a torch.nn.Module, not {type(module).__name__}")
-    arguments = _check_arguments(example_inputs, dynamic_batch)
-    _check_dtypes(module)
+    arguments = check_arguments(example_inputs, dynamic_batch)
+    check_dtypes(module)
     flags = {m: m.training for m in module.modules()}
     try:
         module.eval()
-        program = _export(module, arguments, dynamic_batch)
+        program = export(module, arguments, dynamic_batch)
     finally:
         for submodule, training in flags.items():
             submodule.training = training
@@ -53,114 +53,7 @@ def from_torch(module: Any, example_inputs: Any, *, dynamic_batch: bool = True) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Export
-
-
-def _check_arguments(example_inputs: Any, dynamic_batch: bool) -> tuple[Any, ...]:
-    """The arguments as fresh tensors, with a batch of 1 repeated: torch.export specialises 1."""
-    arguments = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
-    leaves = pytree.tree_leaves(arguments)
-    if not leaves:
-        raise ConversionError("example_inputs is empty; pass the forward's arguments, such as (x,)")
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor):
-            raise ConversionError(f"example input {i} is {leaf!r}, not a tensor; wrap the module to fix this argument")
-        if leaf.dtype != torch.float32:
-            raise ConversionError(f"example input {i} is {leaf.dtype}; convert it to float32 before the model")
-    if dynamic_batch:
-        batches = sorted({leaf.shape[0] if leaf.ndim else None for leaf in leaves}, key=str)
-        if len(batches) > 1 or batches[0] in (None, 0):
-            shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves)
-            raise ConversionError(
-                f"axis 0 of every input must be one batch, the example inputs have shapes {shapes}; "
-                "give them equal batches, or pass dynamic_batch=False to fix all shapes"
-            )
-    repeats = 2 if dynamic_batch and leaves[0].shape[0] == 1 else 1
-    return pytree.tree_map(lambda x: torch.cat([x.detach()] * repeats) if x.ndim else x.detach().clone(), arguments)
-
-
-def _check_dtypes(module: torch.nn.Module) -> None:
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
-            raise ConversionError(f"parameter {key!r} is {tensor.dtype}; convert the model with module.float() first")
-
-
-def _export(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool) -> Any:
-    try:
-        return _trace(module, arguments, dynamic_batch)
-    except Exception as error:  # torch.export raises a dozen types, and whatever the model's own code raises
-        where, message = _user_line(error), _first_line(error)
-        if dynamic_batch and _traces(module, arguments):
-            raise ConversionError(
-                f"the batch axis cannot stay symbolic: the model works for some batch sizes only{where} ({message}). "
-                "Use flatten(1) or sizes taken from the input, or pass dynamic_batch=False to fix the batch"
-            ) from error
-        raise ConversionError(
-            f"torch.export cannot trace {type(module).__name__}{where}: {message}. The forward must run on the example "
-            "inputs and must not branch on tensor values: use torch.where, or import the parts around the branch"
-        ) from error
-
-
-def _trace(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool) -> Any:
-    shapes = torch.export.ShapesCollection()
-    batch = torch.export.Dim("batch")
-    for leaf in pytree.tree_leaves(arguments) if dynamic_batch else ():
-        shapes[leaf] = {0: batch}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        return torch.export.export(module, arguments, dynamic_shapes=shapes if dynamic_batch else None, strict=False)
-
-
-def _traces(module: torch.nn.Module, arguments: tuple[Any, ...]) -> bool:
-    try:
-        _trace(module, arguments, dynamic_batch=False)
-    except Exception:
-        return False
-    return True
-
-
-def _user_line(error: BaseException | None) -> str:
-    """The last line of the model's own code in the tracebacks of an error and its causes."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    while error is not None:
-        for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            if not frame.filename.startswith(ours) and Path(frame.filename).is_file():
-                return f" at {frame.filename}:{frame.lineno} `{frame.line}`"
-            if frame.filename == __file__ and frame.name == "_trace":
-                break  # what lies before is the caller of from_torch
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    if lines[0].startswith("Constraints violated"):  # what was violated is in the next line
-        lines = lines[1:2] or lines
-    return f"{type(error).__name__}: {lines[0][:300]}".rstrip(".")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Reading the exported program
-
-
-@dataclass(frozen=True)
-class _Param:
-    """A parameter: its key, or None for a constant of the code, which is keyed by its first reader."""
-
-    key: str | None
-    tensor: torch.Tensor
-
-
-@dataclass(eq=False)
-class _Draft:
-    """A node before it has a name."""
-
-    op: Op
-    source: FxNode
-    operands: tuple[_Draft | Input, ...] = ()
-    params: dict[str, _Param] = field(default_factory=dict)
-    label: str = ""  # of a helper call
-    constant_of: tuple[_Draft | None, str] = (None, "")  # who reads it first, and as what
 
 
 class _Reader:
@@ -168,14 +61,17 @@ class _Reader:
 
     def __init__(self, module: torch.nn.Module, program: Any, dynamic_batch: bool) -> None:
         self.module, self.program, self.dynamic_batch = module, program, dynamic_batch
-        self.values: dict[FxNode, Any] = {}  # _Draft, Input, _Param, or None for what is no tensor or failed
+        self.values: dict[FxNode, Any] = {}  # Draft, Input, Param, Results, or None: no tensor, or failed
+        self.calls: dict[int, tuple[Call, Draft]] = {}  # by id of a helper call
+        self.given: set[int] = set()  # the memory of parameters and buffers
         self.roots: dict[FxNode, FxNode] = {}  # the node that made a tensor's memory
         self.changed: dict[FxNode, set[FxNode]] = {}  # {root: readers that saw its last change in place}
-        self.drafts: list[_Draft] = []
-        self.constants: dict[int, _Draft] = {}  # by id of the _Param, one draft for each
+        self.drafts: list[Draft] = []
+        self.constants: dict[tuple[int, int], Draft] = {}  # by id and version of a Param, one draft for each
         self.inputs: list[Input] = []
-        self.outputs: list[_Draft] = []
+        self.outputs: list[Draft] = []
         self.problems: list[str] = []
+        self.batch = 1  # of the example
 
     # -- values
 
@@ -201,16 +97,19 @@ class _Reader:
             tensor = self.program.state_dict.get(spec.target)
             tensor = self.program.constants.get(spec.target) if tensor is None else tensor
             named = kind != "CONSTANT_TENSOR" or not spec.target.startswith("lifted_tensor_")
-            return _Param(spec.target if named else None, tensor)
+            node.meta[CONSTANT] = tensor
+            self.given.add(tensor.untyped_storage().data_ptr())
+            return Param(spec.target if named else None, tensor, fixed=kind != "PARAMETER")
         if kind == "USER_INPUT" and isinstance(node.meta.get("val"), torch.Tensor):
-            shape = node.meta["val"].shape
+            shape, dtype = node.meta["val"].shape, DTYPES[node.meta["val"].dtype]
             if self.dynamic_batch and isinstance(shape[0], int):
                 raise ConversionError(
                     f"the batch axis of input {node.name!r} cannot stay symbolic: torch.export fixed it to {shape[0]}; "
                     "use sizes taken from the input or -1 in the model, or pass dynamic_batch=False"
                 )
-            entry = Input(node.name, tuple(n if isinstance(n, int) else None for n in shape))
+            entry = Input(node.name, tuple(n if isinstance(n, int) else None for n in shape), dtype)
             self.inputs.append(entry)
+            self.batch = example_shape(shape)[0] if self.dynamic_batch else 1
             return entry
         return None
 
@@ -222,7 +121,8 @@ class _Reader:
             self.values[node] = self.convert(node)
         except Unsupported as reason:
             operands = [n for n in node.all_input_nodes if _is_tensor(n)]
-            if node.target in TABLE and any(self.values[n] is None for n in operands):
+            known = node.target in TABLE or _is_getitem(node)
+            if known and any(self.values[n] is None for n in node.all_input_nodes if _is_value(n)):
                 return  # only because an operand failed, which is listed
             shapes = [format_shape(shape_of(n)) for n in operands]
             where = self.path_of(node) or "the top level"
@@ -238,24 +138,27 @@ class _Reader:
         return sizes or name.startswith(ignored)
 
     def convert(self, node: FxNode) -> Any:
+        if _is_getitem(node):
+            return self.read_item(node)
         target = node.target
-        if getattr(target, "__name__", "") == "getitem":
-            return None
+        if self.is_fixed(node):
+            return self.compute(node)
         if target not in TABLE:
             raise Unsupported
+        self.view_constant(node)
         schema = target._schema.arguments
         arguments = list(node.args) + [
             node.kwargs.get(a.name, a.default_value if a.has_default_value() else None)
             for a in schema[len(node.args) :]
         ]
-        source = arguments[0] if isinstance(arguments[0], FxNode) else None
+        source = arguments[0] if arguments and isinstance(arguments[0], FxNode) else None
         self.check_reads(node)
         result = TABLE[target](shape_of(node), *arguments)
         alias = schema[0].alias_info
         in_place = alias is not None and alias.is_write and isinstance(result, Call)
-        if in_place and isinstance(self.values.get(source), _Param):
+        if in_place and isinstance(self.values.get(source), Param):
             raise Unsupported("it changes a parameter or buffer in place")
-        value = self.values[result] if isinstance(result, FxNode) else self.draft(node, result)
+        value = self.value_of(node, result)
         shares = target not in _COPIES and (isinstance(result, FxNode) or alias is not None or target in _MAY_ALIAS)
         self.roots[node] = self.roots.get(source, source) if shares and source is not None else node
         if in_place and source is not None:
@@ -267,6 +170,92 @@ class _Reader:
                 self.changed[root].add(node)
         return value
 
+    def value_of(self, node: FxNode, result: Any) -> Any:
+        if isinstance(result, list):
+            return Results(node, result)
+        value = self.values[result] if isinstance(result, FxNode) else self.draft(node, result)
+        if isinstance(value, Draft):
+            check_value(value, node.meta["val"])
+        return value
+
+    def read_item(self, node: FxNode) -> Any:
+        """One result of a call that has several."""
+        source, index = node.args
+        results = self.values[source]
+        self.roots[node] = self.roots.get(source, node)
+        if isinstance(results, tuple):
+            node.meta[CONSTANT] = results[index].tensor
+            return results[index]
+        if not isinstance(results, Results):
+            raise Unsupported
+        if source in self.changed.get(self.roots[node], {source}):
+            self.changed.get(self.roots[node], set()).add(node)
+        if CONSTANT in source.meta:
+            node.meta[CONSTANT] = source.meta[CONSTANT][index]
+        found = results.calls[index]
+        if isinstance(found, FxNode):
+            return self.values[found]
+        try:
+            if isinstance(found, str):
+                raise Unsupported(found)
+            value = self.draft(source, found, label=str(index) if index else "")
+            check_value(value, node.meta["val"])
+        except Unsupported as reason:
+            return Refused(f"result {index} of {source.target}: {reason}")
+        return value
+
+    # -- constants
+
+    def is_fixed(self, node: FxNode) -> bool:
+        """Whether a call depends on no input and on no trained parameter, so that its value is known now."""
+        if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+            return False
+        return all(self.is_known(n) for n in node.all_input_nodes)
+
+    def is_known(self, node: FxNode) -> bool:
+        found = self.values.get(node)
+        return isinstance(found, Param) and found.fixed
+
+    def compute(self, node: FxNode) -> Any:
+        """The value of a call that does not depend on the inputs. Tensors that the code made are changed in place."""
+        writes = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        if writes and self.constant_tensor(node.args[0]).untyped_storage().data_ptr() in self.given:
+            raise Unsupported("it changes a parameter or buffer in place")
+        result = self.run(node)
+        if isinstance(result, torch.Tensor):
+            node.meta[CONSTANT] = result
+            return Param(None, result)
+        return tuple(Param(None, part) for part in result)
+
+    def constant_tensor(self, node: Any) -> torch.Tensor:
+        tensor: torch.Tensor = node.meta[CONSTANT]
+        return tensor
+
+    def run(self, node: FxNode) -> Any:
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), self.constant_tensor)
+        with torch.no_grad():
+            try:
+                return node.target(*args, **kwargs)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise Unsupported(f"it cannot be computed at the import: {error}") from error
+
+    def view_constant(self, node: FxNode) -> None:
+        """Keeps what is only a view of parameters: as a weight it needs no operator."""
+        inputs = node.all_input_nodes
+        alias = node.target._schema.arguments[0].alias_info if node.target._schema.arguments else None
+        if inputs and alias is not None and not alias.is_write and all(CONSTANT in n.meta for n in inputs):
+            node.meta[CONSTANT] = self.run(node)
+
+    def read_param(self, node: FxNode, role: str) -> Param:
+        value = self.values[node]
+        if isinstance(value, Param):
+            return value
+        if value is not None and CONSTANT in node.meta:
+            return Param(None, node.meta[CONSTANT].clone())
+        raise Unsupported(f"its {role} is computed by the model; make it a plain parameter")
+
+    # -- drafts
+
     def check_reads(self, node: FxNode) -> None:
         if any(self.is_stale(operand) for operand in node.all_input_nodes):
             raise Unsupported("it reads a tensor whose view was changed in place; use the out-of-place form")
@@ -276,40 +265,56 @@ class _Reader:
         fresh = self.changed.get(self.roots.get(node, node))
         return fresh is not None and node not in fresh
 
-    def draft(self, node: FxNode, call: Call) -> _Draft:
-        result = _Draft(call.op, node, label=call.label)
+    def draft(self, node: FxNode, call: Call, label: str | None = None) -> Draft:
+        if id(call) in self.calls:
+            return self.calls[id(call)][1]
+        result = Draft(call.op, node, label=call.label if label is None else label)
         names = [a.name for a in node.target._schema.arguments]
-        many = isinstance(node.args[0], list | tuple)
+        many = isinstance(node.args[0], list | tuple) if node.args else True
+        roles = [f"{names[0]}_{i}" if many or i >= len(names) else names[i] for i in range(len(call.operands))]
         result.operands = tuple(
-            self.operand(node, result, value, f"{names[0]}_{i}" if many else names[i])
-            for i, value in enumerate(call.operands)
+            self.operand(node, result, value, role) for value, role in zip(call.operands, roles, strict=True)
         )
         for role, parameter in call.params.items():
             if parameter is not None:
-                value = self.values[parameter]
-                if not isinstance(value, _Param):
-                    raise Unsupported(f"its {role} is computed by the model; make it a plain parameter")
-                result.params[role] = value
+                result.params[role] = self.read_param(parameter, role)
+        join_mask(result)
+        result.value = evaluate(result, self.batch)
         self.drafts.append(result)
+        self.calls[id(call)] = call, result  # keeps the call, and its id, alive
         return result
 
-    def operand(self, node: FxNode, reader: _Draft, value: Any, role: str) -> Any:
+    def operand(self, node: FxNode, reader: Draft, value: Any, role: str) -> Any:
         if isinstance(value, Call):
-            return self.draft(node, value)
+            return self.draft(node, value, value.label or type(value.op).__name__.lower())
+        if value is BATCH:
+            if not self.dynamic_batch:
+                raise Unsupported("it needs the batch, which is fixed")
+            return self.inputs[0]
         if isinstance(value, FxNode):
             if not _is_tensor(value):
                 raise Unsupported("it computes with the batch size; make it a constant")
             found = self.values[value]
-            return self.constant(node, reader, found, role) if isinstance(found, _Param) else found
+            if found is None or isinstance(found, Refused):
+                raise Unsupported(found.reason if found else "")
+            return self.constant(node, reader, found, role) if isinstance(found, Param) else found
         if not isinstance(value, int | float):
             raise Unsupported(f"operand {value!r} is not a tensor or a number")
-        return self.constant(node, reader, _Param(None, torch.tensor(float(value))), role)
+        return self.constant(node, reader, Param(None, torch.tensor(float(value))), role)
 
-    def constant(self, node: FxNode, reader: _Draft | None, parameter: _Param, role: str) -> _Draft:
-        found = self.constants.get(id(parameter))
+    def constant(self, node: FxNode, reader: Draft | None, parameter: Param, role: str) -> Draft:
+        at = id(parameter), parameter.tensor._version
+        found = self.constants.get(at)
         if found is None:
-            found = _Draft(Constant(), node, params={"value": parameter}, constant_of=(reader, role))
-            self.constants[id(parameter)] = found
+            found = Draft(Constant(), node, constant=parameter, constant_of=(reader, role))
+            if parameter.tensor.dtype.is_floating_point:
+                if parameter.key is None:  # a later change in place is another constant
+                    found.constant = parameter = Param(None, parameter.tensor.clone())
+                found.params["value"] = parameter
+            else:
+                found.op = integer_constant(parameter.tensor)
+            found.value = evaluate(found, self.batch)
+            self.constants[at] = found
             self.drafts.append(found)
         return found
 
@@ -324,13 +329,15 @@ class _Reader:
             if not _is_tensor(node):
                 raise ConversionError(f"output {i} is {node!r}, not a tensor; return tensors only")
             value = self.values[node]
+            if isinstance(value, Refused):
+                raise ConversionError(f"output {i} is {value.reason}")
             if isinstance(value, Input):
                 raise ConversionError(f"output {i} is the input {value.name!r} itself; leave it out of the outputs")
             if self.is_stale(node):
                 raise ConversionError(
                     f"output {i} is a tensor whose view was changed in place; use the out-of-place form"
                 )
-            self.outputs.append(self.constant(node, None, value, "value") if isinstance(value, _Param) else value)
+            self.outputs.append(self.constant(node, None, value, "value") if isinstance(value, Param) else value)
         if not self.outputs:
             raise ConversionError("the model returns no tensor")
 
@@ -350,25 +357,37 @@ class _Reader:
         known = any(b.__module__.startswith("torch.nn.") and b is not torch.nn.Module for b in bases)
         return bool(path) and known and not any(True for _ in module.children())
 
+    def read_by_outputs(self) -> list[Draft]:
+        """Drafts that an output depends on: the others take no names."""
+        found: set[Draft] = set()
+        wanted = list(self.outputs)
+        while wanted:
+            draft = wanted.pop()
+            if draft not in found:
+                found.add(draft)
+                wanted += [o for o in draft.operands if isinstance(o, Draft)]
+        return [d for d in self.drafts if d in found]
+
     def build(self) -> tuple[Graph, dict[str, Array]]:
         """Names go to layers first, then to parameters, then to functional calls; inputs take what is left."""
-        calls = Counter(_call_of(d.source) for d in self.drafts if not d.label and not isinstance(d.op, Constant))
-        names: dict[_Draft, str] = {}
+        self.drafts = self.read_by_outputs()
+        calls = Counter(_call_of(d.source) for d in self.drafts if not d.label and d.constant is None)
+        names: dict[Draft, str] = {}
         keys: dict[int, str] = {}
         taken: set[str] = set()
         known = {*self.program.state_dict, *self.program.constants}  # no constant of the code takes one of these keys
 
-        def is_layer(draft: _Draft) -> bool:
+        def is_layer(draft: Draft) -> bool:
             return calls[_call_of(draft.source)] == 1 and not draft.label and self.is_layer(self.path_of(draft.source))
 
-        constants = [d for d in self.drafts if isinstance(d.op, Constant)]
-        others = [d for d in self.drafts if not isinstance(d.op, Constant)]
+        constants = [d for d in self.drafts if d.constant is not None]
+        others = [d for d in self.drafts if d.constant is None]
         layers = [d for d in others if is_layer(d)]
         for draft in layers:
             names[draft] = _unique(self.path_of(draft.source), taken)
         for draft in constants:
-            if key := draft.params["value"].key:
-                names[draft] = _unique(key, taken)
+            if draft.constant is not None and draft.constant.key:
+                names[draft] = _unique(draft.constant.key, taken)
         for draft in others:
             if draft not in names:
                 parts = (self.path_of(draft.source), _op_name(draft.source), draft.label)
@@ -376,9 +395,11 @@ class _Reader:
         for draft in constants:
             if draft not in names:
                 reader, role = draft.constant_of
+                if reader is not None and reader not in names:  # another one took its operands
+                    reader = next(d for d in others if draft in d.operands)
                 names[draft] = _unique(f"{names[reader]}.{role}" if reader else "constant", taken)
-                keys[id(draft.params["value"])] = _unique(names[draft], known)
-        entries = {entry.name: Input(_unique(entry.name, taken), entry.shape) for entry in self.inputs}
+                keys[id(draft.constant)] = _unique(names[draft], known)
+        entries = {entry.name: replace(entry, name=_unique(entry.name, taken)) for entry in self.inputs}
 
         params: dict[str, Array] = {}
         nodes = []
@@ -402,8 +423,17 @@ _COPIES = {torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default}
 _MAY_ALIAS = {torch.ops.aten.dropout.default}  # returns its input in eval mode, though the schema says otherwise
 
 
+def _is_getitem(node: FxNode) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
 def _is_tensor(node: Any) -> bool:
     return isinstance(node, FxNode) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_value(node: FxNode) -> bool:
+    """Whether an fx node stands for a tensor or several, and not for a size."""
+    return isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
 
 
 def _call_of(node: FxNode) -> Any:

@@ -1,0 +1,130 @@
+"""Pooling, resizing, and sampling at coordinates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+import jquant.ops as ops
+
+from .call import Call, Handler, Shape, aten, both_sides, integer, per_axis, require, require_batched, shape_of
+
+NO_POSITIONS = "the positions of a maximum; return_indices has no operator"
+
+
+def max_pool(rank: int) -> Handler:
+    def handler(
+        out: Shape, x: Node, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool = False
+    ) -> Call:
+        require_batched(x, rank)
+        op = ops.MaxPool(
+            kernel=per_axis(kernel, rank),
+            strides=per_axis(stride or kernel, rank),
+            padding=both_sides(padding, rank),
+            dilation=per_axis(dilation, rank),
+            ceil_mode=ceil_mode,
+        )
+        return Call(op, (x,))
+
+    return handler
+
+
+def without_positions(handler: Handler) -> Handler:
+    return lambda out, *arguments: [handler(out[0], *arguments), NO_POSITIONS]
+
+
+def avg_pool(rank: int) -> Handler:
+    def handler(
+        out: Shape, x: Node, kernel: Any, stride: Any, padding: Any, ceil_mode: bool, include: bool, divisor: Any = None
+    ) -> Call:
+        require_batched(x, rank)
+        op = ops.AvgPool(
+            kernel=per_axis(kernel, rank),
+            strides=per_axis(stride or kernel, rank),
+            padding=both_sides(padding, rank),
+            ceil_mode=ceil_mode,
+            count_include_pad=include,
+            divisor=divisor,
+        )
+        return Call(op, (x,))
+
+    return handler
+
+
+def adaptive_avg_pool(rank: int) -> Handler:
+    def handler(out: Shape, x: Node, size: Any) -> Call:
+        require_batched(x, rank)
+        return Call(ops.AdaptiveAvgPool(output_size=per_axis(size, rank)), (x,))
+
+    return handler
+
+
+def adaptive_max_pool(rank: int) -> Handler:
+    def handler(out: list[Shape], x: Node, size: Any) -> list[Any]:
+        require_batched(x, rank)
+        return [Call(ops.AdaptiveMaxPool(output_size=per_axis(size, rank)), (x,)), NO_POSITIONS]
+
+    return handler
+
+
+def resize(mode: Any) -> Handler:
+    """By size, or by factors where they were given: then the coordinates follow from the factors."""
+
+    def resized(out: Shape, x: Node, size: Any, align_corners: bool, factors: Any) -> Call:
+        require(len(out) - 2 <= 2 or mode != "bilinear", "trilinear; resize by two operators or by nearest")
+        if factors is not None and all(f is not None for f in factors):
+            op = ops.Interpolate(scale_factor=tuple(map(float, factors)), mode=mode, align_corners=align_corners)
+        else:
+            op = ops.Interpolate(size=tuple(map(integer, out[2:])), mode=mode, align_corners=align_corners)
+        require_batched(x, len(out) - 2)
+        return Call(op, (x,))
+
+    if mode == "bilinear":
+        return resized
+    return lambda out, x, size, factors: resized(out, x, size, False, factors)
+
+
+def resize_by_axis(mode: Any) -> Handler:
+    """The overload with one factor for each axis instead of a list."""
+    handler = resize(mode)
+    if mode == "bilinear":
+        return lambda out, x, size, align, *factors: handler(out, x, size, align, factors)
+    return lambda out, x, size, *factors: handler(out, x, size, factors)
+
+
+def grid_sample(out: Shape, x: Node, grid: Node, mode: int, padding: int, align_corners: bool) -> Call:
+    require(len(shape_of(x)) == 4, "sampling of volumes; only images [N, C, H, W] have an operator")
+    require(mode in (0, 1), "bicubic sampling; use bilinear or nearest")
+    require(padding in (0, 1), "reflection padding; use zeros or border")
+    op = ops.GridSample(
+        mode="nearest" if mode else "bilinear",
+        padding="border" if padding else "zeros",
+        align_corners=bool(align_corners),
+    )
+    return Call(op, (x, grid))
+
+
+def affine_grid(out: Shape, theta: Node, size: Any, align_corners: bool) -> Call:
+    require(len(out) == 4, "a grid of volumes; only images [N, C, H, W] have an operator")
+    return Call(ops.AffineGrid(size=(integer(out[1]), integer(out[2])), align_corners=align_corners), (theta,))
+
+
+TABLE: dict[Any, Handler] = {
+    **{getattr(aten, f"max_pool{n}d").default: max_pool(n) for n in (1, 2, 3)},
+    **{getattr(aten, f"max_pool{n}d_with_indices").default: without_positions(max_pool(n)) for n in (2, 3)},
+    aten.max_pool1d_with_indices.default: without_positions(max_pool(1)),
+    **{getattr(aten, f"avg_pool{n}d").default: avg_pool(n) for n in (1, 2, 3)},
+    **{getattr(aten, f"adaptive_avg_pool{n}d").default: adaptive_avg_pool(n) for n in (1, 2, 3)},
+    **{getattr(aten, f"adaptive_max_pool{n}d").default: adaptive_max_pool(n) for n in (1, 2, 3)},
+    **{getattr(aten, f"upsample_nearest{n}d").vec: resize("nearest") for n in (1, 2, 3)},
+    **{getattr(aten, f"upsample_nearest{n}d").default: resize_by_axis("nearest") for n in (1, 2, 3)},
+    **{getattr(aten, f"_upsample_nearest_exact{n}d").vec: resize("nearest-exact") for n in (1, 2, 3)},
+    aten.upsample_linear1d.vec: resize("bilinear"),
+    aten.upsample_linear1d.default: resize_by_axis("bilinear"),
+    aten.upsample_bilinear2d.vec: resize("bilinear"),
+    aten.upsample_bilinear2d.default: resize_by_axis("bilinear"),
+    aten.grid_sampler.default: grid_sample,
+    aten.grid_sampler_2d.default: grid_sample,
+    aten.affine_grid_generator.default: affine_grid,
+}

@@ -1,0 +1,94 @@
+"""Elements by index, and sorting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+import jquant.ops as ops
+from jquant.types import Op
+
+from .call import (
+    Call,
+    Handler,
+    Shape,
+    aten,
+    axis_of,
+    constant_of,
+    dtype_of,
+    integer,
+    rank_of,
+    require,
+    reshaped,
+    shape_of,
+)
+
+
+def picked(out: Shape, x: Node, axis: int, index: Node) -> Any:
+    """Elements of one axis at an index of any shape, whose axes take the place of that axis."""
+    require(dtype_of(index) != torch.bool, "a selection by a mask: its size depends on values; use torch.where")
+    require(rank_of(x) > 0, "a number has no axis")
+    require(isinstance(shape_of(x)[axis], int), "it picks examples of the batch; do that outside the model")
+    axis = axis_of(axis, rank_of(x))
+    known = constant_of(index)
+    several = rank_of(index) != 1
+    if known is not None:
+        indices = tuple(int(i) for i in known.flatten().tolist())
+        result = Call(ops.IndexSelect(axis=axis, indices=indices), (x,), label="select" if several else "")
+    else:
+        source: Any = Call(ops.Reshape(shape=(-1,)), (index,), label="index") if several else index
+        result = Call(ops.IndexSelect(axis=axis), (x, source), label="select" if several else "")
+    return reshaped(out, result) if several else result
+
+
+def index(out: Shape, x: Node, indices: Sequence[Node | None]) -> Any:
+    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    require(len(given) == 1, "an index of several axes at once; index one axis after the other")
+    axis, at = given[0]
+    require(dtype_of(at) != torch.uint8, "an index of uint8")
+    return picked(out, x, axis, at)
+
+
+def gather(out: Shape, x: Node, axis: int, at: Node, *_: Any) -> Call:
+    require(rank_of(x) > 0, "a number has no axis")
+    axis = axis_of(axis, rank_of(x))
+    require(isinstance(shape_of(x)[axis], int), "it gathers along the batch")
+    return Call(ops.Gather(axis=axis), (x, at))
+
+
+def sort(out: Any, x: Node, axis: int = -1, descending: bool = False) -> list[Any]:
+    require(rank_of(x) > 0, "a number has no order")
+    at: dict[str, Any] = {"axis": axis_of(axis, rank_of(x)), "descending": bool(descending)}
+    return [Call(ops.Sort(**at), (x,)), Call(ops.SortIndices(**at), (x,))]
+
+
+def stable(handler: Handler) -> Handler:
+    return lambda out, x, is_stable, axis=-1, descending=False: handler(out, x, axis, descending)
+
+
+def argsort(out: Shape, x: Node, axis: int = -1, descending: bool = False) -> Call:
+    result: Call = sort(out, x, axis, descending)[1]
+    return result
+
+
+def topk(out: Any, x: Node, k: Any, axis: int = -1, largest: bool = True, is_sorted: bool = True) -> list[Any]:
+    """Sorted, which torch does not promise for sorted=False."""
+    require(rank_of(x) > 0, "a number has no order")
+    at: dict[str, Any] = {"axis": axis_of(axis, rank_of(x)), "k": integer(k), "largest": bool(largest)}
+    first: Op = ops.TopK(**at)
+    return [Call(first, (x,)), Call(ops.TopKIndices(**at), (x,))]
+
+
+TABLE: dict[Any, Handler] = {
+    aten.index_select.default: picked,
+    aten.index.Tensor: index,
+    aten.gather.default: gather,
+    aten.sort.default: sort,
+    aten.sort.stable: stable(sort),
+    aten.argsort.default: argsort,
+    aten.argsort.stable: stable(argsort),
+    aten.topk.default: topk,
+}

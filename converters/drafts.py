@@ -1,0 +1,121 @@
+"""Nodes on their way into a graph: before they have names, but with the shape and dtype that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jax
+import torch
+from torch.fx import Node as FxNode
+
+from jquant.ops.base import eval_float
+from jquant.ops.compare import MaskedFill
+from jquant.ops.composite import Softmax
+from jquant.ops.elementwise import IntegerConstant
+from jquant.types import Input, JQuantError, Op
+
+from .aten import VERY_NEGATIVE, Unsupported
+from .exact import DTYPES, takes_exact
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter: its key, or None for a constant of the code, which is keyed by its first reader.
+
+    What follows from parameters that are `fixed` alone is computed at the import. A trained one stays an operand.
+    """
+
+    key: str | None
+    tensor: torch.Tensor
+    fixed: bool = True
+
+
+@dataclass(eq=False)
+class Draft:
+    """A node before it has a name."""
+
+    op: Op
+    source: FxNode
+    operands: tuple[Draft | Input, ...] = ()
+    params: dict[str, Param] = field(default_factory=dict)
+    label: str = ""  # of a helper call
+    constant: Param | None = None  # that it stands for
+    constant_of: tuple[Draft | None, str] = (None, "")  # who reads it first, and as what
+    value: Any = None  # shape and dtype at the example batch
+
+
+@dataclass
+class Results:
+    """The results of a call that makes several tensors. One becomes a node when it is read."""
+
+    source: FxNode
+    calls: list[Any]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A result of a call with several that has no operator: an error only where it is read."""
+
+    reason: str
+
+
+def integer_constant(tensor: torch.Tensor) -> IntegerConstant:
+    values = tensor.flatten().tolist()
+    if any(not -(2**31) <= v < 2**31 for v in values):
+        raise Unsupported("a constant beyond int32")
+    dtype: Any = "bool" if tensor.dtype == torch.bool else "int32"
+    return IntegerConstant(shape=tuple(tensor.shape), values=tuple(int(v) for v in values), dtype=dtype)
+
+
+def join_mask(draft: Draft) -> None:
+    """Softmax of scores that a mask filled with something very negative: the mask becomes an operand of it.
+
+    Its integer form is exact there, while the fill would be the smallest integer, which may be near the scores.
+    """
+    filled = draft.operands[0] if draft.operands else None
+    if not isinstance(draft.op, Softmax) or not isinstance(filled, Draft) or not isinstance(filled.op, MaskedFill):
+        return
+    scores = filled.operands[0]
+    grows = isinstance(scores, Draft) and scores.value.shape != filled.value.shape  # the mask broadcasts the scores
+    if filled.op.value <= VERY_NEGATIVE and not grows:
+        draft.operands = filled.operands
+
+
+def evaluate(draft: Draft, batch: int) -> Any:
+    """Shape and dtype of a draft at the batch of the example, from the float rule of its operator."""
+    operands = []
+    for operand in draft.operands:
+        value = operand.value if isinstance(operand, Draft) else operand
+        dtype = str(value.dtype)
+        if dtype != "float32" and not takes_exact(draft.op):
+            raise Unsupported(f"{type(draft.op).__name__} of {dtype}; convert it to float32 before")
+        operands.append((tuple(batch if n is None else n for n in value.shape), dtype))
+    params = tuple((role, tuple(p.tensor.shape)) for role, p in draft.params.items())
+    try:
+        return _shape_of_op(draft.op, tuple(operands), params)
+    except (JQuantError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise Unsupported(str(error).splitlines()[0]) from error
+
+
+@lru_cache(maxsize=4096)
+def _shape_of_op(op: Op, operands: tuple[Any, ...], params: tuple[Any, ...]) -> Any:
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands]
+    weights = {role: jax.ShapeDtypeStruct(shape, "float32") for role, shape in params}
+    return jax.eval_shape(lambda a, w: eval_float(op, *a, **w), arrays, weights)
+
+
+def check_value(draft: Draft, expected: torch.Tensor) -> None:
+    """Refuses what would have another shape or dtype than in torch."""
+    shape, dtype = example_shape(expected.shape), DTYPES.get(expected.dtype)
+    if dtype is None:
+        raise Unsupported(f"it makes {expected.dtype}; keep the model in float32")
+    if tuple(draft.value.shape) != shape or str(draft.value.dtype) != dtype:
+        found = f"{draft.value.dtype}{list(draft.value.shape)}"
+        raise Unsupported(f"{type(draft.op).__name__} makes {found} of it, torch {dtype}{list(shape)}")
+
+
+def example_shape(shape: Any) -> tuple[int, ...]:
+    """A shape at the batch of the example."""
+    return tuple(n if isinstance(n, int) else int(n.node.hint) for n in shape)

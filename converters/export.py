@@ -1,0 +1,111 @@
+"""A torch module to an exported program, undecomposed, with a symbolic batch."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from jquant.types import ConversionError
+
+from .exact import DTYPES
+
+
+def check_arguments(example_inputs: Any, dynamic_batch: bool) -> tuple[Any, ...]:
+    """The arguments as fresh tensors, with a batch of 1 repeated: torch.export specialises 1."""
+    arguments = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    leaves = pytree.tree_leaves(arguments)
+    if not leaves:
+        raise ConversionError("example_inputs is empty; pass the forward's arguments, such as (x,)")
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            raise ConversionError(f"example input {i} is {leaf!r}, not a tensor; wrap the module to fix this argument")
+        if leaf.dtype not in DTYPES:
+            raise ConversionError(f"example input {i} is {leaf.dtype}; convert it to float32 before the model")
+    if dynamic_batch:
+        batches = sorted({leaf.shape[0] if leaf.ndim else None for leaf in leaves}, key=str)
+        if len(batches) > 1 or batches[0] in (None, 0):
+            shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves)
+            raise ConversionError(
+                f"axis 0 of every input must be one batch, the example inputs have shapes {shapes}; "
+                "give them equal batches, or pass dynamic_batch=False to fix all shapes"
+            )
+    repeats = 2 if dynamic_batch and leaves[0].shape[0] == 1 else 1
+    return pytree.tree_map(lambda x: torch.cat([x.detach()] * repeats) if x.ndim else x.detach().clone(), arguments)
+
+
+def check_dtypes(module: torch.nn.Module) -> None:
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
+            raise ConversionError(f"parameter {key!r} is {tensor.dtype}; convert the model with module.float() first")
+
+
+def export(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool) -> Any:
+    try:
+        return _trace(module, arguments, dynamic_batch)
+    except Exception as error:  # torch.export raises a dozen types, and whatever the model's own code raises
+        where, message = _user_line(error), _first_line(error)
+        if dynamic_batch and _traces(module, arguments):
+            raise ConversionError(
+                f"the batch axis cannot stay symbolic: the model works for some batch sizes only{where} ({message}). "
+                "Use flatten(1) or sizes taken from the input, or pass dynamic_batch=False to fix the batch"
+            ) from error
+        raise ConversionError(
+            f"torch.export cannot trace {type(module).__name__}{where}: {message}. The forward must run on the example "
+            "inputs and must not branch on tensor values: use torch.where, or import the parts around the branch"
+        ) from error
+
+
+def _trace(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool) -> Any:
+    shapes = torch.export.ShapesCollection()
+    batch = torch.export.Dim("batch")
+    for leaf in pytree.tree_leaves(arguments) if dynamic_batch else ():
+        shapes[leaf] = {0: batch}
+    with warnings.catch_warnings(), torch.no_grad(), _without_fast_paths():
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, arguments, dynamic_shapes=shapes if dynamic_batch else None, strict=False)
+
+
+@contextmanager
+def _without_fast_paths() -> Iterator[None]:
+    """nn.TransformerEncoderLayer as operators, instead of as one that no backend but torch's own has."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _traces(module: torch.nn.Module, arguments: tuple[Any, ...]) -> bool:
+    try:
+        _trace(module, arguments, dynamic_batch=False)
+    except Exception:
+        return False
+    return True
+
+
+def _user_line(error: BaseException | None) -> str:
+    """The last line of the model's own code in the tracebacks of an error and its causes."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    while error is not None:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if not frame.filename.startswith(ours) and Path(frame.filename).is_file():
+                return f" at {frame.filename}:{frame.lineno} `{frame.line}`"
+            if frame.filename == __file__ and frame.name == "_trace":
+                break  # what lies before is the caller of from_torch
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    if lines[0].startswith("Constraints violated"):  # what was violated is in the next line
+        lines = lines[1:2] or lines
+    return f"{type(error).__name__}: {lines[0][:300]}".rstrip(".")
