@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported; set it outside to test on an accelerator
 
@@ -23,3 +24,10 @@ def _one_torch_thread() -> None:
     """The suite runs one process a core; torch starting a thread a core in each only makes them wait for each other."""
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_go_with_their_module() -> Iterator[None]:
+    """Thousands of small programs are compiled here; kept for the whole session they fill gigabytes."""
+    yield
+    jax.clear_caches()

@@ -10,7 +10,16 @@ import pytest
 
 import jquant as jq
 from jquant import ops
-from jquant.calibrate import finalize_stats, init_stats, merge_stats, update_stats
+from jquant.calibrate import (
+    collect,
+    finalize_stats,
+    gather_stats,
+    init_stats,
+    merge_stats,
+    reset_scale,
+    update_stats,
+)
+from jquant.observers import clip_std, histogram, percentile
 
 NASH = jq.targets.NASH_E
 
@@ -119,6 +128,103 @@ def test_a_moving_average_cannot_be_merged() -> None:
     stats = update_stats(plan, params, init_stats(plan), {"x": batches(plan)[0]})
     with pytest.raises(jq.CalibrationError, match="moving_average of 'x' depends on the order of batches"):
         merge_stats(plan, stats, stats)
+
+
+def assert_same(a: object, b: object) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("observer", [histogram(64), clip_std()], ids=lambda o: o.name)
+def test_microbatches_are_batches(observer: jq.Observer) -> None:
+    plan, params = planned(observer)
+    data = np.concatenate(batches(plan))[:14]
+    small = [data[0:4], data[4:8], data[8:12], data[12:14]]
+    stats = collect(plan, params, small)
+    assert_same(stats, collect(plan, params, [data], microbatch=4))
+    assert_same(stats, collect(plan, params, [jnp.asarray(data[:8]), data[8:]], microbatch=4))
+    one_device = jax.make_mesh((1,), ("data",))
+    assert_same(stats, collect(plan, params, [data], microbatch=4, mesh=one_device))
+    assert_same(stats, collect(plan, params, small, mesh=one_device))
+    assert_same(stats, gather_stats(plan, stats))
+    assert_same(stats, merge_stats(plan, collect(plan, params, small[1:]), collect(plan, params, small[:1])))
+
+
+def test_what_cannot_be_split_is_refused() -> None:
+    plan, params = planned()
+    data, mesh = batches(plan), jax.make_mesh((1,), ("data",))
+    with pytest.raises(jq.InputError, match="microbatch must be at least 1"):
+        jq.calibrate(plan, params, data, microbatch=0)
+    with pytest.raises(jq.InputError, match=re.escape("the mesh has no axis 'batch', only data")):
+        jq.calibrate(plan, params, data, mesh=mesh, axis="batch")
+    with pytest.raises(jq.CalibrationError, match="batch 1: input 'x' contains NaN"):
+        jq.calibrate(plan, params, [data[0], jnp.nan * data[1]], mesh=mesh)
+    with pytest.raises(jq.CalibrationError, match="no calibration batches"):
+        jq.calibrate(plan, params, [], mesh=mesh)
+    whole = jq.Graph((jq.Input("x", (2, 3)),), (jq.Node("relu", ops.Relu(), ("x",)),), ("relu",))
+    plan, params = jq.prepare(whole, {}, config(), target=NASH)
+    with pytest.raises(jq.InputError, match="input 'x' has no batch axis to split"):
+        jq.calibrate(plan, params, [jnp.ones((2, 3))], microbatch=1)
+    plan, params = planned(jq.moving_average())
+    with pytest.raises(jq.CalibrationError, match=r"moving_average of 'x'.* use min_max, percentile"):
+        jq.calibrate(plan, params, data, mesh=mesh)
+    with pytest.raises(jq.CalibrationError, match=r"moving_average of 'x'.* cannot be merged"):
+        gather_stats(plan, init_stats(plan))
+
+
+def test_a_moving_average_goes_by_microbatches() -> None:
+    plan, params = planned(jq.moving_average(0.5))
+    data = batches(plan)
+    assert_equal(jq.calibrate(plan, params, data), jq.calibrate(plan, params, [np.concatenate(data)], microbatch=4))
+
+
+def test_statistics_of_another_plan_are_refused() -> None:
+    plan, params = planned(histogram(64))
+    stats = init_stats(plan)
+    with pytest.raises(jq.CalibrationError, match=re.escape("statistics of another plan: this one has 'x'")):
+        merge_stats(plan, stats, {k: v for k, v in stats.items() if k != "x"})
+    with pytest.raises(jq.CalibrationError, match="statistics of another plan: this one lacks 'y'"):
+        merge_stats(plan, stats | {"y": stats["x"]}, stats)
+    with pytest.raises(jq.CalibrationError, match="statistics of 'x' are not those of histogram; collect them anew"):
+        reset_scale(plan, params, init_stats(planned(histogram(32))[0]), percentile())
+
+
+def test_scales_are_derived_again_without_data() -> None:
+    data = batches(planned()[0])
+    plan, params = planned(histogram())
+    stats = collect(plan, params, data)
+    assert_equal(finalize_stats(plan, params, stats), jq.calibrate(*planned(jq.mse()), data))
+    for method in (percentile(99.0), jq.min_max()):
+        again = reset_scale(plan, params, stats, method)
+        assert_equal(again, jq.calibrate(*planned(method), data) | {k: again[k] for k in plan.weights})
+    only = reset_scale(plan, params, stats, percentile(90.0), names="n*.conv")
+    kept, reset = finalize_stats(plan, params, stats), reset_scale(plan, params, stats, percentile(90.0))
+    names = {name for name in plan.owned if name.endswith(".conv")}
+    assert 0 < len(names) < len(plan.owned)
+    assert_equal(only, {name: (reset if name in names else kept)[name] for name in kept})
+
+
+def test_a_scale_that_cannot_be_derived_again_is_refused() -> None:
+    plan, params = planned(histogram(64))
+    stats = init_stats(plan)
+    with pytest.raises(jq.CalibrationError, match="clip_std needs statistics of its own"):
+        reset_scale(plan, params, stats, clip_std())
+    with pytest.raises(jq.CalibrationError, match=re.escape("'n9*' matches no observed value")):
+        reset_scale(plan, params, stats, jq.mse(), names="n9*")
+    plan, params = planned()
+    with pytest.raises(jq.CalibrationError, match=r"min_max of 'x' kept no histogram; collect with jq\.histogram"):
+        reset_scale(plan, params, init_stats(plan), jq.mse())
+    plan, params = planned(histogram(64))
+    stats = collect(plan, params, batches(plan))
+    stats["x"] = stats["x"]._replace(range=jax.tree.map(lambda v: v * jnp.inf, stats["x"].range))
+    with pytest.raises(jq.CalibrationError, match="the values of 'x' are not finite"):
+        reset_scale(plan, params, stats, percentile())
+
+
+def test_nothing_is_shown_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    plan, params = planned()
+    jq.calibrate(plan, params, batches(plan))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_update_is_a_pure_function_for_scan() -> None:

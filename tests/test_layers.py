@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"types", "text", "progress", "numerics"},
-    {"quantizers", "observers", "qconfig", "ir", "targets"},
+    {"quantizers", "observers", "qconfig", "templates", "qconfig_file", "ir", "targets"},
     {"ops"},
-    {"prepare", "calibrate", "qat", "lower", "integer", "simulate", "apply", "trace", "checkpoint", "quantize"},
+    {"adapt", "apply", "calibrate", "checkpoint", "describe", "images", "insert", "integer", "lower", "prepare"}
+    | {"ptq", "qat", "quantize", "simulate", "trace"},
     {"analysis", "reference"},
     {"cli"},
 )

@@ -1,32 +1,33 @@
-"""Quantizers against formulas written anew in numpy: float32 for values, float64 for gradients."""
+"""Quantizers against formulas written anew in numpy: float32 for values, float64 for gradients, and against torch."""
 
 import doctest
+import importlib
 import math
+import pkgutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantizer_cases import ALL, bits, draw, gradients
 
 from jquant import quantizers
 from jquant.numerics.rounding import quantize
-from jquant.quantizers import fake_quant, lsq, pact
+from jquant.quantizers import (
+    adaround,
+    adaround_parameter,
+    fake_quant,
+    lsq,
+    lsq_plus,
+    pact,
+    rectified_sigmoid,
+    rounding_regularizer,
+)
 from jquant.types import InputError, QuantSpec, integer_range
 
-ALL = [fake_quant, lsq, pact]
 DTYPES = ["int2", "int3", "int4", "int8", "int16", "uint2", "uint3", "uint4", "uint8"]
 by_name = pytest.mark.parametrize("quantizer", ALL, ids=lambda q: q.name)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def draw(dtype, shape, scale, seed=0):
-    """Values inside, outside and exactly on ties, edges and grid points of the grid of `scale`."""
-    rng = np.random.default_rng(seed)
-    low, high = integer_range(dtype)
-    spread = rng.uniform(1.5 * low - 3, 1.5 * high + 3, shape)
-    half_steps = np.round(2 * spread) / 2
-    values = np.where(rng.random(shape) < 0.5, spread, half_steps)
-    return (values * np.asarray(scale, np.float64)).astype(np.float32)
 
 
 def expected(x, scale, dtype):
@@ -34,10 +35,6 @@ def expected(x, scale, dtype):
     low, high = integer_range(dtype)
     scale = np.asarray(scale, np.float32)
     return (np.clip(np.rint(x / scale), low, high) * scale + np.float32(0)).astype(np.float32)
-
-
-def bits(x):
-    return np.asarray(x, np.float32).view(np.int32)
 
 
 def sum_over(values, shape):
@@ -113,13 +110,6 @@ def test_nan_is_not_hidden(quantizer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients, against float64. Sums of at most 1e4 float32 terms: relative to the sum of magnitudes, 1e-5 is generous.
-
-
-def gradients(quantizer, x, parameter, spec, upstream):
-    def loss(x, parameter):
-        return jnp.sum(quantizer(x, parameter, spec) * upstream)
-
-    return jax.grad(loss, argnums=(0, 1))(jnp.asarray(x), jnp.asarray(parameter, jnp.float32))
 
 
 def gradient_case(dtype, shape):
@@ -264,6 +254,148 @@ def test_parameter_that_does_not_fit(shape):
         fake_quant(np.zeros((2, 3), np.float32), np.ones(shape, np.float32), QuantSpec(dtype="int8"))
 
 
-def test_examples():
+@pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.iter_modules(quantizers.__path__)))
+def test_examples(name):
+    module = importlib.import_module(f"jquant.quantizers.{name}")
+    assert doctest.testmod(module).failed == 0
     assert doctest.testmod(quantizers).failed == 0
-    assert doctest.testmod(quantizers).attempted > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LSQ+ and AdaRound
+
+
+@by_shape
+@by_dtype
+def test_lsq_plus(dtype, shape):
+    x, scale, upstream = gradient_case(dtype, shape)
+    spec, offset = QuantSpec(dtype=dtype), (np.float32(-0.75) * scale).astype(np.float32)
+    low, high = integer_range(dtype)
+    v = ((x - offset) / scale).astype(np.float32)
+    parameter = np.stack([scale, offset])
+    want = (np.clip(np.rint(v), low, high) * scale + offset).astype(np.float32)
+    np.testing.assert_array_equal(bits(lsq_plus(x, parameter, spec)), bits(want))
+    inside, wide = (v > low) & (v < high), v.astype(np.float64)
+    slopes = np.where(inside, np.rint(wide) - wide, np.where(wide <= low, low, high)), np.where(inside, 0.0, 1.0)
+    factor = 1 / math.sqrt(x.size / scale.size * high)
+    to_x, to_parameter = gradients(lsq_plus, x, parameter, spec, upstream)
+    np.testing.assert_array_equal(to_x, np.where(inside, upstream, 0))
+    for got, slope in zip(to_parameter, slopes, strict=True):
+        bound = 1e-5 * sum_over(np.abs(upstream * slope), shape) * factor
+        assert np.all(np.abs(got - sum_over(upstream.astype(np.float64) * slope, shape) * factor) <= bound)
+
+
+def test_lsq_plus_without_an_offset_is_lsq():
+    for axis, scale in ((None, np.float32(0.3)), ("out", np.array([0.3, 0.7], np.float32))):
+        spec, x = QuantSpec(dtype="int4", axis=axis), draw("int4", (2, 50), 0.4)
+        parameter = lsq_plus.init(scale, spec)
+        assert parameter.shape == (2, *np.shape(scale))
+        np.testing.assert_array_equal(bits(lsq_plus(x, parameter, spec)), bits(lsq(x, scale, spec)))
+        ours, plain = (gradients(q, x, p, spec, 1.0) for q, p in ((lsq_plus, parameter), (lsq, scale)))
+        np.testing.assert_array_equal(ours[0], plain[0])
+        np.testing.assert_array_equal(ours[1][0], plain[1])
+        np.testing.assert_array_equal(lsq_plus.scale(parameter, spec), scale)
+
+
+@by_shape
+@by_dtype
+def test_adaround(dtype, shape):
+    x, scale, upstream = gradient_case(dtype, shape)
+    spec, (low, high) = QuantSpec(dtype=dtype), integer_range(dtype)
+    v = np.random.default_rng(5).normal(scale=2, size=x.shape).astype(np.float32)
+    full = np.broadcast_to(scale, x.shape)
+    sigmoid = 1 / (1 + np.exp(-v.astype(np.float64)))
+    h = np.clip(1.2 * sigmoid - 0.1, 0, 1)
+    ratio = x / scale
+    soft = np.floor(ratio) + h
+    parameter = jnp.stack([full, v])
+    got = adaround(x, parameter, spec)
+    # h is off by some ulp of 1, and a sum of magnitude 2^bits by half of its own.
+    np.testing.assert_allclose(got, np.clip(soft, low, high) * full, rtol=2e-7, atol=4e-7 * full.max())
+    to_x, to_parameter = gradients(adaround, x, parameter, spec, upstream)
+    np.testing.assert_array_equal(to_x, np.where((ratio >= low) & (ratio <= high), upstream, 0))
+    np.testing.assert_array_equal(to_parameter[0], 0)
+    moves = (h > 0) & (h < 1) & (soft > low) & (soft < high)
+    want = np.where(moves, 1.2 * sigmoid * (1 - sigmoid), 0) * full * upstream
+    edge = np.abs(soft - np.rint(soft)) < 1e-5  # float32 and float64 may see the kink of h or a clip differently there
+    np.testing.assert_allclose(np.where(edge, 0, to_parameter[1]), np.where(edge, 0, want), rtol=5e-6, atol=1e-8)
+    assert edge.mean() < 0.5
+
+
+def test_adaround_starts_at_x_and_ends_on_the_grid():
+    spec, x = QuantSpec(dtype="int4", axis="out"), np.random.default_rng(0).uniform(-1.0, 1.0, (3, 200))
+    scale = jnp.asarray([0.2, 0.3, 0.5], jnp.float32)
+    parameter = adaround_parameter(x, scale, spec)
+    np.testing.assert_allclose(adaround(x, parameter, spec), x, atol=1e-6)
+    h = np.asarray(rectified_sigmoid(parameter[1]))
+    assert ((h >= 0) & (h < 1)).all()
+    settled = parameter.at[1].set(jnp.where(parameter[1] < 0, -9.0, 9.0))  # every h at its nearer end
+    ends = np.asarray(rectified_sigmoid(settled[1]))
+    assert set(np.unique(ends)) <= {0.0, 1.0}
+    assert rounding_regularizer(settled, 2.0) == 0 < rounding_regularizer(parameter, 2.0)
+    want = np.sum(1 - np.abs(2 * h.astype(np.float64) - 1) ** 8)
+    np.testing.assert_allclose(rounding_regularizer(parameter, 8.0), want, rtol=1e-5)
+    got = np.asarray(adaround(x, settled, spec)) / scale[:, None]
+    np.testing.assert_array_equal(got, np.floor(np.float32(x) / scale[:, None]) + ends)
+
+
+def test_parameters_of_two_values_are_checked():
+    spec = QuantSpec(dtype="int4")
+    with pytest.raises(InputError, match=r"the scale and the offset; make it with jq\.lsq_plus\.init"):
+        lsq_plus(np.zeros(3, np.float32), 0.5, spec)
+    with pytest.raises(InputError, match=r"make it with jq\.quantizers\.adaround_parameter"):
+        adaround(np.zeros(3, np.float32), np.zeros(3, np.float32), spec)
+    with pytest.raises(InputError, match=r"a v for every element of x \[3\], not \[\]"):
+        adaround(np.zeros(3, np.float32), np.zeros(2, np.float32), spec)
+    with pytest.raises(InputError, match=r"use another quantizer in the qconfig, then jq\.ptq\.adaround"):
+        adaround.init(jnp.float32(0.5), spec)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch's kernels. They take the outermost half steps, qmin - 1/2 .. qmin and qmax .. qmax + 1/2, as inside, where the
+# paper has them outside, and multiply by 1 / scale: inputs keep away from those and from ties, so both round alike.
+# The sums of 840 float32 terms differ by their order: 1e-5 of the sum of magnitudes is more than 840 / 2 ulp of 2^-24.
+
+
+def away_from_ties(dtype, shape, scale, seed=7):
+    rng, (low, high) = np.random.default_rng(seed), integer_range(dtype)
+    v = np.floor(rng.uniform(1.5 * low - 3, 1.5 * high + 3, shape)) + rng.uniform(-0.4, 0.4, shape)
+    v = np.where(
+        (v > low - 0.6) & (v < low + 0.1), low + 0.25, np.where((v > high - 0.1) & (v < high + 0.6), high - 0.25, v)
+    )
+    return (v * scale).astype(np.float32)
+
+
+@by_shape
+@by_dtype
+@pytest.mark.parametrize("zero_point", [0, 3])
+def test_torch_has_the_gradients_of_lsq(dtype, shape, zero_point):
+    torch = pytest.importorskip("torch")
+    spec, (low, high) = QuantSpec(dtype=dtype), integer_range(dtype)
+    zero_point = min(zero_point, high)
+    scale = np.float32(0.25) if shape == () else np.array([0.25, 0.1, 2.0], np.float32).reshape(shape)
+    offset = (-zero_point * scale).astype(np.float32)
+    x = away_from_ties(dtype, (3, 40, 7), scale) + offset
+    upstream = np.random.default_rng(8).normal(size=x.shape).astype(np.float32)
+    factor = 1 / math.sqrt(x.size / scale.size * high)
+    leaves = [
+        torch.tensor(v, requires_grad=True) for v in (x, scale.reshape(-1), np.full(scale.size, zero_point, "f4"))
+    ]
+    if shape == ():
+        y = torch._fake_quantize_learnable_per_tensor_affine(*leaves, low, high, factor)
+    else:
+        y = torch._fake_quantize_learnable_per_channel_affine(*leaves, 0, low, high, factor)
+    y.backward(torch.tensor(upstream))
+    parameter = np.stack([scale, offset]) if zero_point else scale
+    quantizer = lsq_plus if zero_point else lsq
+    close = 2.0**-22 * (np.abs(np.asarray(quantizer(x, parameter, spec))) + np.abs(offset) + scale * max(high, -low))
+    assert np.all(np.abs(np.asarray(quantizer(x, parameter, spec)) - y.detach().numpy()) <= close)
+    to_x, to_parameter = gradients(quantizer, x, parameter, spec, upstream)
+    np.testing.assert_array_equal(to_x, leaves[0].grad.numpy())
+    to_scale, to_zero = (leaf.grad.numpy().reshape(shape) for leaf in leaves[1:])
+    # torch holds the zero point where LSQ+ holds the offset = -zero_point * scale: the chain rule between the two.
+    wanted = [to_scale - to_zero * zero_point / scale, -to_zero / scale] if zero_point else [to_scale]
+    terms = np.abs(upstream) * max(high + zero_point, -low + zero_point)
+    bound = 1e-5 * sum_over(terms, shape) * factor
+    for got, want in zip(np.asarray(to_parameter).reshape(len(wanted), *shape), wanted, strict=True):
+        assert np.all(np.abs(got - want) <= bound)

@@ -1,0 +1,84 @@
+"""Networks of well-known kinds: in float as torch, in integers as the reference."""
+
+import architectures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jquant as jq
+from jquant.simulate import evaluate_float
+from jquant_converters import from_torch
+
+INTEGER = {"shufflenet": "int8", "video": "int8", "warping": "int16"}
+SLOW_INTEGER = {
+    "unet": "int8",
+    "densenet": "int8",
+    "decoder": "int16",
+    "cross_attention": "int16",
+    "resnet": "int8",
+    "mobilenet_v3": "int8",
+    "convnext": "int16",
+    "swin": "int16",
+    "vit": "int16",
+    "lstm": "int16",
+    "gru": "int16",
+    "deeplab": "int8",
+}
+
+
+NEAR_FLOAT = ("shufflenet", "video")  # small enough that random weights keep their distance in int8
+
+
+def to_jax(tensors):
+    return tuple(jnp.asarray(x.to(torch.int32).numpy() if x.dtype == torch.int64 else x.numpy()) for x in tensors)
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_float(name):
+    module = architectures.build(name)
+    graph, params = from_torch(module, architectures.inputs(name, 1, seed=0))
+    for batch in (1, 4):
+        given = architectures.inputs(name, batch, seed=batch)
+        with torch.no_grad():
+            expected = torch.utils._pytree.tree_leaves(module(*given))
+        actual = jax.jit(lambda *x: evaluate_float(graph, params, *x))(*to_jax(given))
+        for a, e in zip(actual, expected, strict=True):
+            assert a.shape == tuple(e.shape)
+            np.testing.assert_allclose(np.asarray(a), e.numpy(), rtol=0, atol=1e-4 * float(e.abs().max()))
+
+
+def lowered(name, dtype):
+    graph, params = from_torch(architectures.build(name), architectures.inputs(name, 1, seed=0))
+    activations = {"int8": jq.int8, "int16": jq.int16}[dtype]()
+    qconfig = jq.QConfig({"*": jq.Policy(output=activations, weight=jq.int8(axis="out"))})
+    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
+    batches = [to_jax(architectures.inputs(name, 4, seed=s)) for s in range(2)]
+    qparams = jq.calibrate(plan, params, batches)
+    return plan, params, qparams
+
+
+def check_integers(name, dtype):
+    """Bit for bit as the reference, and near the float network."""
+    plan, params, qparams = lowered(name, dtype)
+    program = jq.lower(plan, params, qparams)
+    given = to_jax(architectures.inputs(name, 2, seed=9))
+    fast = jax.tree.leaves(jq.run(program, *given))
+    slow, _ = jq.reference.run(program, *map(np.asarray, given))
+    real = evaluate_float(plan.graph, params, *given)
+    for a, b, f in zip(fast, slow, real, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        error = np.linalg.norm(np.asarray(a) - np.asarray(f)) / np.linalg.norm(np.asarray(f))
+        assert error < 0.15 or name not in NEAR_FLOAT, f"{error:.3f} away from float"
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_integers(name):
+    check_integers(name, INTEGER[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_INTEGER)
+def test_integers_of_larger_ones(name):
+    check_integers(name, SLOW_INTEGER[name])

@@ -1,0 +1,120 @@
+"""Calibration on eight devices and on two processes: the same bits as on one device. In processes of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+COMMON = """
+import sys, jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+import graphs, jquant as jq
+from jquant import observers, ops
+from jquant.calibrate import calibrate, collect, gather_stats
+
+KINDS = (observers.min_max(), observers.histogram(), observers.clip_std())  # one of each kind of state
+EVERY = jq.Observer(
+    init=lambda channels: tuple(o.init(channels) for o in KINDS),
+    update=lambda state, x: tuple(o.update(s, x) for o, s in zip(KINDS, state, strict=True)),
+    merge=lambda a, b: tuple(o.merge(s, t) for o, s, t in zip(KINDS, a, b, strict=True)),
+    finalize=lambda state, spec: KINDS[0].finalize(state[0], spec),
+)
+MIXED = {"x": observers.percentile(99.9), "n2.*": observers.mse(64, 10), "n5.*": observers.clip_std()}
+
+def planned(rules):
+    build = graphs.Builder(11)
+    build.shapes["x"] = (3, 16, 16)
+    x = build.add(ops.Relu(), (build.batch_norm(build.conv("x", 8, 3)),), (8, 16, 16))
+    x = build.add(ops.Relu(), (build.batch_norm(build.conv(x, 12, 3)),), (12, 16, 16))
+    x = build.add(ops.Mean(axes=(2, 3)), (x,), (12,))
+    linear = {"weight": build.array("head.weight", 5, 12), "bias": build.array("head.bias", 5)}
+    x = build.add(ops.Linear(), (x,), (5,), **linear)
+    config = {"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())}
+    config |= {name: jq.Policy(output=jq.int8(observer=observer)) for name, observer in rules.items()}
+    return jq.prepare(build.graph(x, size=16), build.params, jq.QConfig(config), target=jq.targets.NASH_E)
+
+def data(plan):
+    sizes = (16, 32, 16, 21)  # the last neither fills a round of devices nor a slice
+    return [np.asarray(graphs.images(i, plan.graph, batch=n)) * np.float32(i + 1) for i, n in enumerate(sizes)]
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = (np.asarray(v).view(np.uint32) for v in (x, y))
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+"""
+
+EIGHT = """
+assert len(jax.devices()) == 8
+mesh = jax.make_mesh((8,), ("data",))
+square = jax.make_mesh((2, 4), ("model", "batch"))
+plan, params = planned({"*": EVERY})
+batches = data(plan)
+one = collect(plan, params, batches, microbatch=2)
+assert len(one) == 4  # the last layer keeps its accumulator
+assert_same(one, collect(plan, params, batches, microbatch=2, mesh=mesh))
+split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+sharded = [jax.device_put(batch, split) if len(batch) % 8 == 0 else batch for batch in batches]
+assert_same(one, collect(plan, params, sharded, microbatch=2, mesh=mesh))
+plan, params = planned({})
+automatic, whole = (calibrate(plan, params, b) for b in (sharded, batches))
+for name in whole:  # equal but for the rounding of the float model, which sees other batches
+    np.testing.assert_allclose(automatic[name], whole[name], rtol=2e-6)
+plan, params = planned(MIXED)
+one = calibrate(plan, params, batches, microbatch=4)
+together = calibrate(plan, params, map(jnp.asarray, batches), mesh=square, axis="batch")
+assert_same(one, together)  # without microbatch, 4: the first batch, of 16, on 4 devices
+print("equal")
+"""
+
+TWO = """
+rank, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
+assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
+plan, params = planned({"*": EVERY})
+batches = data(plan)
+one = collect(plan, params, batches, microbatch=4)
+mine = [batches[:1], batches[1:]][rank]
+assert_same(one, gather_stats(plan, collect(plan, params, mine, microbatch=4)))
+local = jax.sharding.Mesh(np.asarray(jax.local_devices()), ("data",))
+assert_same(one, gather_stats(plan, collect(plan, params, mine, microbatch=4, mesh=local)))
+try:
+    collect(plan, params, mine, mesh=jax.make_mesh((4,), ("data",)))
+except jq.InputError as error:
+    assert "gather_stats" in str(error)
+else:
+    raise AssertionError("a mesh of two processes was accepted")
+print("equal")
+"""
+
+
+def start(script: str, devices: int, *arguments: str) -> subprocess.Popen:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS)}
+    command = [sys.executable, "-c", COMMON + script, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    try:
+        for process in processes:
+            out, error = process.communicate(timeout=600)
+            assert process.returncode == 0, error[-3000:]
+            assert out.splitlines()[-1:] == ["equal"]  # after what the collectives say
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_the_same_bits_on_eight_devices() -> None:
+    finish(start(EIGHT, 8))
+
+
+def test_the_same_bits_on_two_processes() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    finish(*(start(TWO, 2, str(rank), port) for rank in range(2)))

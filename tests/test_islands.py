@@ -1,0 +1,118 @@
+"""Float islands: float16 operators between quantized ones, only where a rule asks for them."""
+
+import graphs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jquant as jq
+
+INT8 = jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())
+
+
+@pytest.fixture(scope="module")
+def network() -> tuple[jq.Graph, dict]:
+    build = graphs.Builder(3)
+    build.shapes["x"] = (3, 8, 8)
+    x = build.conv("x", 6, 3)
+    x = build.add(jq.ops.Sigmoid(), (x,), (6, 8, 8))
+    x = build.conv(x, 4, 1)
+    return build.graph(x, size=8), build.params
+
+
+def island(network: tuple, target: jq.Target = jq.targets.NASH_E) -> tuple[jq.Plan, dict, dict]:
+    graph, params = network
+    config = jq.QConfig({"*": INT8, "type:Sigmoid": jq.Policy(output=jq.float16())})
+    plan, params = jq.prepare(graph, params, config, target=target)
+    return plan, params, jq.calibrate(plan, params, [graphs.images(0, graph)])
+
+
+def test_an_island_runs_in_float_between_integers(network: tuple) -> None:
+    plan, params, qparams = island(network)
+    program = jq.lower(plan, params, qparams)
+    x = graphs.images(1, network[0])
+    values = jq.run_with_taps(program, x)
+    sigmoid = next(n.name for n in plan.graph.nodes if isinstance(n.op, jq.ops.Sigmoid))
+    (before,) = plan.graph.by_name[sigmoid].inputs
+    assert (values[before].dtype, values[sigmoid].dtype) == (jnp.int8, jnp.float16)
+    real = values[before].astype(jnp.float32) * program.scales[before]
+    expected = np.asarray(jax.nn.sigmoid(real)).astype(np.float16)
+    np.testing.assert_array_equal(values[sigmoid], expected)
+    border = values[f"{sigmoid}.to_int8"]
+    scale = np.float32(program.scales[f"{sigmoid}.to_int8"])
+    np.testing.assert_array_equal(border, np.rint(expected.astype(np.float32) / scale).clip(-128, 127))
+
+
+def test_fake_quant_has_the_same_values(network: tuple) -> None:
+    plan, params, qparams = island(network)
+    x = graphs.images(1, network[0])
+    exact = jq.run(jq.lower(plan, params, qparams), x)
+    np.testing.assert_array_equal(jq.apply(plan, params, qparams, x, mode="bit_true"), exact)
+    sigmoid = next(n.name for n in plan.graph.nodes if isinstance(n.op, jq.ops.Sigmoid))
+    _, values = jq.apply_with_taps(plan, params, qparams, x)
+    rounded = np.asarray(values[sigmoid]).astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(values[sigmoid], rounded)
+    assert sigmoid not in qparams
+    assert f"{sigmoid}.to_int8" in qparams
+
+
+def test_islands_are_listed(network: tuple) -> None:
+    plan, params, qparams = island(network)
+    assert "border of a float island" in jq.explain(plan)
+    assert "float islands, evaluated in float: n1.sigmoid" in str(jq.lower(plan, params, qparams))
+
+
+def test_without_a_rule_there_is_none(network: tuple) -> None:
+    graph, params = network
+    plan, params = jq.prepare(graph, params, jq.QConfig({"*": INT8}), target=jq.targets.NASH_E)
+    program = jq.lower(plan, params, jq.calibrate(plan, params, [graphs.images(0, graph)]))
+    assert "float islands" not in str(program)
+    assert "float16" not in {f.output for f in program.formats.values()}
+
+
+def test_a_program_with_an_island_is_saved_and_loaded(network: tuple, tmp_path) -> None:
+    plan, params, qparams = island(network)
+    program, x = jq.lower(plan, params, qparams), graphs.images(1, network[0])
+    jq.save(tmp_path / "net.jq", program)
+    np.testing.assert_array_equal(jq.run(jq.load(tmp_path / "net.jq"), x), jq.run(program, x))
+
+
+def test_the_reference_says_that_it_has_no_float(network: tuple) -> None:
+    plan, params, qparams = island(network)
+    with pytest.raises(jq.GraphError, match=r"n1\.sigmoid.*float island has no integer arithmetic"):
+        jq.reference.run(jq.lower(plan, params, qparams), np.asarray(graphs.images(1, network[0])))
+
+
+def test_a_conv_may_be_an_island_too(network: tuple) -> None:
+    graph, params = network
+    config = jq.QConfig({"*": INT8, "n2.conv": jq.Policy(output=jq.float16())})
+    plan, params = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
+    qparams = jq.calibrate(plan, params, [graphs.images(0, graph)])
+    x = graphs.images(1, graph)
+    y = jq.run(jq.lower(plan, params, qparams), x)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, np.asarray(y).astype(np.float16).astype(np.float32))
+    # The same float operator on the same dequantized values: one float16 rounding apart at most.
+    fake = jq.apply(plan, params, qparams, x)
+    assert np.mean(np.abs(np.asarray(y - fake)) <= 2e-3 * np.abs(fake) + 0.05) > 0.99
+
+
+@pytest.mark.parametrize("target", [jq.targets.NASH_P, jq.targets.NASH_H, jq.targets.NASH_B], ids=lambda t: t.name)
+def test_float16_is_usable_where_integers_are_not_public(network: tuple, target: jq.Target) -> None:
+    graph, params = network
+    config = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.float16())})
+    plan, params = jq.prepare(graph, params, config, target=target)
+    x = graphs.images(1, graph)
+    y = jq.apply(plan, params, jq.calibrate(plan, params, [x]), x)
+    assert np.abs(np.asarray(y - jq.apply(plan, params, {}, x, mode="float"))).max() < 0.1
+    with pytest.raises(jq.LoweringError, match=f"{target.name}: its integer post-processing is not public"):
+        jq.lower(plan, params, jq.calibrate(plan, params, [x]))
+
+
+def test_the_gradient_of_the_cast_stops_where_it_clamps() -> None:
+    spec = jq.float16()
+    gradient = jax.grad(lambda x: jq.float16_cast(x, jnp.float32(1), spec).sum())(jnp.asarray([1.0, 7e4, -7e4]))
+    np.testing.assert_array_equal(gradient, [1.0, 0.0, 0.0])
+    values = jq.float16_cast(jnp.asarray([1.0 + 2**-11, 1.0 + 3 * 2**-11, 7e4, -jnp.inf]), jnp.float32(1), spec)
+    np.testing.assert_array_equal(values, [1.0, 1.0 + 2**-9, 65504.0, -65504.0])  # ties to even, then the clamp
