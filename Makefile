@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow lint format wheel clean
+.PHONY: help venv demo test test-slow conformance lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(STAMP)  ## run the tests
 
 test-slow: $(STAMP)  ## run only the tests marked slow
 	@$(BIN)/pytest -q -n 2 --dist worksteal -m slow
+
+conformance: $(STAMP)  ## compare every operator with the reference in bulk, write tests/conformance/RESULTS.md
+	@$(BIN)/python tests/conformance/run.py
 
 lint: $(STAMP)  ## check style, format and types
 	@$(BIN)/ruff check .
