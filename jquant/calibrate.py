@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jquant.accumulators import raise_collapsed_scales
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params, is_finite
 from jquant.observers import HistogramState, RangeState, min_max
@@ -112,6 +113,9 @@ _merge = jax.jit(merge_stats, static_argnames=("plan",))
 def finalize_stats(plan: Plan, params: Params, stats: Stats) -> dict[str, Array]:
     """Statistics to the qparams of values and weights; weights are observed here.
 
+    The scale of a channel whose weights are almost zero is raised to what its bias and its fused addend need, see
+    `jquant.accumulators`.
+
     Args:
       plan: what `prepare` returned.
       params: the parameters that `prepare` returned.
@@ -120,11 +124,11 @@ def finalize_stats(plan: Plan, params: Params, stats: Stats) -> dict[str, Array]
     Returns:
       QParams: {value or weight: trainable parameter of its quantizer}, float32.
     """
-    return _finalize(plan, {key: params[key] for key in plan.weights}, stats, ())
+    return _finalize(plan, {key: params[key] for key in plan.graph.param_names}, stats, ())
 
 
 @partial(jax.jit, static_argnames=("plan", "methods"))
-def _finalize(plan: Plan, weights: Params, stats: Stats, methods: tuple[tuple[str, Observer], ...]) -> dict[str, Array]:
+def _finalize(plan: Plan, params: Params, stats: Stats, methods: tuple[tuple[str, Observer], ...]) -> dict[str, Array]:
     """`methods` are observers that finalize in place of a value's own."""
     qparams: dict[str, Array] = {}
     for name, state in stats.items():
@@ -134,9 +138,9 @@ def _finalize(plan: Plan, weights: Params, stats: Stats, methods: tuple[tuple[st
     for key, spec in plan.weights.items():
         if spec.fixed_scale is None:
             qparams[key] = quantizer_of(spec).init(
-                weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key)), spec
+                weight_scale_from_data(params[key], spec, plan.weight_axis.get(key)), spec
             )
-    return qparams
+    return raise_collapsed_scales(plan, params, qparams)
 
 
 def weight_scale_from_data(weight: Array, spec: QuantSpec, axis: int | None) -> Array:
@@ -187,8 +191,8 @@ def reset_scale(plan: Plan, params: Params, stats: Stats, method: Observer, *, n
                 f"{observer_of(plan.spec(name)).name} of {name!r} kept no histogram; collect with jq.histogram()"
             )
         states[name] = states[name].range if isinstance(wanted, RangeState) else states[name]
-    weights = {key: params[key] for key in plan.weights}
-    return _checked(_finalize(plan, weights, states, tuple((name, method) for name in chosen)))
+    wanted_params = {key: params[key] for key in plan.graph.param_names}
+    return _checked(_finalize(plan, wanted_params, states, tuple((name, method) for name in chosen)))
 
 
 def _checked(qparams: dict[str, Array]) -> dict[str, Array]:

@@ -14,7 +14,19 @@ LAYERS = (
     {"types", "text", "progress", "numerics"},
     {"quantizers", "observers", "qconfig", "templates", "qconfig_file", "ir", "targets"},
     {"ops"},
-    {"adapt", "apply", "calibrate", "checkpoint", "describe", "images", "insert", "integer", "lower", "prepare"}
+    {
+        "accumulators",
+        "adapt",
+        "apply",
+        "calibrate",
+        "checkpoint",
+        "describe",
+        "images",
+        "insert",
+        "integer",
+        "lower",
+        "prepare",
+    }
     | {"ptq", "qat", "quantize", "simulate", "trace"},
     {"analysis", "reference"},
     {"cli"},
