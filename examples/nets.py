@@ -73,6 +73,55 @@ def load_mobilenet_v2() -> MobileNetV2:
     return net.eval()
 
 
+class CifarBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut without parameters (option A): every second pixel, zeros for channels."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.added, self.stride = (outputs - inputs) // 2, stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1:
+            x = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added, self.added))
+        return torch.relu(y + x)
+
+
+class CifarResNet(nn.Module):
+    """The ResNets of He et al. 2016, section 4.2, of depth 6n + 2: [N, 3, 32, 32] -> [N, 10]."""
+
+    def __init__(self, depth: int = 20, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        repeats = (depth - 2) // 6
+        self.layer1 = self._stage(16, 16, 1, repeats)
+        self.layer2 = self._stage(16, 32, 2, repeats)
+        self.layer3 = self._stage(32, 64, 2, repeats)
+        self.linear = nn.Linear(64, classes)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, stride: int, repeats: int) -> nn.Sequential:
+        first = CifarBlock(inputs, outputs, stride)
+        return nn.Sequential(first, *(CifarBlock(outputs, outputs, 1) for _ in range(repeats - 1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+def load_cifar_resnet(path: Path, depth: int) -> CifarResNet:
+    """A CIFAR-10 ResNet with the weights of a state dict, in eval mode."""
+    net = CifarResNet(depth)
+    counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}  # older files lack them
+    net.load_state_dict(counters | torch.load(path, map_location="cpu", weights_only=True), strict=True)
+    return net.eval()
+
+
 class MnistNet(nn.Module):
     """A small residual net for digits: [N, 1, 28, 28] -> [N, 10], about 25 thousand parameters."""
 
