@@ -176,7 +176,7 @@ def real_inputs(plan: jq.Plan, data: list[np.ndarray]) -> tuple[jnp.ndarray, ...
     )
 
 
-MOST_READ = 2**26  # integers drawn for a case: a sum of 65,535 elements gives one output for all of them
+MOST_READ = 2**27  # integers drawn for a case: a sum of 65,535 elements gives one output for all of them
 
 
 def rounds(case: Case, outputs: int, seed: int) -> Iterator[tuple[int, int]]:
