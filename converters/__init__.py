@@ -4,11 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .onnx_export import to_onnx
     from .torch_import import from_torch
 
-_MODULES = {"from_torch": "torch_import"}  # no module is named like its function: the submodule would hide it
+_MODULES = {  # no module is named like its function: the submodule would hide it
+    "from_torch": "torch_import",
+    "to_onnx": "onnx_export",
+}
 
-__all__ = ["from_torch"]
+__all__ = ["from_torch", "to_onnx"]
 
 
 def __getattr__(name: str) -> Any:

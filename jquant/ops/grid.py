@@ -72,7 +72,7 @@ def _normalized_axis(n: int, align_corners: bool) -> np.ndarray:
     return (2 * np.arange(n) + 1 - n) / (max(n - 1, 1) if align_corners else n)
 
 
-def _homogeneous(op: AffineGrid) -> np.ndarray:
+def homogeneous(op: AffineGrid) -> np.ndarray:
     """(x, y, 1) at every pixel, [H, W, 3] float64."""
     y, x = np.meshgrid(*(_normalized_axis(n, op.align_corners) for n in op.size), indexing="ij")
     return np.stack([x, y, np.ones_like(x)], axis=-1)
@@ -82,12 +82,12 @@ def _homogeneous(op: AffineGrid) -> np.ndarray:
 def _(op: AffineGrid, theta: Array) -> Array:
     if theta.shape[1:] != (2, 3):
         raise GraphError(f"theta must be [N, 2, 3], not {theta.shape}")
-    return jnp.einsum("hwk,nik->nhwi", jnp.asarray(_homogeneous(op), jnp.float32), theta, precision="highest")
+    return jnp.einsum("hwk,nik->nhwi", jnp.asarray(homogeneous(op), jnp.float32), theta, precision="highest")
 
 
 @lower_op.register
 def _(op: AffineGrid, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    base = jnp.asarray(np.rint(_homogeneous(op) * 2**_BASE_BITS).astype(np.int32))
+    base = jnp.asarray(np.rint(homogeneous(op) * 2**_BASE_BITS).astype(np.int32))
     to_output = ratio(inputs[0].scale, 2.0**-_BASE_BITS, output.scale, 1.0)
     return Lowered({"base": base, **rescale_of(to_output, bits=bit_width(output.dtype))._asdict()})
 

@@ -75,7 +75,7 @@ class AdaptiveMaxPool(Op):
 # Windows, channels last
 
 
-def _full_padding(op: MaxPool | AvgPool, sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def full_padding(op: MaxPool | AvgPool, sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """The padding with what ceil_mode adds at the end; a window must start inside the input or its left padding."""
     if not op.ceil_mode:
         return op.padding
@@ -90,7 +90,7 @@ def _full_padding(op: MaxPool | AvgPool, sizes: Sequence[int]) -> tuple[tuple[in
 
 def _reduce(op: MaxPool | AvgPool, x: Array, fill: Any, combine: Combine) -> Array:
     """A window reduction over the spatial axes of [N, *S, C]; `fill` is what the padding holds."""
-    padding = _full_padding(op, x.shape[1:-1])
+    padding = full_padding(op, x.shape[1:-1])
     dilation = _dilation(op)
     for n, k, d, pair in zip(x.shape[1:-1], op.kernel, dilation, padding, strict=True):
         if n + sum(pair) < d * (k - 1) + 1:
@@ -103,7 +103,7 @@ def _dilation(op: MaxPool | AvgPool) -> tuple[int, ...]:
     return op.dilation if isinstance(op, MaxPool) else (1,) * len(op.kernel)
 
 
-def _counts(op: AvgPool, sizes: Sequence[int]) -> np.ndarray:
+def window_counts(op: AvgPool, sizes: Sequence[int]) -> np.ndarray:
     """How many elements each window divides by, [*S_out, 1], or [1] where it is the same everywhere."""
     if op.divisor is not None:
         if op.divisor < 1:
@@ -111,7 +111,7 @@ def _counts(op: AvgPool, sizes: Sequence[int]) -> np.ndarray:
         return np.array([op.divisor])
     per_axis = []
     for n, k, s, (low, high), (_, full) in zip(
-        sizes, op.kernel, op.strides, op.padding, _full_padding(op, sizes), strict=True
+        sizes, op.kernel, op.strides, op.padding, full_padding(op, sizes), strict=True
     ):
         first = np.arange((n + low + full - k) // s + 1) * s - low
         if op.count_include_pad:  # what ceil_mode adds is no padding
@@ -147,7 +147,7 @@ def _(op: MaxPool, x: Array) -> Array:
     return _spatial_back(op, _reduce(op, _spatial_last(op, x), np.asarray(lowest, x.dtype), larger))
 
 
-def _bins(n: int, m: int) -> list[tuple[int, int]]:
+def bins_of(n: int, m: int) -> list[tuple[int, int]]:
     return [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
 
 
@@ -155,7 +155,7 @@ def _bins(n: int, m: int) -> list[tuple[int, int]]:
 def _(op: AdaptiveMaxPool, x: Array) -> Array:
     x = _spatial_last(op, x)
     for axis, size in enumerate(op.output_size, start=1):
-        bins = _bins(x.shape[axis], size)
+        bins = bins_of(x.shape[axis], size)
         x = jnp.concatenate([jax.lax.slice_in_dim(x, *b, axis=axis).max(axis, keepdims=True) for b in bins], axis)
     return _spatial_back(op, x)
 
@@ -171,7 +171,7 @@ only_moves(MaxPool, AdaptiveMaxPool)
 def _(op: AvgPool, x: Array) -> Array:
     x = _spatial_last(op, x)
     total = _reduce(op, x, np.float32(0), jnp.add)
-    return _spatial_back(op, total / jnp.asarray(_counts(op, x.shape[1:-1]), jnp.float32))
+    return _spatial_back(op, total / jnp.asarray(window_counts(op, x.shape[1:-1]), jnp.float32))
 
 
 @eval_float.register
@@ -183,7 +183,7 @@ def _(op: AdaptiveAvgPool, x: Array) -> Array:
             shape = (*x.shape[:axis], size, n // size, *x.shape[axis + 1 :])
             x = x.reshape(shape).mean(axis + 1)
         else:
-            parts = [jax.lax.slice_in_dim(x, a, b, axis=axis).mean(axis, keepdims=True) for a, b in _bins(n, size)]
+            parts = [jax.lax.slice_in_dim(x, a, b, axis=axis).mean(axis, keepdims=True) for a, b in bins_of(n, size)]
             x = jnp.concatenate(parts, axis)
     return _spatial_back(op, x)
 
@@ -195,7 +195,7 @@ def _sizes(x: Operand) -> tuple[int, ...]:
 
 @lower_op.register
 def _(op: AvgPool, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return Lowered(average(inputs[0], output, _counts(op, _sizes(inputs[0])))._asdict())
+    return Lowered(average(inputs[0], output, window_counts(op, _sizes(inputs[0])))._asdict())
 
 
 @lower_op.register

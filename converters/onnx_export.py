@@ -1,0 +1,400 @@
+"""`to_onnx`: a plan as a QDQ model or as a float model for a PTQ tool, and a float graph as it is.
+
+What is exact, and under which target, is in `docs/onnx.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import onnx
+
+import jquant.ops as ops
+from jquant.ir.graph import check_params, validate
+from jquant.lower import check_offsets
+from jquant.numerics.rounding import dequantize, expand, quantize
+from jquant.ops.base import derived_scale
+from jquant.simulate import check_qparams, scale_of, value_scales, value_types
+from jquant.types import Array, ConversionError, Graph, Node, Op, Params, Plan, QParams, QuantSpec
+
+from .onnx_out import TYPES, Call, Operand, Unsupported, Writer, emit, framework_layout, refuse
+
+Form = Literal["qdq", "float"]
+QDQ_OPSET, FLOAT_OPSET = 21, 19
+IR_VERSIONS = {QDQ_OPSET: 10, FLOAT_OPSET: 9}
+METADATA = "jquant.quantization"  # key of the model's metadata: `quantization_table` as JSON
+
+# Operators that keep the scale of their operand and still leave its grid: the smallest integer saturates (Neg, Abs), or
+# new values lie between the old ones.
+_REGRIDDED = (
+    ops.Abs, ops.GridSample, ops.Interpolate, ops.Maximum, ops.Minimum, ops.Mod, ops.Neg, ops.RoiAlign, ops.Warp,
+)  # fmt: skip
+_DTYPES = ("int8", "int16")  # of quantized values; weights may be int2 to int4 too
+
+
+def to_onnx(
+    model: Plan | Graph,
+    params: Params,
+    qparams: QParams | None = None,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    form: Form | None = None,
+) -> onnx.ModelProto:
+    """Exports a plan or a float graph. Names are jquant's; the layout is the framework's, NCHW; the batch is symbolic.
+
+    Args:
+      model: a plan of `jq.prepare`, or a float graph.
+      params: its parameters.
+      qparams: the scales of a plan.
+      path: where to write the model. With form "float" of a plan, `quantization_table` goes beside it as JSON, under
+        the same name with the suffix `.json`.
+      form: "qdq" (of a plan, the default): opset 21, QuantizeLinear and DequantizeLinear with zero point 0, weights
+        int4, int8 or int16, biases int32. "float": opset 19, IR version 9, weights on their grids, the rest float; the
+        table is in the metadata too, under "jquant.quantization".
+
+    Returns:
+      The model, checked by onnx.checker.
+
+    Raises:
+      ConversionError: what has no ONNX form, in one error. CalibrationError, GraphError: parameters that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jquant as jq
+      >>> from jquant_converters import to_onnx
+      >>> graph = jq.Graph((jq.Input("x", (None, 3)),), (jq.Node("y", jq.ops.Relu(), ("x",)),), ("y",))
+      >>> [node.op_type for node in to_onnx(graph, {}).graph.node]
+      ['Relu']
+    """
+    if not isinstance(model, Plan | Graph):
+        raise ConversionError(f"to_onnx exports a Plan or a Graph, not {type(model).__name__}; jq.prepare makes a plan")
+    form = form or ("qdq" if isinstance(model, Plan) else "float")
+    if form not in ("qdq", "float") or (form == "qdq" and isinstance(model, Graph)):
+        raise ConversionError(
+            f'form {form!r} of a {type(model).__name__}: a plan has "qdq" and "float", a graph "float"'
+        )
+    graph = model.graph if isinstance(model, Plan) else validate(model)
+    check_params(graph, params)
+    table = None
+    if isinstance(model, Plan):
+        check_qparams(model, qparams or {})
+        check_offsets(model, qparams or {})
+        shapes = {name: kind.shape for name, kind in value_types(graph, params).items()}
+        graph = framework_layout(graph, shapes)
+        table = quantization_table(model, params, qparams or {}) if form == "float" else None
+    numbers: _Numbers = _Float(dict(params))
+    if isinstance(model, Plan):
+        numbers = (_Qdq if form == "qdq" else _Snapped)(dict(params), model, dict(qparams or {}))
+    exported = _Exporter(graph, params, numbers, QDQ_OPSET if form == "qdq" else FLOAT_OPSET).export()
+    text = None if table is None else json.dumps(table, indent=1)
+    if text is not None:
+        exported.metadata_props.add(key=METADATA, value=text)
+    onnx.checker.check_model(exported, full_check=exported.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF)
+    if path is not None:
+        _write(Path(path), exported.SerializeToString())
+        if text is not None:
+            _write(Path(path).with_suffix(".json"), text.encode())
+    return exported
+
+
+def quantization_table(plan: Plan, params: Params, qparams: QParams) -> dict[str, Any]:
+    """What a PTQ tool needs to know of a plan, by node: dtype, scale and threshold of its output and its weight.
+
+    A threshold is the real number that the smallest integer stands for: 128 scales of int8, 32768 of int16. Lists are
+    per output channel, along `axis` of the weight. A value without an entry stays float, or keeps the format of its
+    operand where its operator moves data.
+    """
+    scales = value_scales(plan, qparams)
+    nodes: dict[str, dict[str, Any]] = {}
+    for name in plan.owned:
+        nodes[name] = {"output": _entry(plan.spec(name), scales[name])}
+    for node in plan.graph.nodes:
+        spec = plan.values[node.name]
+        if spec is not None and spec.is_high_precision and node.op.keeps_accumulator:
+            nodes.setdefault(node.name, {})["output"] = {"dtype": "int32"}
+        for role in node.op.weight_roles:
+            key = node.params[role]
+            if key in plan.weights:
+                found = {"name": key, **_entry(plan.weights[key], scale_of(key, plan, qparams))}
+                if key in plan.weight_axis:
+                    found["axis"] = plan.weight_axis[key]
+                nodes.setdefault(node.name, {})[role] = found
+    return {"jquant": 1, "target": plan.target.name, "nodes": nodes}
+
+
+def _entry(spec: QuantSpec, scale: Array | None) -> dict[str, Any]:
+    if spec.is_float or scale is None:
+        return {"dtype": spec.dtype}
+    steps = np.asarray(scale, np.float32)
+    threshold = steps.astype(np.float64) * -spec.range[0] if spec.range[0] else steps.astype(np.float64) * spec.range[1]
+    return {"dtype": spec.dtype, "scale": steps.tolist(), "threshold": threshold.tolist()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    """An interrupted write leaves an existing file as it was."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What becomes of the numbers of a value: nothing, or a quantization
+
+
+@dataclass
+class _Float:
+    """Every number as it is."""
+
+    params: dict[str, Array]
+    written: dict[str, str] = field(default_factory=dict)  # {parameter: its value in the file}
+
+    def param(self, writer: Writer, node: Node, role: str) -> str:
+        """The value of a parameter, written once."""
+        key = node.params[role]
+        if key not in self.written:
+            self.written[key] = writer.initializer(key, np.asarray(self.array(key)))
+        return self.written[key]
+
+    def array(self, key: str) -> Array:
+        return self.params[key]
+
+    def keep(self, writer: Writer, name: str, op: Op | None) -> Callable[[str], str] | None:
+        """How the real result of a node becomes the value `name`: None where it is that."""
+        return None
+
+    def snap(self, name: str, value: float) -> float:
+        return value
+
+    def scales(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+        return ()
+
+    def dtype(self, name: str) -> str:
+        return ""
+
+    def integers(self, writer: Writer, node: Node) -> bool:
+        """Writes a constant in integers, if it has such."""
+        return False
+
+
+@dataclass
+class _Snapped(_Float):
+    """Weights on their grids."""
+
+    plan: Plan = None  # type: ignore[assignment]
+    qparams: dict[str, Array] = field(default_factory=dict)
+
+    def __init__(self, params: dict[str, Array], plan: Plan, qparams: dict[str, Array]) -> None:
+        super().__init__(params)
+        self.plan, self.qparams = plan, qparams
+
+    def array(self, key: str) -> Array:
+        if key not in self.plan.weights:
+            return self.params[key]
+        integers, scale = self.quantized_weight(key)
+        return dequantize(integers, expand(scale, self.plan.weight_axis.get(key), integers.ndim))
+
+    def quantized_weight(self, key: str) -> tuple[Array, Array]:
+        spec, scale = self.plan.weights[key], scale_of(key, self.plan, self.qparams)
+        weight = self.params[key]
+        shaped = expand(scale, self.plan.weight_axis.get(key), weight.ndim)
+        return quantize(weight, shaped, spec.dtype, self.plan.target.quantize_rounding), scale
+
+
+class _Qdq(_Snapped):
+    """QuantizeLinear and DequantizeLinear wherever a value or a parameter meets its grid."""
+
+    def __init__(self, params: dict[str, Array], plan: Plan, qparams: dict[str, Array]) -> None:
+        super().__init__(params, plan, qparams)
+        self.value_scales = value_scales(plan, qparams)
+        self.owned = {name for name in plan.owned if not plan.spec(name).is_float}
+        wrong = [n for n, s in plan.values.items() if s is not None and s.dtype not in (*_DTYPES, "int32", "float16")]
+        if wrong:
+            raise ConversionError(
+                f"value {wrong[0]!r} is {plan.spec(wrong[0]).dtype}; a QDQ model has {' and '.join(_DTYPES)} here. "
+                'Give it such a format, or export form="float"'
+            )
+
+    def param(self, writer: Writer, node: Node, role: str) -> str:
+        key = node.params[role]
+        if key in self.plan.weights:
+            if key not in self.written:
+                self.written[key] = self.write_weight(writer, key)
+            return self.written[key]
+        x_scale = self.value_scales[node.inputs[0]] if node.inputs else None
+        weight = node.params.get("weight")
+        if role == "bias" and weight in self.plan.weights and weight is not None and x_scale is not None:
+            return self.write_bias(writer, node, x_scale, weight)
+        return super().param(writer, node, role)
+
+    def write_weight(self, writer: Writer, key: str) -> str:
+        integers, scale = self.quantized_weight(key)
+        axis, spec = self.plan.weight_axis.get(key), self.plan.weights[key]
+        if spec.dtype.startswith("u"):
+            raise ConversionError(f"weight {key!r} is {spec.dtype}; quantize it symmetrically, as {spec.dtype[1:]}")
+        narrow = "int4" if spec.dtype == "int4" else ""
+        return _dequantized(writer, key, writer.initializer(key, np.asarray(integers), narrow), scale, axis)
+
+    def write_bias(self, writer: Writer, node: Node, x_scale: Array, weight: str) -> str:
+        key = node.params["bias"]
+        scale = derived_scale(node.op, x_scale, weight=scale_of(weight, self.plan, self.qparams))
+        integers = quantize(self.params[key], scale, "int32")
+        channels = jnp.broadcast_to(scale, integers.shape) if scale.size > 1 else scale.reshape(())
+        axis = 0 if channels.ndim else None
+        return _dequantized(writer, key, writer.initializer(key, np.asarray(integers)), channels, axis)
+
+    def keep(self, writer: Writer, name: str, op: Op | None) -> Callable[[str], str] | None:
+        spec, scale = self.plan.values[name], self.value_scales[name]
+        if name in self.plan.owned and spec is not None and spec.is_float:
+            return lambda x: _through_float16(writer, x, name)
+        negated = isinstance(op, ops.Scale) and op.factor < 0
+        if scale is None or spec is None or not (name in self.owned or isinstance(op, _REGRIDDED) or negated):
+            return None
+        if spec.is_high_precision:
+            return None
+        result = writer.unique(f"{name}:dequantized") if op is None else name
+        return lambda x: writer.pair(x, scale, spec.dtype, name, result)
+
+    def snap(self, name: str, value: float) -> float:
+        """A bound or a fill as the integers have it: floor(v / s + 1/2), saturated."""
+        spec, scale = self.plan.values[name], self.value_scales[name]
+        if spec is None or scale is None or scale.ndim or spec.is_float or spec.is_high_precision:
+            return value
+        return float(dequantize(quantize(jnp.float32(value), scale, spec.dtype, "half_up"), scale))
+
+    def scales(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+        return tuple(self.value_scales[name] for name in names)
+
+    def dtype(self, name: str) -> str:
+        spec = self.plan.values[name]
+        return "" if spec is None else spec.dtype
+
+    def integers(self, writer: Writer, node: Node) -> bool:
+        spec = self.plan.values[node.name]
+        if not isinstance(node.op, ops.Constant) or node.name not in self.owned or spec is None:
+            return False
+        scale, key = self.value_scales[node.name], node.params["value"]
+        assert scale is not None
+        values = quantize(self.params[key], scale, spec.dtype, self.plan.target.quantize_rounding)
+        stored = writer.initializer(key, np.asarray(values))
+        step = writer.initializer(f"{node.name}:scale", np.asarray(scale))
+        writer.node("DequantizeLinear", (stored, step), (node.name,), node.name)
+        return True
+
+
+def _dequantized(writer: Writer, key: str, integers: str, scale: Array, axis: int | None) -> str:
+    steps = np.asarray(scale, np.float32) if axis is not None else np.asarray(scale, np.float32).reshape(())
+    step, result = writer.initializer(f"{key}:scale", steps), writer.unique(f"{key}:dequantized")
+    writer.node("DequantizeLinear", (integers, step), (result,), result, axis=axis)
+    return result
+
+
+def _through_float16(writer: Writer, x: str, name: str) -> str:
+    bounds = [writer.initializer(f"{name}:{part}", np.float32(v)) for part, v in (("low", -65504.0), ("high", 65504.0))]
+    clipped, narrow = writer.unique(f"{name}:clipped"), writer.unique(f"{name}:float16")
+    writer.node("Clip", (x, *bounds), (clipped,), f"{name}:clip")
+    writer.node("Cast", (clipped,), (narrow,), f"{name}:narrow", to=TYPES["float16"])
+    writer.node("Cast", (narrow,), (name,), f"{name}:widen", to=TYPES["float32"])
+    return name
+
+
+_Numbers = _Float | _Snapped | _Qdq
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The walk over the graph
+
+
+class _Exporter:
+    """Writes the nodes of a graph in the framework's layout."""
+
+    def __init__(self, graph: Graph, params: Params, numbers: _Numbers, opset: int) -> None:
+        self.graph, self.params, self.numbers = graph, params, numbers
+        self.writer = Writer(opset)
+        self.writer.taken |= {*graph.values, *graph.outputs}
+        small, large = (value_types(graph, params, batch) for batch in (2, 3))
+        self.types = {
+            name: (tuple(a if a == b else None for a, b in zip(kind.shape, large[name].shape, strict=True)), kind.dtype)
+            for name, kind in small.items()
+        }
+        self.names: dict[str, str] = {}  # {value: its name in the file}
+        self.problems: list[ConversionError] = []
+
+    def export(self) -> onnx.ModelProto:
+        for entry in self.graph.inputs:
+            keep = self.numbers.keep(self.writer, entry.name, None)
+            self.names[entry.name] = keep(entry.name) if keep else entry.name
+        for node in self.graph.nodes:
+            self.names[node.name] = node.name
+            try:
+                self.write(node)
+            except Unsupported as reason:
+                self.problems.append(refuse(node.name, node.op, str(reason)))
+        if self.problems:
+            raise ConversionError("\n".join(map(str, self.problems)))
+        return self.assemble()
+
+    def operand(self, name: str) -> Operand:
+        shape, dtype = self.types[name]
+        return Operand(self.names.get(name, name), shape, str(dtype))
+
+    def write(self, node: Node) -> None:
+        if self.numbers.integers(self.writer, node):
+            return
+        keep = self.numbers.keep(self.writer, node.name, node.op)
+        result = self.writer.unique(f"{node.name}:real") if keep else node.name
+        _, dtype = self.types[node.name]
+        emit(
+            node.op,
+            Call(
+                self.writer,
+                node.name,
+                tuple(self.operand(v) for v in node.inputs),
+                Operand(result, self.types[node.name][0], str(dtype)),
+                params={role: self.numbers.param(self.writer, node, role) for role in self.written_roles(node)},
+                param_shapes={role: self.params[key].shape for role, key in node.params.items()},
+                arrays={role: np.asarray(self.numbers.array(key)) for role, key in node.params.items()},
+                snap=lambda value: self.numbers.snap(node.name, value),
+                scales=self.numbers.scales(node.inputs),
+                dtype=self.numbers.dtype(node.inputs[0]) if node.inputs else "",
+            ),
+        )
+        if keep:
+            keep(result)
+
+    @staticmethod
+    def written_roles(node: Node) -> list[str]:
+        """The parameters that are initializers of their own; a recurrent layer reorders its gates."""
+        return [] if isinstance(node.op, ops.Lstm | ops.Gru) else list(node.params)
+
+    def assemble(self) -> onnx.ModelProto:
+        outputs: list[onnx.ValueInfoProto] = []
+        for name in self.graph.outputs:
+            value = self.names[name]
+            if value in {o.name for o in outputs} or name in {i.name for i in self.graph.inputs}:
+                copy = self.writer.unique(f"{name}:output")
+                self.writer.node("Identity", (value,), (copy,), copy)
+                value = copy
+            outputs.append(self.value_info(value, name))
+        inputs = [self.value_info(entry.name, entry.name) for entry in self.graph.inputs]
+        graph = onnx.helper.make_graph(self.writer.nodes, "jquant", inputs, outputs, self.writer.initializers)
+        opset = self.writer.opset
+        model: onnx.ModelProto = onnx.helper.make_model(
+            graph,
+            opset_imports=[onnx.helper.make_opsetid("", opset)],
+            ir_version=IR_VERSIONS[opset],
+            producer_name="jquant",
+        )
+        return model
+
+    def value_info(self, name: str, value: str) -> onnx.ValueInfoProto:
+        shape, dtype = self.types[value]
+        dims = ["batch" if n is None and i == 0 else n for i, n in enumerate(shape)]
+        return onnx.helper.make_tensor_value_info(name, TYPES[str(dtype)], dims)
