@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 import jquant.ops as ops
+from jquant.batch_norm import fold_batch_norm, kept_nodes
 from jquant.ir.graph import check_params, validate
 from jquant.lower import check_offsets
 from jquant.numerics.rounding import dequantize, expand, quantize
@@ -79,6 +80,8 @@ def to_onnx(
         raise ConversionError(
             f'form {form!r} of a {type(model).__name__}: a plan has "qdq" and "float", a graph "float"'
         )
+    if isinstance(model, Plan) and kept_nodes(model):
+        model, params, qparams = fold_batch_norm(model, params, qparams or {})
     graph = model.graph if isinstance(model, Plan) else validate(model)
     check_params(graph, params)
     table = None

@@ -6,6 +6,7 @@ The way of a model: a float `Graph` (imported by `jquant_converters.from_torch`)
 
 from jquant import analysis, images, ops, ptq, quantizers, reference, targets, templates
 from jquant.apply import apply, apply_with_taps
+from jquant.batch_norm import fold_batch_norm, set_batch_statistics, split_batch_stats
 from jquant.calibrate import (
     calibrate,
     collect,
@@ -23,6 +24,7 @@ from jquant.integer import run, run_with_taps
 from jquant.ir.graph import validate
 from jquant.ir.serialize import graph_from_json, graph_to_json
 from jquant.lower import lower
+from jquant.migrate import migrate_optimizer_state, parameter_sources
 from jquant.observers import clip_std, histogram, kl, min_max, mix, moving_average, mse, norm, percentile
 from jquant.ops.base import constraints, decompose, derived_scale, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.prepare import explain, prepare
@@ -32,6 +34,7 @@ from jquant.qconfig_file import qconfig_from_json, qconfig_from_toml, qconfig_to
 from jquant.quantize import quantize_params, weight_qparams
 from jquant.quantizers import adaround, fake_quant, float16_cast, forward_mode, lsq, lsq_plus, pact
 from jquant.simulate import evaluate_float
+from jquant.states import States, check_states, find_states
 from jquant.types import (
     CalibrationError,
     ConversionError,
@@ -80,6 +83,7 @@ __all__ = [
     "QConfigError",
     "QuantSpec",
     "Quantizer",
+    "States",
     "Target",
     "TrainState",
     "Trainable",
@@ -90,6 +94,7 @@ __all__ = [
     "apply_train",
     "apply_with_taps",
     "calibrate",
+    "check_states",
     "clip_std",
     "collect",
     "consistency",
@@ -103,8 +108,10 @@ __all__ = [
     "explain",
     "fake_quant",
     "finalize_stats",
+    "find_states",
     "float16",
     "float16_cast",
+    "fold_batch_norm",
     "forward_mode",
     "gather_stats",
     "graph_from_json",
@@ -130,6 +137,7 @@ __all__ = [
     "lsq",
     "lsq_plus",
     "merge_stats",
+    "migrate_optimizer_state",
     "min_max",
     "mix",
     "moving_average",
@@ -137,6 +145,7 @@ __all__ = [
     "norm",
     "ops",
     "pact",
+    "parameter_sources",
     "percentile",
     "prepare",
     "ptq",
@@ -151,6 +160,8 @@ __all__ = [
     "run",
     "run_with_taps",
     "save",
+    "set_batch_statistics",
+    "split_batch_stats",
     "targets",
     "templates",
     "to_channels_last",

@@ -1,38 +1,58 @@
 """Evaluating a plan: one call, the meaning is an argument."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
-from jquant.integer import dequantize_values, quantize_inputs, run_integers
+from jquant.batch_norm import fold_kept
+from jquant.bit_true import bit_true_values, partly_bit_true, select_nodes
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params
 from jquant.lower import lower_traced
 from jquant.ops.lookup import table_float
-from jquant.simulate import check_qparams, evaluate_plan, fake_quant_rule, fake_quant_tap, value_scales
+from jquant.simulate import (
+    check_qparams,
+    evaluate_plan,
+    fake_quant_rule,
+    fake_quant_tap,
+    straight_through,
+    value_scales,
+)
 from jquant.text import did_you_mean
-from jquant.types import Array, JQuantError, Node, Params, Plan, Program, QParams
+from jquant.types import Array, JQuantError, Node, Params, Plan, QParams
 
 Mode = Literal["float", "calibration", "qat", "validation", "pre_export", "bit_true"]
 MODES = ("float", "calibration", "qat", "validation", "pre_export", "bit_true")
 Outputs = Any  # one array, or a tuple of arrays where the graph has several outputs
 
 
-@partial(jax.jit, static_argnames=("plan", "mode"))
+@partial(jax.jit, static_argnames=("plan", "mode", "selected"))
 def evaluate_mode(
-    plan: Plan, mode: Mode, params: Params, qparams: QParams, inputs: dict[str, Array], rng: Array | None
+    plan: Plan,
+    mode: Mode,
+    params: Params,
+    qparams: QParams,
+    inputs: dict[str, Array],
+    rng: Array | None,
+    selected: tuple[str, ...] | None = None,
 ) -> dict[str, Array]:
-    """All values of the plan's graph by name. `rng` activates stochastic operators."""
-    if mode == "bit_true":
-        values = evaluate_plan(plan, params, qparams, inputs, quantized=True, rng=rng)
-        return bit_true_values(lower_traced(plan, params, qparams), inputs, values)
+    """All values of the plan's graph by name, kept batch norms folded. `rng` activates stochastic operators.
+
+    `selected` are the nodes that mode "bit_true" takes from the integer program; None for all.
+    """
+    if mode in ("float", "calibration"):
+        return evaluate_plan(plan, params, qparams, inputs, quantized=False, rng=rng)
+    plan, params, qparams = fold_kept(plan, params, qparams)
+    if mode == "bit_true" and selected is not None:
+        rule = fake_quant_rule(plan, params, qparams, rng)
+        return evaluate(plan.graph, inputs, *partly_bit_true(plan, params, qparams, rule, selected))
     if mode == "pre_export":
         return evaluate(plan.graph, inputs, table_rule(plan, params, qparams, rng), fake_quant_tap(plan, qparams))
-    return evaluate_plan(plan, params, qparams, inputs, quantized=mode in ("qat", "validation"), rng=rng)
+    values = evaluate_plan(plan, params, qparams, inputs, quantized=True, rng=rng)
+    return bit_true_values(lower_traced(plan, params, qparams), inputs, values) if mode == "bit_true" else values
 
 
 def table_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | None) -> Callable[..., Array]:
@@ -54,39 +74,26 @@ def table_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | None) 
     return with_tables
 
 
-def bit_true_values(program: Program, inputs: Mapping[str, Array], values: Mapping[str, Array]) -> dict[str, Array]:
-    """Fake-quant values replaced by those of the integer program, with the gradient left as it was."""
-    integers = run_integers(program, quantize_inputs(program, inputs))
-    exact = dequantize_values(program, integers)
-    return {name: _replaced(value, exact.get(name)) for name, value in values.items()}
-
-
-def _replaced(value: Array, replacement: Array | None) -> Array:
-    if replacement is None:
-        return value
-    return straight_through(value, replacement) if value.dtype == jnp.float32 else replacement
-
-
-@jax.custom_vjp
-def straight_through(value: Array, replacement: Array) -> Array:
-    """`replacement` in the forward pass, the gradient of `value` in the backward pass."""
-    return replacement
-
-
-straight_through.defvjp(lambda value, replacement: (replacement, None), lambda _, g: (g, jnp.zeros_like(g)))
-
-
-def apply(plan: Plan, params: Params, qparams: QParams, *inputs: Array, mode: Mode = "validation") -> Outputs:
-    """Evaluates a plan.
+def apply(
+    plan: Plan,
+    params: Params,
+    qparams: QParams,
+    *inputs: Array,
+    mode: Mode = "validation",
+    bit_true: str | Sequence[str] = "*",
+) -> Outputs:
+    """Evaluates a plan. A batch norm that `prepare` kept is folded, with its running statistics, into what ships.
 
     Args:
       plan: what `prepare` returned.
-      params: the parameters that `prepare` returned, or trained ones.
+      params: the parameters that `prepare` returned, or trained ones (`state.params`).
       qparams: what `calibrate` returned, or trained ones; unused (may be {}) in the modes "float" and "calibration".
       *inputs: real float32, one for each graph input.
       mode: "float" and "calibration" (nothing quantized), "qat" and "validation" (fake-quant), "pre_export" (fake-quant
         with the real lookup tables, to find those that cost accuracy), "bit_true" (the value of the integer program,
         the gradient of fake-quant).
+      bit_true: in mode "bit_true", which nodes are those of the integer program, by patterns as in a qconfig; the
+        others are fake-quant. `bit_true="type:GridSample"` shows what the integers of grid_sample cost.
 
     Returns:
       The output, or a tuple where the graph has several.
@@ -94,19 +101,25 @@ def apply(plan: Plan, params: Params, qparams: QParams, *inputs: Array, mode: Mo
     Raises:
       CalibrationError: scales missing or broken. InputError: inputs that do not fit. GraphError: missing params.
     """
-    values = apply_with_taps(plan, params, qparams, *inputs, mode=mode, taps=None)[1]
-    return unpack([values[name] for name in plan.graph.outputs])
+    return apply_with_taps(plan, params, qparams, *inputs, mode=mode, bit_true=bit_true, taps=None)[0]
 
 
 def apply_with_taps(
-    plan: Plan, params: Params, qparams: QParams, *inputs: Array, mode: Mode = "validation", taps: str | None = "*"
+    plan: Plan,
+    params: Params,
+    qparams: QParams,
+    *inputs: Array,
+    mode: Mode = "validation",
+    bit_true: str | Sequence[str] = "*",
+    taps: str | None = "*",
 ) -> tuple[Outputs, dict[str, Array]]:
     """Like `apply`, and returns {name: value} for the values whose names match the glob `taps` (None: outputs only)."""
     check_mode(mode)
+    selected = select_nodes(plan, mode, bit_true)
     check_params(plan.graph, params)
     if mode not in ("float", "calibration"):
         check_qparams(plan, qparams)
-    values = evaluate_mode(plan, mode, dict(params), dict(qparams), bind_inputs(plan.graph, inputs), None)
+    values = evaluate_mode(plan, mode, dict(params), dict(qparams), bind_inputs(plan.graph, inputs), None, selected)
     outputs = unpack([values[name] for name in plan.graph.outputs])
     kept = {n: v for n, v in values.items() if (n in plan.graph.outputs if taps is None else fnmatchcase(n, taps))}
     return outputs, kept

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jquant.accumulators import raise_collapsed_scales
+from jquant.batch_norm import fold_kept, weights_that_folding_rescales, weights_to_quantize
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params, is_finite
 from jquant.observers import HistogramState, RangeState, min_max
@@ -135,12 +136,15 @@ def _finalize(plan: Plan, params: Params, stats: Stats, methods: tuple[tuple[str
         spec = plan.spec(name)
         (scale,) = dict(methods).get(name, observer_of(spec)).finalize(state, spec)
         qparams[name] = quantizer_of(spec).init(scale, spec)
+    weights = weights_to_quantize(plan, params)
     for key, spec in plan.weights.items():
         if spec.fixed_scale is None:
             qparams[key] = quantizer_of(spec).init(
-                weight_scale_from_data(params[key], spec, plan.weight_axis.get(key)), spec
+                weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key)), spec
             )
-    return raise_collapsed_scales(plan, params, qparams)
+    raised = raise_collapsed_scales(*fold_kept(plan, params, qparams))
+    rescaled = weights_that_folding_rescales(plan)  # raised when they are folded
+    return {key: qparams[key] if key in rescaled else raised.get(key, qparams[key]) for key in qparams}
 
 
 def weight_scale_from_data(weight: Array, spec: QuantSpec, axis: int | None) -> Array:

@@ -10,19 +10,25 @@ import jax.numpy as jnp
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.numerics.rounding import dequantize, quantize, to_float16
 from jquant.ops.base import eval_float, eval_integer
-from jquant.types import Array, Node, Program, storage_dtype
+from jquant.types import Array, Node, NodeFormat, Program, Target, storage_dtype
 
 
 def run_integers(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """All values of a program as integers, by name. No float dtype appears in its jaxpr, except for float islands."""
 
     def rule(node: Node, *operands: Array) -> Array:
-        constants = program.constants[node.name]
-        if program.formats[node.name].output == "float16":
-            return run_island(node, operands, constants)
-        return eval_integer(node.op, program.formats[node.name], program.target, *operands, **constants)
+        return run_node(node, program.formats[node.name], program.target, operands, program.constants[node.name])
 
     return evaluate(program.graph, inputs, rule)
+
+
+def run_node(
+    node: Node, node_format: NodeFormat, target: Target, operands: Sequence[Array], constants: Mapping[str, Array]
+) -> Array:
+    """One node on integers."""
+    if node_format.output == "float16":
+        return run_island(node, operands, constants)
+    return eval_integer(node.op, node_format, target, *operands, **constants)
 
 
 def run_island(node: Node, operands: Sequence[Array], constants: Mapping[str, Array]) -> Array:

@@ -1,11 +1,12 @@
 """From a calibrated plan to an integer program. Works inside jit as well: then accumulators are carried in limbs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jquant.batch_norm import fold_kept
 from jquant.ir.graph import check_params
 from jquant.ir.passes import prune
 from jquant.numerics.rounding import dequantize, expand, quantize
@@ -19,7 +20,7 @@ def lower(plan: Plan, params: Params, qparams: QParams, *, outputs: Sequence[str
     """Turns a calibrated plan into integers: weights, biases, mantissas and shifts.
 
     Args:
-      plan: what `prepare` returned.
+      plan: what `prepare` returned; a batch norm that it kept is folded.
       params: {name: float32 array}.
       qparams: {name: scale}, calibrated or trained.
       outputs: the deployed outputs, a subset of the graph's; nodes that only others need are left out.
@@ -38,16 +39,28 @@ def lower(plan: Plan, params: Params, qparams: QParams, *, outputs: Sequence[str
 
 def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence[str] | None = None) -> Program:
     """`lower` without looking at values, for use inside jit."""
+    plan, params, qparams = fold_kept(plan, params, qparams)
     _check_target(plan)
     check_offsets(plan, qparams)
     graph = _deployed(plan.graph, outputs)
-    scales = value_scales(plan, qparams)
-    shapes = {n: (None, *s[1:]) for n, s in value_shapes(plan.graph, params).items()}
     for entry in graph.inputs:
         if plan.values[entry.name] is None and entry.name not in plan.exact:
             raise LoweringError(
                 f"input {entry.name!r} is float; give it a format: {{{entry.name!r}: jq.Policy(output=jq.int8())}}"
             )
+    scales = value_scales(plan, qparams)
+    constants, formats = lower_nodes(plan, params, qparams, graph.nodes, scales)
+    kept = {n: jnp.asarray(scale, jnp.float32) for n in graph.values if (scale := scales[n]) is not None}
+    inputs = FrozenMap({i.name: dtype_of(i.name, plan) for i in graph.inputs})
+    return Program(constants, kept, graph, FrozenMap(formats), inputs, plan.target)
+
+
+def lower_nodes(
+    plan: Plan, params: Params, qparams: QParams, nodes: Sequence[Node], scales: Mapping[str, Array | None]
+) -> tuple[dict[str, dict[str, Array]], dict[str, NodeFormat]]:
+    """Integer constants and formats of some nodes of a plan without kept batch norm; `scales` of all its values."""
+    _check_target(plan)
+    shapes = {n: (None, *s[1:]) for n, s in value_shapes(plan.graph, params).items()}
 
     def operand(value: str) -> Operand:
         scale = scales[value]
@@ -55,7 +68,7 @@ def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence
 
     constants: dict[str, dict[str, Array]] = {}
     formats: dict[str, NodeFormat] = {}
-    for node in graph.nodes:
+    for node in nodes:
         where = f"node {node.name!r} ({type(node.op).__name__})"
         for value in (*node.inputs, node.name):
             _check_format(where, value, plan, scales[value])
@@ -72,9 +85,7 @@ def lower_traced(plan: Plan, params: Params, qparams: QParams, outputs: Sequence
         formats[node.name] = NodeFormat(
             tuple(o.dtype for o in operands), output.dtype, lowered.accumulator, lowered.worst_case, lowered.kernel
         )
-    kept = {n: jnp.asarray(scale, jnp.float32) for n in graph.values if (scale := scales[n]) is not None}
-    inputs = FrozenMap({i.name: dtype_of(i.name, plan) for i in graph.inputs})
-    return Program(constants, kept, graph, FrozenMap(formats), inputs, plan.target)
+    return constants, formats
 
 
 def dtype_of(value: str, plan: Plan) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jquant.adapt import bounded_values, expand, insert_conversions, insert_requantize
+from jquant.batch_norm import BatchNormHandling, check_kept, kept_batch_norms, with_exact_ones
 from jquant.ir.graph import validate
 from jquant.ir.passes import prune
 from jquant.ops.base import Operand, constraints
@@ -42,6 +43,7 @@ def prepare(
     target: Target,
     high_precision_outputs: bool = True,
     strict: bool = True,
+    batch_norm: BatchNormHandling | Mapping[str, BatchNormHandling] = "fold",
 ) -> tuple[Plan, dict[str, Array]]:
     """Folds batch norm, fuses, and resolves the qconfig to a format for every value and weight.
 
@@ -54,9 +56,14 @@ def prepare(
       high_precision_outputs: a conv or linear that feeds only graph outputs keeps its int32 accumulator.
       strict: a format that a rule asks for by the full name of a node, and that the node cannot have, is an error. A
         pattern that covers a node among others gives way, and `explain` says why; with strict=False names do too.
+      batch_norm: what training does with batch norm; or a mapping from patterns, as in a qconfig, on the names of batch
+        norms, later ones overriding. All have the same integers in the end, see `jq.fold_batch_norm`.
+        "fold": it goes into weight and bias now. "live": it stays behind the layer and normalizes with the statistics
+        of the batch. "frozen": it stays, with its running statistics, its weight and bias trained. "reverse_fold": as
+        live, and the weight is quantized as the running statistics scale it, the scaling undone after the layer.
 
     Returns:
-      The plan, and the parameters of its graph (batch norm folded).
+      The plan, and the parameters of its graph (batch norm folded, unless `batch_norm` keeps it).
 
     Raises:
       QConfigError: a rule that matches nothing, or a format that the target or the operator does not have.
@@ -76,7 +83,8 @@ def prepare(
     found = value_types(graph, params)
     shapes = {name: kind.shape for name, kind in found.items()}
     numbers = {name for name, kind in found.items() if kind.dtype == jnp.float32}
-    graph, folded_params, folded = fold_batch_norm(graph, params, shapes)
+    kept = kept_batch_norms(graph, batch_norm)
+    graph, folded_params, folded = fold_batch_norm(graph, params, shapes, kept)
 
     def fusible(node: Node, role: str) -> bool:
         return _is_narrow(policies[node.name].output) and (
@@ -98,6 +106,8 @@ def prepare(
     if strict:
         _check_strict(output_policy, values, reasons)
     weights, axes = _resolve_weights(graph, policies)
+    check_kept(graph, weights)
+    weights = with_exact_ones(graph, weights)
     dtypes = {name: exact.get(name) or (spec.dtype if spec else "float") for name, spec in values.items()}
     _check(graph, dtypes, weights, {name: kind.shape for name, kind in types.items()}, folded_params, target)
     rows = _explain_rows(graph, policies, values, weights, renamed, reasons | notes, exact)

@@ -113,13 +113,14 @@ def _from_policy(pattern: str, policy: Policy) -> dict[str, Any]:
     for port in ("output", "weight"):
         spec = getattr(policy, port)
         if not isinstance(spec, Inherit):
-            found[port] = "float" if spec is None else _from_spec(f"rule {pattern!r}", spec)
+            found[port] = "float" if spec is None else spec_to_dict(f"rule {pattern!r}", spec)
     if not isinstance(policy.input, Inherit):
-        found["input"] = {port: _from_spec(f"rule {pattern!r}", spec) for port, spec in policy.input.items()}
+        found["input"] = {port: spec_to_dict(f"rule {pattern!r}", spec) for port, spec in policy.input.items()}
     return found
 
 
-def _from_spec(where: str, spec: QuantSpec) -> dict[str, Any]:
+def spec_to_dict(where: str, spec: QuantSpec) -> dict[str, Any]:
+    """A spec as JSON data; `where` begins the message of an error."""
     found: dict[str, Any] = {"dtype": spec.dtype}
     for name in ("axis", "fixed_scale"):
         if getattr(spec, name) is not None:
@@ -151,18 +152,19 @@ def _to_policy(where: str, rule: Any) -> Policy | None:
             raise FormatError(f"{where}: 'float = true' stands alone")
         return None
     fields: dict[str, Any] = {
-        port: None if rule[port] == "float" else _to_spec(f"{where}, {port}", rule[port])
+        port: None if rule[port] == "float" else spec_from_dict(f"{where}, {port}", rule[port])
         for port in ("output", "weight")
         if port in rule
     }
     if "input" in rule:
         if not isinstance(rule["input"], Mapping):
             raise FormatError(f"{where}: input must be a table of port to spec")
-        fields["input"] = {port: _to_spec(f"{where}, input {port}", spec) for port, spec in rule["input"].items()}
+        fields["input"] = {port: spec_from_dict(f"{where}, input {port}", spec) for port, spec in rule["input"].items()}
     return Policy(**fields)
 
 
-def _to_spec(where: str, data: Any) -> QuantSpec:
+def spec_from_dict(where: str, data: Any) -> QuantSpec:
+    """The spec of JSON data; `where` begins the message of an error."""
     if isinstance(data, str):
         data = {"dtype": data}
     if not isinstance(data, Mapping) or not isinstance(data.get("dtype"), str):

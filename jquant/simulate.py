@@ -113,6 +113,15 @@ def scale_of(name: str, plan: Plan, qparams: QParams) -> Array:
     return quantizer_of(spec).scale(parameter_of(name, spec, qparams), spec)
 
 
+@jax.custom_vjp
+def straight_through(value: Array, replacement: Array) -> Array:
+    """`replacement` in the forward pass, the gradient of `value` in the backward pass."""
+    return replacement
+
+
+straight_through.defvjp(lambda value, replacement: (replacement, None), lambda _, g: (g, jnp.zeros_like(g)))
+
+
 def check_qparams(plan: Plan, qparams: QParams) -> None:
     """Every scale is there, float32 and finite; its quantizer makes it positive.
 

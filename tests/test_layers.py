@@ -18,6 +18,8 @@ LAYERS = (
         "accumulators",
         "adapt",
         "apply",
+        "batch_norm",
+        "bit_true",
         "calibrate",
         "checkpoint",
         "describe",
@@ -25,9 +27,11 @@ LAYERS = (
         "insert",
         "integer",
         "lower",
+        "migrate",
+        "optimizer_state",
         "prepare",
     }
-    | {"ptq", "qat", "quantize", "simulate", "trace"},
+    | {"ptq", "qat", "quantize", "simulate", "states", "trace"},
     {"analysis", "reference"},
     {"cli"},
 )

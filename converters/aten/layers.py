@@ -138,7 +138,7 @@ def batch_norm(
     frozen = not training and running_mean is not None and running_var is not None
     require(frozen, "it uses the statistics of the batch; train it with track_running_stats=True")
     params = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    return Call(ops.BatchNorm(epsilon=epsilon), (x,), params)
+    return Call(ops.BatchNorm(epsilon=epsilon, momentum=momentum), (x,), params)
 
 
 def instance_norm(

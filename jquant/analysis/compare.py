@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jquant.batch_norm import fold_kept
 from jquant.integer import dequantize_values, quantize_inputs, run_integers
 from jquant.ir.evaluate import bind_inputs
 from jquant.ir.graph import check_params
@@ -91,6 +92,7 @@ def compare(
     bound = bind_inputs(plan.graph, inputs if isinstance(inputs, tuple) else (inputs,))
     check_params(plan.graph, params)
     check_qparams(plan, qparams)
+    plan, params, qparams = fold_kept(plan, params, qparams)
     program = lower(plan, params, qparams) if "integer" in (a, b) else None
     metrics = jax.device_get(_metrics(plan, a, b, dict(params), dict(qparams), bound, program))
     operators = {n.name: type(n.op).__name__ for n in plan.graph.nodes}

@@ -14,6 +14,7 @@ from jquant.ops.base import (
     lower_op,
     to_channels_last,
 )
+from jquant.ops.batch_norm import BatchNorm, KeptBatchNorm
 from jquant.ops.bits import BitShift
 from jquant.ops.compare import (
     BitwiseAnd,
@@ -36,7 +37,7 @@ from jquant.ops.compare import (
     Where,
 )
 from jquant.ops.composite import Div, GroupNorm, InstanceNorm, LayerNorm, LogSoftmax, Norm, RmsNorm, Softmax, Variance
-from jquant.ops.conv import BatchNorm, Conv, ConvTranspose, Linear
+from jquant.ops.conv import Conv, ConvTranspose, Linear
 from jquant.ops.elementwise import Abs, Add, Clamp, Constant, IntegerConstant, Mul, Neg, Requantize, Scale, Sub
 from jquant.ops.grid import AffineGrid, base_grid, denormalize_grid, grid_scale, normalize_grid
 from jquant.ops.grid_sample import GridSample, Warp
@@ -150,6 +151,7 @@ __all__ = [
     "InstanceNorm",
     "IntegerConstant",
     "Interpolate",
+    "KeptBatchNorm",
     "LayerNorm",
     "LeakyRelu",
     "Less",

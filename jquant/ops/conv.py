@@ -26,6 +26,7 @@ from jquant.ops.base import (
     lower_op,
     to_channels_last,
 )
+from jquant.ops.batch_norm import KeptBatchNorm, batch_norm_affine
 from jquant.types import Array, LoweringError, NodeFormat, Op, Target, bit_width
 
 Activation = Literal["none", "relu", "relu6"]
@@ -51,6 +52,7 @@ class Conv(Op):
     activation: Activation = "none"
     addend: bool = False
     channels_last: bool = False
+    batch_norm: KeptBatchNorm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class ConvTranspose(Op):
     activation: Activation = "none"
     addend: bool = False
     channels_last: bool = False
+    batch_norm: KeptBatchNorm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +91,7 @@ class Linear(Op):
 
     activation: Activation = "none"
     addend: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchNorm(Op):
-    """Inference batch norm over channel axis 1. Parameters [C]: running_mean, running_var; optional weight and bias."""
-
-    epsilon: float = 1e-5
+    batch_norm: KeptBatchNorm | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,14 +107,11 @@ def activate(y: Array, activation: Activation) -> Array:
 
 @eval_float.register(Conv)
 @eval_float.register(ConvTranspose)
-def _(
-    op: Conv | ConvTranspose, x: Array, addend: Array | None = None, *, weight: Array, bias: Array | None = None
-) -> Array:
+def _(op: Conv | ConvTranspose, x: Array, addend: Array | None = None, *, weight: Array, **rest: Array) -> Array:
     if not op.channels_last:
         x = jnp.moveaxis(x, 1, -1)
         addend = None if addend is None else jnp.moveaxis(addend, 1, -1)
-    y = _slide(op, x, kernel_layout(op, weight), convolve)
-    y = _finish_float(y, bias, addend, op.activation)
+    y = _finish_float(op, _slide(op, x, kernel_layout(op, weight), convolve), addend, **rest)
     return y if op.channels_last else jnp.moveaxis(y, -1, 1)
 
 
@@ -139,37 +133,21 @@ def kernel_layout(op: Conv | ConvTranspose, weight: Array) -> Array:
 
 
 @eval_float.register
-def _(op: Linear, x: Array, addend: Array | None = None, *, weight: Array, bias: Array | None = None) -> Array:
-    return _finish_float(matmul(x, weight.T), bias, addend, op.activation)
+def _(op: Linear, x: Array, addend: Array | None = None, *, weight: Array, **rest: Array) -> Array:
+    return _finish_float(op, matmul(x, weight.T), addend, **rest)
 
 
-def _finish_float(y: Array, bias: Array | None, addend: Array | None, activation: Activation) -> Array:
-    y = y if bias is None else y + bias
-    y = y if addend is None else y + addend
-    return activate(y, activation)
-
-
-@eval_float.register
-def _(
-    op: BatchNorm,
-    x: Array,
-    *,
-    running_mean: Array,
-    running_var: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+def _finish_float(
+    op: Conv | ConvTranspose | Linear, y: Array, addend: Array | None, *, bias: Array | None = None, **norm: Array
 ) -> Array:
-    multiplier, offset = batch_norm_affine(op, running_mean, running_var, weight, bias)
-    shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
-    return x * multiplier.reshape(shape) + offset.reshape(shape)
-
-
-def batch_norm_affine(
-    op: BatchNorm, mean: Array, variance: Array, weight: Array | None, bias: Array | None
-) -> tuple[Array, Array]:
-    """The multiplier and offset [C] that inference batch norm amounts to."""
-    multiplier = jax.lax.rsqrt(variance + op.epsilon) * (1.0 if weight is None else weight)
-    return multiplier, (0.0 if bias is None else bias) - mean * multiplier
+    """y [..., O] through what is fused behind the sum of products, in the order of the chip."""
+    y = y if bias is None else y + bias
+    if op.batch_norm is not None:
+        statistics = norm["norm_mean"], norm["norm_var"], norm.get("norm_weight"), norm.get("norm_bias")
+        multiplier, offset = batch_norm_affine(op.batch_norm, *statistics)
+        y = y * multiplier + offset
+    y = y if addend is None else y + addend
+    return activate(y, op.activation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

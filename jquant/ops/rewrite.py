@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import jax.numpy as jnp
+from jax.lax import optimization_barrier as barrier
 
 from jquant.ir.passes import keep_used, param_uses, rewire, scale_channels, sole_consumer, with_params
 from jquant.ops.activation import Relu, Relu6
 from jquant.ops.base import to_channels_last
-from jquant.ops.conv import Activation, BatchNorm, Conv, ConvTranspose, Linear, batch_norm_affine
+from jquant.ops.batch_norm import BatchNorm, BatchNormMode, batch_norm_affine, keep
+from jquant.ops.conv import Activation, Conv, ConvTranspose, Linear
 from jquant.ops.elementwise import Add
 from jquant.ops.movement import Permute
 from jquant.types import Array, Graph, Node, Op
@@ -22,34 +24,36 @@ FUSES = Conv | ConvTranspose | Linear  # what takes an add and an activation int
 
 
 def fold_batch_norm(
-    graph: Graph, params: Mapping[str, Array], shapes: Shapes
+    graph: Graph, params: Mapping[str, Array], shapes: Shapes, kept: Mapping[str, BatchNormMode] | None = None
 ) -> tuple[Graph, dict[str, Array], dict[str, str]]:
     """Folds every batch norm into the convolution or linear before it; one that stands alone becomes a depthwise 1x1
-    convolution.
+    convolution. One that `kept` names goes there as it is, to be trained: `KeptBatchNorm`.
 
     Returns the graph, its parameters, and {batch norm: node it went into}.
     """
-    params, uses = dict(params), param_uses(graph)
+    params, uses, kept = dict(params), param_uses(graph), kept or {}
     renamed: dict[str, str] = {}
     nodes: dict[str, Node] = {}
     for node in graph.nodes:
         nodes[node.name] = node
         if not isinstance(node.op, BatchNorm):
             continue
-        multiplier, offset = eval_batch_norm(node, params)
         before = nodes.get(renamed.get(node.inputs[0], node.inputs[0]))
-        if before is not None and _takes_batch_norm(before, shapes) and sole_consumer(graph, node.inputs[0]) is node:
-            nodes[before.name] = _fold(before, params, uses, multiplier, offset)
-            renamed[node.name] = before.name
-            del nodes[node.name]
-        else:
-            nodes[node.name] = _affine_conv(node, params, shapes, multiplier, offset)
+        mode = kept.get(node.name)
+        if before is None or not _takes_batch_norm(before, shapes) or sole_consumer(graph, node.inputs[0]) is not node:
+            nodes[node.name] = _alone(node, params, uses, shapes, mode)
+            continue
+        nodes[before.name] = _fold(before, node, params, uses) if mode is None else _keep(before, node, mode)
+        renamed[node.name] = before.name
+        del nodes[node.name]
     graph = rewire(graph, renamed, list(nodes.values()))
     return graph, keep_used(graph, params), renamed
 
 
 def _takes_batch_norm(node: Node, shapes: Shapes) -> bool:
-    """A linear layer only has its features on the channel axis when there is no other axis."""
+    """A linear layer only has its features on the channel axis when there is no other axis. One batch norm is kept."""
+    if getattr(node.op, "batch_norm", None) is not None:
+        return False
     return isinstance(node.op, Conv | ConvTranspose) or (isinstance(node.op, Linear) and len(shapes[node.name]) == 2)
 
 
@@ -60,7 +64,14 @@ def eval_batch_norm(node: Node, params: Mapping[str, Array]) -> tuple[Array, Arr
     return batch_norm_affine(node.op, mean, variance, roles.get("weight"), roles.get("bias"))
 
 
-def _fold(node: Node, params: dict[str, Array], uses: Mapping[str, int], multiplier: Array, offset: Array) -> Node:
+def _fold(before: Node, node: Node, params: dict[str, Array], uses: Mapping[str, int]) -> Node:
+    multiplier, offset = eval_batch_norm(node, params)
+    return fold_affine(before, params, uses, multiplier, offset)
+
+
+def fold_affine(
+    node: Node, params: dict[str, Array], uses: Mapping[str, int], multiplier: Array, offset: Array
+) -> Node:
     """Puts y * multiplier + offset into a node's weight and bias; a parameter that others read too is copied first."""
 
     def key(role: str) -> str:
@@ -69,11 +80,23 @@ def _fold(node: Node, params: dict[str, Array], uses: Mapping[str, int], multipl
             return old
         return f"{node.name}.folded_{role}" if new in uses else new
 
-    bias = params[node.params["bias"]] * multiplier if "bias" in node.params else 0.0
+    bias = barrier(params[node.params["bias"]] * multiplier) if "bias" in node.params else 0.0
     weight = scale_outputs(node.op, params[node.params["weight"]], multiplier)
     keys = {"weight": key("weight"), "bias": key("bias")}
-    params[keys["weight"]], params[keys["bias"]] = weight, bias + offset
+    params[keys["weight"]], params[keys["bias"]] = weight, jnp.broadcast_to(bias + offset, multiplier.shape)
     return with_params(node, keys)
+
+
+KEPT_ROLES = {"running_mean": "norm_mean", "running_var": "norm_var", "weight": "norm_weight", "bias": "norm_bias"}
+
+
+def _keep(before: Node, node: Node, mode: BatchNormMode, alone: bool = False) -> Node:
+    """The layer with the batch norm behind it, whose parameters keep their keys."""
+    assert isinstance(node.op, BatchNorm)
+    assert isinstance(before.op, FUSES)
+    roles = {KEPT_ROLES[role]: key for role, key in node.params.items()}
+    op = replace(before.op, batch_norm=keep(node.op, mode, alone))
+    return with_params(before, {**before.params, **roles}, op)
 
 
 def scale_outputs(op: Op, weight: Array, multiplier: Array) -> Array:
@@ -85,14 +108,18 @@ def scale_outputs(op: Op, weight: Array, multiplier: Array) -> Array:
     return (split * by_group).reshape(weight.shape)
 
 
-def _affine_conv(node: Node, params: dict[str, Array], shapes: Shapes, multiplier: Array, offset: Array) -> Node:
-    spatial = len(shapes[node.name]) - 2
-    keys = {"weight": f"{node.name}.folded_weight", "bias": f"{node.name}.folded_bias"}
-    params[keys["weight"]] = multiplier.reshape(-1, 1, *(1,) * spatial)
-    params[keys["bias"]] = jnp.broadcast_to(offset, multiplier.shape)
-    ones = (1,) * spatial
-    op = Conv(strides=ones, padding=((0, 0),) * spatial, dilation=ones, groups=multiplier.shape[0])
-    return with_params(node, keys, op)
+def _alone(
+    node: Node, params: dict[str, Array], uses: Mapping[str, int], shapes: Shapes, mode: BatchNormMode | None
+) -> Node:
+    """A batch norm that follows no layer, as a depthwise 1x1 convolution; kept, it follows one of ones."""
+    channels, ones = shapes[node.name][1], (1,) * (len(shapes[node.name]) - 2)
+    op = Conv(strides=ones, padding=((0, 0),) * len(ones), dilation=ones, groups=channels)
+    weight = f"{node.name}.folded_weight"
+    params[weight] = jnp.ones((channels, 1, *ones), jnp.float32)
+    layer = with_params(node, {"weight": weight}, op)
+    if mode is None:
+        return _fold(layer, node, params, uses)
+    return _keep(layer, node, mode, alone=True)
 
 
 def fuse(graph: Graph, shapes: Shapes, fusible: Callable[[Node, str], bool]) -> tuple[Graph, dict[str, str]]:

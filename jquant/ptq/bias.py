@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jquant.batch_norm import check_folded
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params
 from jquant.ir.passes import param_uses
@@ -44,6 +45,7 @@ def correct_bias(
       Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, section 4.2 and
       appendix D (with data).
     """
+    check_folded(plan, "correct_bias")
     check_params(plan.graph, params)
     check_qparams(plan, qparams)
     params, total, samples = dict(params), None, 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from jquant.batch_norm import check_folded
 from jquant.ir.graph import check_params
 from jquant.ir.passes import param_uses, sole_consumer
 from jquant.ops.activation import Dropout, PRelu, Relu
@@ -142,6 +143,7 @@ def equalize(plan: Plan, params: Params) -> dict[str, Array]:
     References:
       Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, section 4.1.
     """
+    check_folded(plan, "equalize")
     check_params(plan.graph, params)
     new = dict(params)
     pairs = find_pairs(plan, params).equalizable

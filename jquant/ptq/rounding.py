@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jquant.batch_norm import check_folded
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params
 from jquant.numerics.rounding import dequantize, divide, expand, quantize
@@ -61,6 +62,7 @@ def adaround(
     """
     if steps < 1:
         raise QConfigError(f"steps must be at least 1, not {steps!r}")
+    check_folded(plan, "adaround")
     check_params(plan.graph, params)
     check_qparams(plan, qparams)
     new = dict(params)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.accumulators import raise_collapsed_scales
+from jquant.batch_norm import check_folded
 from jquant.ir.graph import check_params
 from jquant.numerics.rounding import dequantize, quantize
 from jquant.observers import min_max
@@ -33,6 +34,7 @@ def search_weight_scales(plan: Plan, params: Params, qparams: QParams, *, candid
     """
     if candidates < 1:
         raise QConfigError(f"candidates must be at least 1, not {candidates!r}")
+    check_folded(plan, "search_weight_scales")
     check_params(plan.graph, params)
     check_qparams(plan, qparams)
     found = dict(qparams)

@@ -1,0 +1,97 @@
+"""Batch norm: as an operator of a float graph, and kept in the layer before it for training."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jquant.ops.base import eval_float
+from jquant.types import Array, Op
+
+BatchNormMode = Literal["live", "frozen", "reverse_fold"]  # how `jq.prepare` keeps one; otherwise "fold"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNorm(Op):
+    """Inference batch norm over channel axis 1. Parameters [C]: running_mean, running_var; optional weight and bias.
+
+    `momentum`: of the running statistics in training, the weight of the new batch.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptBatchNorm:
+    """A batch norm that a convolution or linear keeps for training, between its bias and its addend or activation.
+
+    The layer has more parameters then, [O]: norm_mean, norm_var; optional norm_weight and norm_bias. It is folded into
+    weight and bias before there are integers (`jquant.batch_norm`).
+
+    `statistics`  that training normalizes with: of the batch, which moves the running ones; or the running ones
+    `scaled`      the weight is quantized as the running statistics scale it, and the scaling undone after the layer
+    `alone`       it followed no layer: the layer is a depthwise 1x1 convolution of ones, which is not trained
+    """
+
+    statistics: Literal["batch", "running"]
+    scaled: bool = False
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+    alone: bool = False
+
+
+def keep(op: BatchNorm, mode: BatchNormMode, alone: bool) -> KeptBatchNorm:
+    return KeptBatchNorm(
+        statistics="running" if mode == "frozen" else "batch",
+        scaled=mode == "reverse_fold",
+        epsilon=op.epsilon,
+        momentum=op.momentum,
+        alone=alone,
+    )
+
+
+STATISTICS = ("norm_mean", "norm_var")  # the roles that a step moves without a gradient
+
+
+@eval_float.register
+def _(
+    op: BatchNorm,
+    x: Array,
+    *,
+    running_mean: Array,
+    running_var: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+) -> Array:
+    multiplier, offset = batch_norm_affine(op, running_mean, running_var, weight, bias)
+    shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
+    return x * multiplier.reshape(shape) + offset.reshape(shape)
+
+
+def batch_norm_affine(
+    op: BatchNorm | KeptBatchNorm, mean: Array, variance: Array, weight: Array | None, bias: Array | None
+) -> tuple[Array, Array]:
+    """The multiplier and offset [C] that inference batch norm amounts to.
+
+    Behind barriers: XLA must not fuse products and sums, so that they have the same bits inside any jit and outside.
+    """
+    multiplier = jax.lax.rsqrt(variance + op.epsilon) * (1.0 if weight is None else weight)
+    multiplier = jax.lax.optimization_barrier(multiplier)
+    shift = jax.lax.optimization_barrier(mean * multiplier)
+    return multiplier, (0.0 if bias is None else bias) - shift
+
+
+def normalize(op: KeptBatchNorm, y: Array, mean: Array, variance: Array, norm: dict[str, Array]) -> Array:
+    """y [..., O] with mean and variance [O] taken out, then scaled and moved by the norm's own weight and bias."""
+    centred = (y - mean) * jax.lax.rsqrt(variance + op.epsilon)
+    centred = centred * norm["norm_weight"] if "norm_weight" in norm else centred
+    return centred + norm["norm_bias"] if "norm_bias" in norm else centred
+
+
+def batch_moments(y: Array) -> tuple[Array, Array]:
+    """Mean and (biased) variance [O] of y [..., O] over all other axes."""
+    axes = tuple(range(y.ndim - 1))
+    mean = jnp.mean(y, axes)
+    return mean, jnp.mean(jnp.square(y - mean), axes)

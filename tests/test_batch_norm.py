@@ -1,0 +1,418 @@
+"""Batch norm kept for training: what it computes, what reaches it, and that it ships the integers that it trained."""
+
+import re
+from dataclasses import replace
+
+import graphs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jquant as jq
+from jquant import ops
+from jquant.batch_norm import kept_nodes, untrained
+from jquant.ops.batch_norm import STATISTICS
+
+NASH = jq.targets.NASH_E
+MODES = ("live", "frozen", "reverse_fold")
+
+
+def config(**options: object) -> jq.QConfig:
+    weight = jq.int8(**{"axis": "out", "quantizer": jq.lsq, **options})
+    return jq.QConfig({"*": jq.Policy(weight=weight, output=jq.int8(quantizer=jq.lsq))})
+
+
+def network(*, pow2: bool = False, up: bool = False) -> tuple[jq.Graph, dict]:
+    """Every place of a batch norm: before relu, before an add, alone, behind a transposed conv and a linear."""
+    build = graphs.Builder(21)
+    build.shapes["x"] = (3, 8, 8)
+    x = build.add(ops.Relu(), (build.batch_norm(build.conv("x", 6, 3, bias=False)),), (6, 8, 8))
+    y = build.batch_norm(build.conv(x, 6, 3, groups=6))
+    x = build.add(ops.Relu(), (build.add(ops.Add(), (y, x), (6, 8, 8)),), (6, 8, 8))
+    x = build.batch_norm(x)
+    channels = 6
+    if up:
+        op = ops.ConvTranspose(strides=(2, 2), padding=((1, 1),) * 2, output_padding=(0, 0), dilation=(1, 1))
+        x = build.add(op, (x,), (4, 16, 16), weight=build.array("up.weight", 6, 4, 4, 4))
+        x, channels = build.add(ops.Relu(), (build.batch_norm(x),), (4, 16, 16)), 4
+    x = build.add(ops.Mean(axes=(2, 3)), (x,), (channels,))
+    x = build.add(ops.Linear(), (x,), (7,), weight=build.array("a.weight", 7, channels), bias=build.array("a.bias", 7))
+    x = build.add(ops.Relu(), (build.batch_norm(x),), (7,))
+    x = build.add(ops.Linear(), (x,), (5,), weight=build.array("head.weight", 5, 7), bias=build.array("head.bias", 5))
+    graph, params = build.graph(x, size=8), build.params
+    gammas = [k for k in params if k.endswith("batchnorm.weight")]
+    for key in gammas:
+        size = 2.0 ** np.round(np.log2(np.abs(params[key]))) if pow2 else np.abs(params[key])
+        params[key] = jnp.asarray(np.where(np.arange(len(size)) % 3 == 1, -size, size), jnp.float32)
+        if pow2:  # then the multiplier of the batch norm is the power of two itself
+            params[key.replace("weight", "running_var")] = jnp.ones(len(size))
+    return (with_norms(graph, epsilon=0.0) if pow2 else graph), params
+
+
+def with_norms(graph: jq.Graph, **options: float) -> jq.Graph:
+    """The graph with other options of its batch norms."""
+    nodes = (replace(n, op=replace(n.op, **options)) if isinstance(n.op, ops.BatchNorm) else n for n in graph.nodes)
+    return replace(graph, nodes=tuple(nodes))
+
+
+def prepared(mode: str | dict, qconfig: jq.QConfig | None = None, **options: bool) -> tuple:
+    graph, params = network(**options)
+    plan, params = jq.prepare(graph, params, qconfig or config(), target=NASH, batch_norm=mode)
+    x = graphs.images(1, graph, batch=6)
+    return plan, params, jq.calibrate(plan, params, [x]), x
+
+
+@pytest.fixture(scope="module", params=MODES)
+def kept(request: pytest.FixtureRequest) -> tuple:
+    return prepared(request.param)
+
+
+def assert_same(a: object, b: object) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One integer form
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_folding_gives_the_plan_of_fold(mode: str) -> None:
+    plan, params, qparams, _ = prepared(mode, up=True)
+    wanted, wanted_params, _, _ = prepared("fold", up=True)
+    assert len(kept_nodes(plan)) == 5
+    assert [n.name for n in plan.graph.nodes] == [n.name for n in wanted.graph.nodes]
+    assert plan.values == wanted.values
+    folded, folded_params, folded_qparams = jq.fold_batch_norm(plan, params, qparams)
+    assert folded.graph == wanted.graph
+    assert (folded.weights, folded.weight_axis, folded.trained) == (wanted.weights, wanted.weight_axis, wanted.trained)
+    assert folded_params.keys() == wanted_params.keys()
+    assert folded_qparams.keys() == set(folded.trained)
+    for key, value in folded_params.items():  # the largest weight of a channel lies on a tie, and may have moved off it
+        step = np.abs(value).max() / 127 if key in folded.weights else 0.0
+        np.testing.assert_allclose(value, wanted_params[key], rtol=1e-6, atol=1e-6 + 0.51 * step, err_msg=key)
+
+
+def test_reverse_fold_has_the_program_of_fold() -> None:
+    plan, params, qparams, _ = prepared("reverse_fold")
+    wanted, wanted_params, observed, _ = prepared("fold")
+    for key in wanted.weights:
+        np.testing.assert_array_equal(qparams[key], observed[key])
+    assert_same(jq.lower(plan, params, qparams), jq.lower(wanted, wanted_params, qparams))
+
+
+@pytest.mark.parametrize("mode", ["live", "frozen"])
+def test_where_scaling_is_exact_the_program_is_that_of_fold(mode: str) -> None:
+    """The multipliers are powers of two, so that a scale observed before or behind them is the same number."""
+    plan, params, qparams, _ = prepared(mode, pow2=True)
+    program, wanted = jq.lower(plan, params, qparams), jq.lower(*prepared("fold", pow2=True)[:3])
+    alone = [n.name for n in kept_nodes(plan) if n.op.batch_norm.alone]
+    assert len(alone) == 1  # its ones are 127 LSB, where min-max would give them 127.5
+    for name, constants in wanted.constants.items():
+        if name not in alone:
+            assert_same(program.constants[name], constants)
+    np.testing.assert_array_equal(np.abs(program.constants[alone[0]]["weight"]), 127)
+
+
+@pytest.mark.parametrize("mode", ["live", "frozen"])
+@pytest.mark.parametrize("axis", ["out", None])
+def test_the_weight_integers_are_those_that_training_quantizes(mode: str, axis: str | None) -> None:
+    plan, params, qparams, _ = prepared(mode, config(axis=axis))
+    generator = np.random.default_rng(5)
+    qparams = {k: v * generator.uniform(0.3, 1, v.shape).astype(np.float32) for k, v in qparams.items()}  # saturates
+    program = jq.lower(plan, params, qparams)
+    for node in kept_nodes(plan):
+        key, axis_of = node.params["weight"], node.op.weight_axis
+        weight = np.asarray(params[key])
+        shape = [-1 if i == axis_of else 1 for i in range(weight.ndim)]
+        scale = np.float32(1) / 127 if node.op.batch_norm.alone else np.asarray(qparams[key])
+        sign = np.where(np.asarray(params[node.params["norm_weight"]]) < 0, -1, 1).astype(np.float32).reshape(shape)
+        wanted = np.clip(np.rint(weight * sign / (scale.reshape(shape) if scale.ndim else scale)), -128, 127)
+        found = np.asarray(program.constants[node.name]["weight"])  # [*K, I, O]
+        wanted = np.moveaxis(wanted, (axis_of, 1 - axis_of), (-1, -2))
+        np.testing.assert_array_equal(found.reshape(wanted.shape), wanted, err_msg=node.name)
+
+
+def test_what_is_trained_is_what_ships(kept: tuple) -> None:
+    """The value of bit-true training is the program's, and validation that of the folded plan; gradients are live."""
+    plan, params, qparams, x = kept
+    trained, batch_stats = jq.split_batch_stats(plan, params)
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(len(x), 5)), jnp.float32)
+
+    def gradient(mode: str) -> tuple[jq.Trainable, jax.Array]:
+        def loss(t: jq.Trainable) -> tuple[jax.Array, jax.Array]:
+            y, _ = jq.apply_train(plan, t.params, t.qparams, x, batch_stats=batch_stats, mode=mode)
+            return jnp.sum(weights * y), y
+
+        return jax.jit(jax.grad(loss, has_aux=True))(jq.Trainable(trained, qparams))
+
+    program, folded = jq.lower(plan, params, qparams), jq.fold_batch_norm(plan, params, qparams)
+    found, y = gradient("bit_true")
+    np.testing.assert_array_equal(y, jq.run(program, x))
+    np.testing.assert_array_equal(jq.apply(plan, params, qparams, x), jq.apply(*folded, x))
+    assert_same(jq.lower(*folded), program)
+
+    assert found.params.keys() == trained.keys()
+    assert found.qparams.keys() == set(plan.trained)
+    live = [n.params for n in kept_nodes(plan) if n.op.batch_norm.statistics == "batch"]
+    dead = {roles["bias"] for roles in live if "bias" in roles}  # the mean of the batch takes it out again
+    for (path, g), like in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(gradient("qat")[0]), strict=True
+    ):
+        name = path[-1].key
+        assert np.isfinite(g).all(), name
+        assert np.any(np.abs(g) > 1e-6) or name in dead, f"dead gradient: {name}"
+        np.testing.assert_allclose(g, like, rtol=1e-4, atol=1e-4, err_msg=name)  # another jit: other roundings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What training computes
+
+
+def moments(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    y = y.reshape(-1, y.shape[-1])
+    return y.mean(0), y.var(0)
+
+
+def single(mode: str, quantizer: jq.Quantizer = jq.fake_quant) -> tuple:
+    """One 1x1 convolution with bias and batch norm: small enough for numpy in float64."""
+    build = graphs.Builder(4)
+    build.shapes["x"] = (3, 4, 4)
+    graph = build.graph(build.batch_norm(build.conv("x", 5, 1)), size=4)
+    build.params["n1.batchnorm.weight"] = build.params["n1.batchnorm.weight"].at[2].set(-0.7)
+    policy = jq.Policy(weight=jq.int4(axis="out", quantizer=quantizer), output=None)
+    rules = {"*": policy, "x": jq.Policy(output=jq.int16())}
+    plan, params = jq.prepare(graph, build.params, jq.QConfig(rules), target=NASH, batch_norm=mode)
+    x = graphs.images(1, graph, batch=6)
+    qparams = jq.calibrate(plan, params, [x])
+    qparams["n0.conv.weight"] *= 0.83  # some weights saturate, none lies on a tie
+    return plan, params, qparams, x
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("mode", ["live", "reverse_fold"])
+def test_live_batch_norm_against_float64(mode: str, quantized: bool) -> None:
+    plan, params, qparams, x = single(mode)
+    p = {k.split(".")[-1] if "batchnorm" in k else k: np.asarray(v, np.float64) for k, v in params.items()}
+    images, weight = np.moveaxis(np.asarray(x, np.float64), 1, -1), p["n0.conv.weight"][:, :, 0, 0]
+    undo = np.ones(5)
+    if quantized:
+        images = np.rint(images / float(qparams["x"])) * float(qparams["x"])
+        scale = np.asarray(qparams["n0.conv.weight"], np.float64)[:, None]
+        undo = p["weight"] / np.sqrt(p["running_var"] + 1e-5) if mode == "reverse_fold" else np.sign(p["weight"])
+        weight = np.clip(np.rint(weight * undo[:, None] / scale), -8, 7) * scale
+    y = images @ weight.T / undo + p["n0.conv.bias"]
+    mean, variance = moments(y)
+    wanted = (y - mean) / np.sqrt(variance + 1e-5) * p["weight"] + p["bias"]
+    call = jax.jit(lambda x: jq.apply_train(plan, params, qparams, x, mode="qat" if quantized else "float"))
+    found, stats = call(x)
+    count = y.size // 5
+    np.testing.assert_allclose(np.moveaxis(found, 1, -1), wanted, rtol=1e-4, atol=1e-4)  # some 20 roundings of 2^-24
+    assert stats.keys() == set(untrained(plan))
+    for role, batch in (("running_mean", mean), ("running_var", variance * count / (count - 1))):
+        np.testing.assert_allclose(stats[f"n1.batchnorm.{role}"], 0.9 * p[role] + 0.1 * batch, rtol=1e-5, atol=1e-5)
+
+
+def test_without_live_statistics_training_is_validation() -> None:
+    plan, params, qparams, x = prepared("frozen")
+    y, stats = jq.apply_train(plan, params, qparams, x)
+    np.testing.assert_array_equal(y, jq.apply(plan, params, qparams, x))
+    assert_same(stats, jq.split_batch_stats(plan, params)[1])
+
+
+@pytest.mark.parametrize("mode", ["live", "reverse_fold"])
+def test_statistics_can_be_frozen_and_freed(mode: str) -> None:
+    plan, params, qparams, x = prepared(mode)
+    frozen = jq.set_batch_statistics(plan, "running", ["n0.*", "type:Linear"])
+    assert jq.set_batch_statistics(frozen, "batch") == plan
+    _, stats = jq.apply_train(frozen, params, qparams, x)
+    moving = {n.params[r] for n in kept_nodes(frozen) for r in STATISTICS if n.op.batch_norm.statistics == "batch"}
+    assert len(moving) == 2 * 2
+    assert {key for key, value in stats.items() if not np.array_equal(value, params[key])} == moving
+    whole = jq.set_batch_statistics(plan, "running")
+    np.testing.assert_array_equal(jq.apply_train(whole, params, qparams, x)[0], jq.apply(plan, params, qparams, x))
+    assert_same(jq.lower(whole, params, qparams), jq.lower(plan, params, qparams))
+
+
+def test_a_norm_that_is_used_twice_moves_twice() -> None:
+    build = graphs.Builder(4)
+    build.shapes["x"] = (3, 4, 4)
+    conv = build.conv("x", 3, 3)
+    norm = build.batch_norm(conv)
+    first = {n.name: n for n in build.nodes}
+    for name, source in (("again.conv", norm), ("again.norm", "again.conv")):
+        old = first[conv if name.endswith("conv") else norm]
+        build.nodes.append(replace(old, name=name, inputs=(source,)))
+    build.shapes |= {"again.conv": (3, 4, 4), "again.norm": (3, 4, 4)}
+    graph = build.graph("again.norm", size=4)
+    x = graphs.images(1, graph, batch=4)
+    plan, params = jq.prepare(graph, build.params, config(), target=NASH, batch_norm="live")
+    qparams = jq.calibrate(plan, params, [x])
+    np.testing.assert_array_equal(
+        jq.apply(plan, params, qparams, x, mode="bit_true"), jq.run(jq.lower(plan, params, qparams), x)
+    )
+    once = jq.apply_train(jq.set_batch_statistics(plan, "running", ["again.conv"]), params, qparams, x)[1]
+    twice = jq.apply_train(plan, params, qparams, x)[1]
+    assert not np.array_equal(once["n1.batchnorm.running_var"], twice["n1.batchnorm.running_var"])
+    assert len(jq.fold_batch_norm(plan, params, qparams)[0].weights) == 2  # each call has its own folded copy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def test_a_pruned_channel_divides_by_nothing() -> None:
+    plan, params, qparams, x = single("reverse_fold", jq.lsq)
+    params["n1.batchnorm.weight"] = params["n1.batchnorm.weight"].at[1].set(0.0)
+    qparams = jq.calibrate(plan, params, [x])
+    trained, stats = jq.split_batch_stats(plan, params)
+
+    def loss(t: jq.Trainable) -> jax.Array:
+        return jnp.sum(jq.apply_train(plan, t.params, t.qparams, x, batch_stats=stats)[0] ** 2)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jq.Trainable(trained, qparams))
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves((value, gradient)))
+    jq.fold_batch_norm(plan, params, qparams)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def patterns(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, 1, 8, 8] of ten patterns, moved by up to a pixel, in noise; and which pattern it is."""
+    known, generator = np.random.default_rng(0).normal(size=(10, 8, 8)), np.random.default_rng(seed)
+    labels = generator.integers(0, 10, count)
+    moved = [np.roll(known[k], generator.integers(-1, 2, 2), (0, 1)) for k in labels]
+    images = np.stack(moved)[:, None] + 0.5 * generator.normal(size=(count, 1, 8, 8))
+    return images.astype(np.float32), labels.astype(np.int32)
+
+
+def small_net() -> tuple[jq.Graph, dict]:
+    build = graphs.Builder(7)
+    build.shapes["x"] = (1, 8, 8)
+    x = build.add(ops.Relu(), (build.batch_norm(build.conv("x", 8, 3, bias=False)),), (8, 8, 8))
+    x = build.add(ops.Relu(), (build.batch_norm(build.conv(x, 16, 3, 2, bias=False)),), (16, 4, 4))
+    x = build.add(ops.Flatten(), (x,), (256,))
+    weight = {"weight": build.array("head.weight", 10, 256), "bias": build.array("head.bias", 10)}
+    x = build.add(ops.Linear(), (x,), (10,), **weight)
+    generator = np.random.default_rng(0)
+    params = {
+        k: jnp.ones_like(v) if k.split(".")[-1] in ("weight", "running_var") else v * 0 for k, v in build.params.items()
+    }
+    for key, value in build.params.items():
+        if value.ndim > 1:
+            fan = np.prod(value.shape[1:])
+            params[key] = jnp.asarray(generator.normal(size=value.shape) * np.sqrt(2 / fan), jnp.float32)
+    return build.graph(x, size=8), params
+
+
+@pytest.mark.parametrize("mode", ["fold", *MODES])
+def test_every_mode_trains_a_net(mode: str) -> None:
+    """From random weights, 4-bit with LSQ, in the mode itself; the accuracy is that of the integer program."""
+    (train_x, train_y), (test_x, test_y) = patterns(1500, seed=1), patterns(500, seed=2)
+    graph, params = small_net()
+    policy = jq.Policy(weight=jq.int4(axis="out", quantizer=jq.lsq), output=jq.int8(quantizer=jq.lsq))
+    plan, params = jq.prepare(graph, params, jq.QConfig({"*": policy}), target=NASH, batch_norm=mode)
+    qparams = jq.calibrate(plan, params, [train_x[:256]])
+    rates = {"weight": optax.adam(4e-3), "batch_norm": optax.adam(4e-3), "scale": optax.adam(3e-4)}
+    state = jq.TrainState.create(plan, params, qparams, tx=optax.multi_transform(rates, jq.labels(plan)))
+
+    @jax.jit
+    def step(state: jq.TrainState, x: jax.Array, y: jax.Array) -> jq.TrainState:
+        def loss(t: jq.Trainable) -> tuple[jax.Array, dict]:
+            logits, stats = jq.apply_train(plan, t.params, t.qparams, x, batch_stats=state.batch_stats)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), stats
+
+        gradients, stats = jax.grad(loss, has_aux=True)(state.trainable)
+        return state.update(gradients, stats)
+
+    generator = np.random.default_rng(1)
+    for _ in range(6):
+        order = generator.permutation(len(train_x))
+        for i in range(0, len(order) - 63, 64):
+            state = step(state, train_x[order[i : i + 64]], train_y[order[i : i + 64]])
+    program = jq.lower(plan, state.params, state.qparams)
+    accuracy = (np.asarray(jq.run(program, test_x)).argmax(-1) == test_y).mean()
+    assert accuracy > 0.93, accuracy
+    assert mode in ("fold", "frozen") or not np.array_equal(
+        state.batch_stats["n1.batchnorm.running_mean"], params["n1.batchnorm.running_mean"]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels, states, errors
+
+
+def test_a_switched_off_channel_lowers(kept: tuple) -> None:
+    """Its folded weights are almost 0, and would leave its accumulator too small a step for its bias and addend."""
+    plan, params, _, x = kept
+    (node,) = [n for n in kept_nodes(plan) if n.op.addend]
+    weight = node.params["norm_weight"]
+    params = params | {weight: params[weight].at[0].set(1e-9)}
+    qparams = jq.calibrate(plan, params, [x])
+    program = jq.lower(plan, params, qparams)
+    np.testing.assert_array_equal(jq.apply(plan, params, qparams, x, mode="bit_true"), jq.run(program, x))
+
+
+def test_labels_know_batch_norm(kept: tuple) -> None:
+    plan, params, qparams, _ = kept
+    found = jq.labels(plan, freeze={"batch_norm": ["n1.*"], "scale": ["n*", "x"], "weight": ["head.*"]})
+    state = jq.TrainState.create(plan, params, qparams, tx=optax.sgd(0.1))
+    assert found.params.keys() == state.trainable.params.keys() == params.keys() - set(untrained(plan))
+    assert found.params["n1.batchnorm.weight"] == found.params["head.weight"] == found.qparams["x"] == "frozen"
+    assert found.params["n4.batchnorm.weight"] == "batch_norm"
+    assert found.params["n0.conv.weight"] == "weight"
+    assert found.qparams["head.weight"] == "scale"
+    assert state.params.keys() == params.keys()
+    with pytest.raises(jq.QConfigError, match=r"freeze kind 'batchnorm'; known: .*did you mean 'batch_norm'"):
+        jq.labels(plan, freeze={"batchnorm": ["*"]})
+    with pytest.raises(jq.QConfigError, match=r"freeze pattern 'n0.conv.weight' matches no batch_norm"):
+        jq.labels(plan, freeze={"batch_norm": ["n0.conv.weight"]})
+
+
+def test_a_mapping_chooses_by_name() -> None:
+    plan, *_ = prepared({"*": "live", "n4.*": "fold", "re:n1[0-9]\\..*": "frozen"})
+    modes = [n.op.batch_norm.statistics for n in kept_nodes(plan)]
+    assert sorted(modes) == ["batch", "batch", "running"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "qconfig", "message"),
+    [
+        ("alive", config(), "batch_norm 'alive'; known: fold, live, frozen, reverse_fold; did you mean 'live'"),
+        ({"n1.batchnrom": "live"}, config(), "matches no batch norm; did you mean 'n1.batchnorm'"),
+        ("live", config(scale_form="pow2"), "its weight scale would be no power of two; use 'reverse_fold' or 'fold'"),
+        ("frozen", config(scale=0.1), "its weight would not have the fixed scale; use 'reverse_fold'"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(mode: str | dict, qconfig: jq.QConfig, message: str) -> None:
+    with pytest.raises(jq.QConfigError, match=re.escape(message)):
+        prepared(mode, qconfig)
+
+
+def test_other_wrong_calls_are_refused(kept: tuple) -> None:
+    plan, params, qparams, x = kept
+    for call in (jq.ptq.equalize, jq.ptq.search_weight_scales):
+        with pytest.raises(jq.JQuantError, match=r"works on folded weights, and node 'n0.conv' keeps its batch norm"):
+            call(plan, params) if call is jq.ptq.equalize else call(plan, params, qparams)
+    with pytest.raises(jq.QConfigError, match="statistics must be 'batch' or 'running', not 'live'"):
+        jq.set_batch_statistics(plan, "live")
+    with pytest.raises(jq.QConfigError, match="'head' matches no node that keeps a batch norm"):
+        jq.set_batch_statistics(plan, "batch", ["head"])
+    with pytest.raises(jq.GraphError, match=r"parameter 'n1.batchnorm.running_mean' \(norm_mean\) is missing"):
+        jq.apply_train(plan, jq.split_batch_stats(plan, params)[0], qparams, x)
+    if kept_nodes(plan)[0].op.batch_norm.statistics == "batch":
+        with pytest.raises(jq.GraphError, match=r"node 'n[0-9]\..*linear'.*the statistics of one value"):
+            jq.apply_train(plan, params, qparams, x[:1])
+
+
+def test_a_momentum_of_zero_is_refused() -> None:
+    graph, params = network()
+    graph = with_norms(graph, momentum=0.0)
+    with pytest.raises(jq.QConfigError, match=r"has the momentum 0.0: running statistics would not follow"):
+        jq.prepare(graph, params, config(), target=NASH, batch_norm="live")
+    jq.prepare(graph, params, config(), target=NASH, batch_norm="frozen")
