@@ -382,8 +382,12 @@ TOKENS = ("decoder",)  # whose inputs are token ids below 20
 
 def build(name: str) -> nn.Module:
     """In eval mode, with statistics and affine parameters away from 0 and 1."""
+    return made(ARCHITECTURES[name][0])
+
+
+def made(factory: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    module = ARCHITECTURES[name][0]().eval()
+    module = factory().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for m in module.modules():
@@ -394,8 +398,11 @@ def build(name: str) -> nn.Module:
 
 
 def inputs(name: str, batch: int, seed: int) -> tuple[torch.Tensor, ...]:
+    return drawn(ARCHITECTURES[name][1], batch, seed, tokens=name in TOKENS)
+
+
+def drawn(shapes: tuple[tuple[int, ...], ...], batch: int, seed: int, *, tokens: bool) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ARCHITECTURES[name][1]
-    if name in TOKENS:
+    if tokens:
         return tuple(torch.randint(0, 20, (batch, *s), generator=generator) for s in shapes)
     return tuple(torch.randn(batch, *s, generator=generator) for s in shapes)

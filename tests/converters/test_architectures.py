@@ -1,11 +1,14 @@
 """Networks of well-known kinds: in float as torch, in integers as the reference."""
 
 import architectures
+import architectures_other
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from architectures_other import OTHER
+from architectures_vision import VISION
 
 import jquant as jq
 from jquant.simulate import evaluate_float
@@ -35,18 +38,46 @@ def to_jax(tensors):
     return tuple(jnp.asarray(x.to(torch.int32).numpy() if x.dtype == torch.int64 else x.numpy()) for x in tensors)
 
 
-@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
-def test_float(name):
-    module = architectures.build(name)
-    graph, params = from_torch(module, architectures.inputs(name, 1, seed=0))
-    for batch in (1, 4):
-        given = architectures.inputs(name, batch, seed=batch)
+def check_float(module, example, drawn):
+    """Imported at one batch, equal to torch at others within 1e-4 of the largest output."""
+    graph, params = from_torch(module, example)
+    run = jax.jit(lambda *x: evaluate_float(graph, params, *x))
+    for given in drawn:
         with torch.no_grad():
-            expected = torch.utils._pytree.tree_leaves(module(*given))
-        actual = jax.jit(lambda *x: evaluate_float(graph, params, *x))(*to_jax(given))
+            expected = torch.utils._pytree.tree_leaves(module(*(x.clone() for x in given)))
+        actual = run(*to_jax(given))
         for a, e in zip(actual, expected, strict=True):
             assert a.shape == tuple(e.shape)
             np.testing.assert_allclose(np.asarray(a), e.numpy(), rtol=0, atol=1e-4 * float(e.abs().max()))
+    return graph
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_float(name):
+    batches = [architectures.inputs(name, batch, seed=batch) for batch in (1, 4)]
+    check_float(architectures.build(name), architectures.inputs(name, 1, seed=0), batches)
+
+
+SMALL = {name: (*VISION[name], False) for name in VISION} | {
+    name: (*OTHER[name], name in architectures_other.TOKENS) for name in OTHER
+}
+QUICK = (
+    "resnet50", "squeezenet", "efficientnet", "segformer", "detr", "fcos", "yolo", "centrenet", "flow", "bert", "llama",
+    "conformer", "translate", "pointnet", "in_place",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMALL])
+def test_float_of_more(name):
+    factory, shapes, tokens = SMALL[name]
+    draws = [architectures.drawn(shapes, batch, batch, tokens=tokens) for batch in (1, 3)]
+    graph = check_float(architectures.made(factory), draws[0], draws[1:])
+    assert graph.inputs[0].shape[0] is None
+
+
+def test_the_list_has_at_least_sixty():
+    assert len(SMALL.keys() | architectures.ARCHITECTURES.keys()) == len(SMALL) + len(architectures.ARCHITECTURES)
+    assert len(SMALL) + len(architectures.ARCHITECTURES) >= 60
 
 
 def lowered(name, dtype):
