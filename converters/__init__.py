@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .onnx_export import to_onnx
     from .torch_import import from_torch
+    from .torch_out.fake_quant import fake_quant_state_dict
+    from .torch_out.module import to_torch
+    from .torch_out.state import load_state_dict, to_state_dict
 
 _MODULES = {  # no module is named like its function: the submodule would hide it
+    "fake_quant_state_dict": "torch_out.fake_quant",
     "from_torch": "torch_import",
+    "load_state_dict": "torch_out.state",
     "to_onnx": "onnx_export",
+    "to_state_dict": "torch_out.state",
+    "to_torch": "torch_out.module",
 }
 
-__all__ = ["from_torch", "to_onnx"]
+__all__ = ["fake_quant_state_dict", "from_torch", "load_state_dict", "to_onnx", "to_state_dict", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:

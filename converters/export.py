@@ -46,6 +46,27 @@ def check_dtypes(module: torch.nn.Module) -> None:
             raise ConversionError(f"parameter {key!r} is {tensor.dtype}; convert the model with module.float() first")
 
 
+def check_exported(program: Any, dynamic_batch: bool) -> None:
+    """An exported program has one batch axis, axis 0 of every input, and no other axis of unknown size."""
+    known = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
+    symbols = set()
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or node.name not in known or not isinstance(value, torch.Tensor):
+            continue
+        if value.dtype not in DTYPES:
+            raise ConversionError(f"input {node.name!r} is {value.dtype}; export the model with float32")
+        unknown = [axis for axis, n in enumerate(value.shape) if not isinstance(n, int)]
+        if any(axis > 0 for axis in unknown) or (unknown and not dynamic_batch):
+            raise ConversionError(
+                f"input {node.name!r} has axes {unknown} of unknown size; only axis 0, the batch, may be one: export "
+                "the program with dynamic_shapes of that alone"
+            )
+        symbols |= {str(value.shape[axis]) for axis in unknown}
+    if len(symbols) > 1:
+        raise ConversionError(f"the inputs have different batches, {', '.join(sorted(symbols))}; give them one Dim")
+
+
 def export(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool) -> Any:
     try:
         return _trace(module, arguments, dynamic_batch)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,37 +17,66 @@ from torch.fx import Node as FxNode
 from jquant.ir.graph import validate
 from jquant.ir.passes import prune
 from jquant.ops.elementwise import Constant
-from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, Node
+from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, Node, Op
 
 from .aten import BATCH, CONSTANT, TABLE, Call, Unsupported, format_shape, shape_of
 from .drafts import Draft, Param, Refused, Results, check_value, evaluate, example_shape, integer_constant, join_mask
 from .exact import DTYPES
-from .export import check_arguments, check_dtypes, export
+from .export import check_arguments, check_dtypes, check_exported, export
+from .files import read_exported
+from .habits import mark_of, stub_of, visible_habits
+from .keys import key_of_part
 
 
-def from_torch(module: Any, example_inputs: Any, *, dynamic_batch: bool = True) -> tuple[Graph, dict[str, Array]]:
+def from_torch(
+    module: Any, example_inputs: Any = None, *, dynamic_batch: bool = True
+) -> tuple[Graph, dict[str, Array]]:
     """Imports a torch module in eval mode.
 
+    Where the module has QuantStub or DeQuantStub modules (any class of that name), they become nodes of the graph, and
+    `prepare` quantizes what lies between them and nothing else. A FloatFunctional (any class of that name) gives its
+    name to the call that it makes; one that is called at several places is reported by a warning, since every call has
+    a scale of its own here.
+
     Args:
-      module: any `torch.nn.Module` that `torch.export` can trace; its training flags are left as they were.
+      module: any `torch.nn.Module` that `torch.export` can trace; its training flags are left as they were. Or an
+        `ExportedProgram` of one in eval mode, or the path of a `.pt2` file of such; stubs leave no trace in these.
       example_inputs: the positional arguments of its forward, tensors of any batch, such as `(x,)`. Integers (token
         ids, indices), masks and uint8 pixels become exact inputs of dtype int32, bool and uint8; others are float32.
-      dynamic_batch: axis 0 of every input is a batch of any size; False fixes all shapes to the example.
+        An exported program has its own.
+      dynamic_batch: axis 0 of every input is a batch of any size; False fixes all shapes to the example. An exported
+        program must have been exported that way.
 
     Returns:
       The graph, with nodes named by module path and the framework's NCHW layout, and {state-dict key: float32 array}.
 
     Raises:
       ConversionError: the model cannot be traced, uses operators jquant lacks (all are listed), or has bad parameters.
+      FormatError: a file that is not an exported program, or that would run code when it is read.
     """
+    if isinstance(module, str | os.PathLike):
+        module = read_exported(module)
+    if isinstance(module, torch.export.ExportedProgram):
+        if example_inputs is not None:
+            raise ConversionError("an exported program has its own example inputs; leave example_inputs out")
+        check_exported(module, dynamic_batch)
+        reader = _Reader(None, module, dynamic_batch)
+        reader.read()
+        return reader.build()
     if not isinstance(module, torch.nn.Module):
-        raise ConversionError(f"from_torch needs a torch.nn.Module, not {type(module).__name__}")
+        raise ConversionError(
+            f"from_torch needs a torch.nn.Module, an ExportedProgram or the path of a .pt2 file, not "
+            f"{type(module).__name__}"
+        )
+    if example_inputs is None:
+        raise ConversionError("a module needs example_inputs, the arguments of its forward, such as (x,)")
     arguments = check_arguments(example_inputs, dynamic_batch)
     check_dtypes(module)
     flags = {m: m.training for m in module.modules()}
     try:
         module.eval()
-        program = export(module, arguments, dynamic_batch)
+        with visible_habits(module):
+            program = export(module, arguments, dynamic_batch)
     finally:
         for submodule, training in flags.items():
             submodule.training = training
@@ -59,11 +92,11 @@ def from_torch(module: Any, example_inputs: Any, *, dynamic_batch: bool = True) 
 class _Reader:
     """Turns the fx graph of an exported program into drafts, then names them."""
 
-    def __init__(self, module: torch.nn.Module, program: Any, dynamic_batch: bool) -> None:
+    def __init__(self, module: torch.nn.Module | None, program: Any, dynamic_batch: bool) -> None:
         self.module, self.program, self.dynamic_batch = module, program, dynamic_batch
         self.values: dict[FxNode, Any] = {}  # Draft, Input, Param, Results, or None: no tensor, or failed
         self.calls: dict[int, tuple[Call, Draft]] = {}  # by id of a helper call
-        self.given: set[int] = set()  # the memory of parameters and buffers
+        self.given: dict[int, tuple[str, torch.Tensor]] = {}  # parameters and buffers by their memory
         self.roots: dict[FxNode, FxNode] = {}  # the node that made a tensor's memory
         self.changed: dict[FxNode, set[FxNode]] = {}  # {root: readers that saw its last change in place}
         self.drafts: list[Draft] = []
@@ -98,7 +131,7 @@ class _Reader:
             tensor = self.program.constants.get(spec.target) if tensor is None else tensor
             named = kind != "CONSTANT_TENSOR" or not spec.target.startswith("lifted_tensor_")
             node.meta[CONSTANT] = tensor
-            self.given.add(tensor.untyped_storage().data_ptr())
+            self.given.setdefault(tensor.untyped_storage().data_ptr(), (spec.target, tensor))
             return Param(spec.target if named else None, tensor, fixed=kind != "PARAMETER")
         if kind == "USER_INPUT" and isinstance(node.meta.get("val"), torch.Tensor):
             shape, dtype = node.meta["val"].shape, DTYPES[node.meta["val"].dtype]
@@ -140,7 +173,9 @@ class _Reader:
     def convert(self, node: FxNode) -> Any:
         if _is_getitem(node):
             return self.read_item(node)
-        target = node.target
+        target, stub = node.target, stub_of(node)
+        if stub is not None:
+            return self.read_stub(node, stub)
         if self.is_fixed(node):
             return self.compute(node)
         if target not in TABLE:
@@ -169,6 +204,11 @@ class _Reader:
             if root in self.changed:
                 self.changed[root].add(node)
         return value
+
+    def read_stub(self, node: FxNode, stub: Op) -> Any:
+        self.check_reads(node)
+        self.roots[node] = node
+        return self.value_of(node, Call(stub, (node.args[0],)))
 
     def value_of(self, node: FxNode, result: Any) -> Any:
         if isinstance(result, list):
@@ -251,7 +291,9 @@ class _Reader:
         if isinstance(value, Param):
             return value
         if value is not None and CONSTANT in node.meta:
-            return Param(None, node.meta[CONSTANT].clone())
+            part = node.meta[CONSTANT]
+            source = self.given.get(part.untyped_storage().data_ptr())
+            return Param(key_of_part(*source, part) if source else None, part.clone())
         raise Unsupported(f"its {role} is computed by the model; make it a plain parameter")
 
     # -- drafts
@@ -347,8 +389,14 @@ class _Reader:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         return stack[-1][0] if stack else ""
 
-    def is_layer(self, path: str) -> bool:
-        """Whether a path is that of a leaf torch.nn module, or of one derived from such."""
+    def is_layer(self, node: FxNode) -> bool:
+        """Whether a call is by a leaf torch.nn module, by one derived from such, or by what stands for a stub."""
+        path = self.path_of(node)
+        if mark_of(node):
+            return True
+        if self.module is None:
+            kind = str(list(node.meta["nn_module_stack"].values())[-1][1]) if path else ""
+            return kind.startswith("torch.nn.modules.") and path not in self.parents
         try:
             module = self.module.get_submodule(path)
         except AttributeError:
@@ -356,6 +404,28 @@ class _Reader:
         bases = type(module).__mro__
         known = any(b.__module__.startswith("torch.nn.") and b is not torch.nn.Module for b in bases)
         return bool(path) and known and not any(True for _ in module.children())
+
+    @cached_property
+    def parents(self) -> set[str]:
+        """The paths of an exported program that have modules below them."""
+        stacks = [list((n.meta.get("nn_module_stack") or {}).values()) for n in self.program.graph.nodes]
+        return {entry[0] for stack in stacks for entry in stack[:-1]}
+
+    def report_reuse(self, names: Mapping[Draft, str]) -> None:
+        """Warns of float functionals that are called at several places."""
+        found: dict[int, tuple[str, dict[Any, str]]] = {}  # by id of the module, which may have several paths
+        for draft, name in names.items():
+            if self.module is not None and mark_of(draft.source) == "FunctionalMark":
+                path = self.path_of(draft.source)
+                calls = found.setdefault(id(self.module.get_submodule(path)), (path, {}))[1]
+                calls[_call_of(draft.source)] = name
+        for path, calls in found.values():
+            if len(calls) > 1:
+                warnings.warn(
+                    f"the float functional {path!r} is called at {len(calls)} places; each has a scale of its own "
+                    f"here, as {', '.join(map(repr, calls.values()))}",
+                    stacklevel=4,
+                )
 
     def read_by_outputs(self) -> list[Draft]:
         """Drafts that an output depends on: the others take no names."""
@@ -372,13 +442,16 @@ class _Reader:
         """Names go to layers first, then to parameters, then to functional calls; inputs take what is left."""
         self.drafts = self.read_by_outputs()
         calls = Counter(_call_of(d.source) for d in self.drafts if not d.label and d.constant is None)
+        last_of = {_call_of(d.source): d for d in self.drafts if not d.label and d.constant is None}
         names: dict[Draft, str] = {}
         keys: dict[int, str] = {}
         taken: set[str] = set()
         known = {*self.program.state_dict, *self.program.constants}  # no constant of the code takes one of these keys
 
         def is_layer(draft: Draft) -> bool:
-            return calls[_call_of(draft.source)] == 1 and not draft.label and self.is_layer(self.path_of(draft.source))
+            call = _call_of(draft.source)
+            alone = calls[call] == 1 or (mark_of(draft.source) and last_of[call] is draft)  # add_relu ends with relu
+            return bool(alone) and not draft.label and self.is_layer(draft.source)
 
         constants = [d for d in self.drafts if d.constant is not None]
         others = [d for d in self.drafts if d.constant is None]
@@ -399,6 +472,7 @@ class _Reader:
                     reader = next(d for d in others if draft in d.operands)
                 names[draft] = _unique(f"{names[reader]}.{role}" if reader else "constant", taken)
                 keys[id(draft.constant)] = _unique(names[draft], known)
+        self.report_reuse(names)
         entries = {entry.name: replace(entry, name=_unique(entry.name, taken)) for entry in self.inputs}
 
         params: dict[str, Array] = {}

@@ -16,6 +16,7 @@ from jquant.ops.elementwise import Constant, Requantize
 from jquant.ops.movement import Permute
 from jquant.ops.rewrite import channels_last, fold_batch_norm, fuse
 from jquant.qconfig import QConfig
+from jquant.region import mark_region
 from jquant.simulate import value_types
 from jquant.text import format_table
 from jquant.types import (
@@ -75,10 +76,12 @@ def prepare(
     whole, graph = graph, prune(graph)
     policies = {i.name: qconfig.policy(i.name, "Input") for i in graph.inputs}
     policies |= {n.name: qconfig.policy(n.name, type(n.op).__name__) for n in graph.nodes}
+    graph, policies, stubs, outside = mark_region(graph, policies, strict=strict)
     graph, policies = insert_requantize(graph, policies)
     graph, policies = expand(graph, params, policies, qconfig)
     qconfig.check_matches(whole, graph)
     graph, policies, notes = insert_conversions(graph, policies, bounded_values(whole))
+    notes |= outside
 
     found = value_types(graph, params)
     shapes = {name: kind.shape for name, kind in found.items()}
@@ -113,6 +116,7 @@ def prepare(
     rows = _explain_rows(graph, policies, values, weights, renamed, reasons | notes, exact)
     values = {name: _with_rounding(spec, graph, name, target) for name, spec in values.items()}
     weights = {key: replace(spec, rounding=target.quantize_rounding) for key, spec in weights.items()}
+    renamed |= {old: renamed.get(new, new) for old, new in stubs.items()}
     plan = Plan(
         graph,
         FrozenMap(values),

@@ -31,7 +31,7 @@ LAYERS = (
         "optimizer_state",
         "prepare",
     }
-    | {"ptq", "qat", "quantize", "simulate", "states", "trace"},
+    | {"ptq", "qat", "quantize", "region", "simulate", "stablehlo", "states", "trace"},
     {"analysis", "reference"},
     {"cli"},
 )

@@ -55,6 +55,7 @@ from jquant.ops.rounding import Ceil, Floor, Mod, Round
 from jquant.ops.scatter import Scatter, SliceScatter
 from jquant.ops.shuffle import ChannelShuffle, PixelShuffle, PixelUnshuffle
 from jquant.ops.sorting import Sort, SortIndices, TopK, TopKIndices
+from jquant.ops.stub import DeQuantStub, QuantStub
 from jquant.ops.table import (
     TABLE_FUNCTIONS,
     Acos,
@@ -127,6 +128,7 @@ __all__ = [
     "Cos",
     "Cosh",
     "CumSum",
+    "DeQuantStub",
     "Div",
     "Dropout",
     "Elu",
@@ -187,6 +189,7 @@ __all__ = [
     "PixelShuffle",
     "PixelUnshuffle",
     "Pow",
+    "QuantStub",
     "Reciprocal",
     "ReduceAll",
     "ReduceAny",

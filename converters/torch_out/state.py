@@ -1,0 +1,217 @@
+"""State dicts out of trained plans, and into graphs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from jquant.ir.graph import check_params
+from jquant.ir.passes import prune
+from jquant.ops.conv import BatchNorm
+from jquant.ops.elementwise import Constant
+from jquant.ops.rewrite import fold_batch_norm
+from jquant.simulate import value_shapes
+from jquant.types import Array, ConversionError, Graph, Node, Params, Plan
+
+from ..keys import is_part, view_of
+from .unfold import Folded, unfold, unfold_alone
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+def to_state_dict(
+    plan: Plan, params: Params, *, graph: Graph, original: Params, module: torch.nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    """The weights of a plan, float or trained, under the names and in the layout that the torch model has.
+
+    Batch norm is unfolded again: its statistics and gamma stay, the weight before it is divided by what was folded in,
+    and beta takes up the bias (`unfold` says what happens where gamma is 0). What training did not change comes back
+    bit for bit. The state dict gives the float function of the plan: logits differ by float rounding.
+
+    Args:
+      plan: what `prepare` made of `graph`.
+      params: the plan's parameters, trained or not.
+      graph: what `from_torch` returned.
+      original: its parameters, as they were imported.
+      module: the torch model. With it the result is its whole state dict, for `load_state_dict(..., strict=True)`:
+        names that share a tensor agree, and what the graph does not read is as in the module. Without it the result
+        holds what the graph reads.
+
+    Raises:
+      ConversionError: a parameter that several layers share and training moved apart, or one that has no place in the
+        module's state dict.
+
+    Example:
+      >>> module.load_state_dict(to_state_dict(plan, params, graph=graph, original=original, module=module))
+      ... # doctest: +SKIP
+    """
+    check_params(graph, original)
+    check_params(plan.graph, params)
+    found: dict[str, np.ndarray] = {}
+    users: dict[str, str] = {}
+    for user, values in _unfolded(plan, params, prune(graph), original):
+        for key, value in values.items():
+            if key in found and not np.array_equal(found[key], value):
+                raise ConversionError(
+                    f"{key!r} is one tensor in the module, read at {users[key]} and {user}, and folding or training "
+                    "gave it different values there; freeze it, or give the module two"
+                )
+            found[key], users[key] = np.asarray(value), user
+    return _in_module(found, original, module)
+
+
+def _unfolded(plan: Plan, params: Params, graph: Graph, original: Params) -> list[tuple[str, Mapping[str, Any]]]:
+    """(node, {key: value}) for everything that nodes of the imported graph read."""
+    now, done = plan.graph.by_name, set()
+    before_graph, before, into = fold_batch_norm(graph, original, value_shapes(graph, original))
+    kept = {n for n, node in now.items() if isinstance(node.op, BatchNorm)}
+    norms: dict[str, list[Node]] = {}
+    for norm, host in into.items():
+        if norm not in kept:
+            norms.setdefault(host, []).append(graph.by_name[norm])
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for host, folded in norms.items():
+        layers = (before_graph.by_name[host], before), (now[host], params)
+        pairs = [(p[n.params["weight"]], p[n.params["bias"]]) for n, p in layers]
+        found.append((host, unfold(Folded(graph.by_name[host], folded, pairs[0], pairs[1]), original)))
+        done |= {host, *(n.name for n in folded)}
+    for node in graph.nodes:
+        if node.name in done or not node.params:
+            continue
+        if isinstance(node.op, BatchNorm) and node.name not in kept:
+            keys = now[node.name].params
+            found.append((node.name, unfold_alone(node, params[keys["weight"]], params[keys["bias"]], original)))
+        else:
+            found.append((node.name, {k: params[k] if k in params else original[k] for k in node.params.values()}))
+    return found
+
+
+def _in_module(
+    found: Mapping[str, np.ndarray], original: Params, module: torch.nn.Module | None
+) -> dict[str, torch.Tensor]:
+    if module is None:
+        part = next((k for k in found if is_part(view_of(k))), None)
+        if part is not None:
+            raise ConversionError(f"{part!r} is a part of a parameter; pass module= to get the whole of it")
+        return {key: _tensor(value) for key, value in found.items()}
+    live = module.state_dict()
+    state = {key: tensor.detach().clone().contiguous() for key, tensor in live.items()}
+    names = _names_by_memory(live)
+    for key, value in found.items():
+        view = view_of(key)
+        if view.source not in state:
+            if np.array_equal(value, np.asarray(original[key])):
+                continue  # a constant of the code, or a buffer that is not saved
+            raise ConversionError(
+                f"{key!r} was trained, and is no parameter in the module's state dict but a constant of its code; "
+                f'freeze it: jq.labels(plan, freeze=["{key}"])'
+            )
+        for name in names.get(_memory(live[view.source]), (view.source,)):
+            part = view.of(state[name])
+            if part.shape != value.shape:
+                raise ConversionError(f"{name!r} is {list(part.shape)} in the module, {list(value.shape)} in the graph")
+            part.copy_(_tensor(value))
+    return state
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _names_by_memory(state: Mapping[str, torch.Tensor]) -> dict[tuple[Any, ...], tuple[str, ...]]:
+    """The names of each tensor: tied weights have several."""
+    names: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    for key, tensor in state.items():
+        names[_memory(tensor)] = (*names.get(_memory(tensor), ()), key)
+    return names
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+
+
+class Loaded(NamedTuple):
+    """What `load_state_dict` returns, like torch's: the parameters, and the keys that did not fit."""
+
+    params: dict[str, Array]
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+
+
+def load_state_dict(
+    graph: Graph, params: Params, state: Mapping[str, Any] | str | os.PathLike[str], *, strict: bool = True
+) -> Loaded:
+    """The parameters of an imported graph with the values of another state dict of the same model.
+
+    A graph holds what it reads of a model, and no more: parts of packed parameters (`in_proj_weight`) are read from the
+    whole; `num_batches_tracked` is nobody's; constants of the model's code keep their values, and so does what the
+    import computed from integer buffers.
+
+    Args:
+      graph: what `from_torch` returned, before `prepare`.
+      params: its parameters; they say shapes, and stay where `strict=False` lets a key be missing.
+      state: {key: tensor}, or the path of a file of such, read with `weights_only`.
+      strict: missing and unexpected keys are an error; otherwise they are returned. A wrong shape always is one.
+
+    Raises:
+      ConversionError: what is missing, unexpected or of another shape, all at once, in torch's words.
+      FormatError: a file that is not a state dict.
+    """
+    if not isinstance(state, Mapping):
+        from ..files import read_state_dict
+
+        state = read_state_dict(state)
+    loaded, missing, problems = dict(params), [], []
+    for key in graph.param_names:
+        view = view_of(key)
+        if view.source not in state:
+            if not _is_of_the_code(graph, key):
+                missing.append(view.source)
+            continue
+        try:
+            loaded[key] = _read(state[view.source], key, params[key].shape)
+        except ConversionError as error:
+            problems.append(str(error))
+    known = {view_of(key).source for key in graph.param_names}
+    unexpected = [k for k in state if k not in known and not str(k).endswith("num_batches_tracked")]
+    missing = list(dict.fromkeys(missing))
+    if strict and unexpected:
+        problems.insert(0, f"Unexpected key(s) in state_dict: {', '.join(map(repr, unexpected))}.")
+    if strict and missing:
+        problems.insert(0, f"Missing key(s) in state_dict: {', '.join(map(repr, missing))}.")
+    if problems:
+        raise ConversionError("Error(s) in loading state_dict for the graph:\n\t" + "\n\t".join(problems))
+    return Loaded(loaded, tuple(missing), tuple(unexpected))
+
+
+def _is_of_the_code(graph: Graph, key: str) -> bool:
+    """A constant of the model's code has the name of its reader and a role; a parameter has the path of a module."""
+    node = graph.by_name.get(key)
+    if node is None or not isinstance(node.op, Constant):
+        return False
+    return any(key.startswith(f"{reader.name}.") for reader in graph.consumers[node.name])
+
+
+def _read(tensor: Any, key: str, shape: tuple[int, ...]) -> Array:
+    if not isinstance(tensor, torch.Tensor) or tensor.is_complex() or tensor.layout != torch.strided:
+        raise ConversionError(f"{key!r} is no dense real tensor in the checkpoint.")
+    part = view_of(key).of(tensor.detach().cpu().contiguous())
+    if tuple(part.shape) != tuple(shape):
+        raise ConversionError(
+            f"size mismatch for {key}: copying a param with shape torch.Size({list(part.shape)}) from checkpoint, the "
+            f"shape in current model is torch.Size({list(shape)})."
+        )
+    values = part.to(torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise ConversionError(f"{key!r} contains NaN or infinite values in the checkpoint.")
+    return jnp.array(values.numpy())

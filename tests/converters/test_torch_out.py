@@ -1,0 +1,175 @@
+"""`to_torch`: every operator in float, fake-quant to the bit where float sums are exact, and through both exporters."""
+
+import dataclasses
+from collections import Counter
+
+import architectures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from aten_cases import GROUPS, Values, difference, example
+
+import jquant as jq
+from jquant.types import CalibrationError, ConversionError
+from jquant_converters import from_torch, to_torch
+
+HALF_EVEN = dataclasses.replace(jq.targets.NASH_E, post_rounding="half_even")
+FLOAT = jq.QConfig({"*": None})
+
+
+def narrowed(tensors):
+    """Integers as the graph has them."""
+    return [x.to(torch.int32) if x.dtype == torch.int64 else x for x in tensors]
+
+
+def outputs_of(module, *inputs):
+    with torch.no_grad():
+        found = module(*narrowed(inputs))
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_imported_overload_goes_out_again(group):
+    """As a graph, and as a plan, whose convolutions and pools run channels-last."""
+    module = Values(GROUPS[group]).eval()
+    graph, params = from_torch(module, example(2))
+    plan, folded = jq.prepare(graph, params, FLOAT, target=jq.targets.NASH_P)
+    for written in (to_torch(graph, params), to_torch(plan, folded)):
+        inputs = example(3, seed=3)
+        used = [x for entry, x in zip(graph.inputs, inputs, strict=True) if entry.name]
+        with torch.no_grad():
+            expected = module(*inputs)
+        names = [name for name, value in expected.items() for _ in torch.utils._pytree.tree_leaves(value)]
+        leaves = torch.utils._pytree.tree_leaves(expected)
+        for name, actual, value in zip(names, outputs_of(written, *used), leaves, strict=True):
+            assert not difference(actual.detach().numpy(), value.detach().numpy(), 1e-5), name
+
+
+def calibrated(name, output, weight, target, **options):
+    graph, params = from_torch(architectures.build(name), architectures.inputs(name, 1, seed=0))
+    qconfig = jq.QConfig({"*": jq.Policy(output=output, weight=weight)})
+    plan, params = jq.prepare(graph, params, qconfig, target=target, **options)
+    batches = [jnp.asarray(architectures.inputs(name, 4, seed=s)[0].numpy()) for s in range(2)]
+    return plan, params, jq.calibrate(plan, params, batches)
+
+
+@pytest.mark.parametrize("output", [jq.int8, jq.int16], ids=["int8", "int16"])
+@pytest.mark.parametrize("name", ["shufflenet", pytest.param("deeplab", marks=pytest.mark.slow)])
+def test_power_of_two_scales_give_the_bits_of_fake_quant(name, output):
+    """Products are multiples of one power of two. Those of int8 sum up below 2^24, so that sums are exact in float."""
+    weight = jq.int8(axis="out", scale_form="pow2") if output is jq.int8 else jq.int4(axis="out", scale_form="pow2")
+    plan, params, qparams = calibrated(name, output(scale_form="pow2"), weight, HALF_EVEN)
+    (x,) = architectures.inputs(name, 3, seed=7)
+    expected = np.asarray(jq.apply(plan, params, qparams, jnp.asarray(x.numpy())))
+    (actual,) = outputs_of(to_torch(plan, params, qparams), x)
+    if output is jq.int8:
+        np.testing.assert_array_equal(actual.numpy(), expected)
+    else:  # a sum of int16 products has more than 24 bits: float rounding moves some values by one LSB of int16
+        np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+def test_real_scales_differ_by_one_lsb_at_most_behind_each_quantization():
+    """One layer and its input: a reciprocal in place of a division moves x / scale by an ulp, so a tie at most."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.ReLU())
+    graph, params = from_torch(module, (torch.zeros(1, 3, 9, 9),))
+    qconfig = jq.QConfig({"*": jq.Policy(output=jq.int8(), weight=jq.int8(axis="out"))})
+    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, high_precision_outputs=False)
+    x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    qparams = jq.calibrate(plan, params, [jnp.asarray(x.numpy())])
+    expected = np.asarray(jq.apply(plan, params, qparams, jnp.asarray(x.numpy())))
+    (actual,) = outputs_of(to_torch(plan, params, qparams), x)
+    steps = np.abs(actual.numpy() - expected) / np.asarray(qparams["0"])
+    assert steps.max() < 1.01
+    assert (steps > 0.5).mean() < 0.01
+
+
+def test_weights_are_integers_under_their_keys_and_permutations_of_the_plan_are_gone():
+    plan, params, qparams = calibrated("shufflenet", jq.int8(), jq.int8(axis="out"), jq.targets.NASH_E)
+    module = to_torch(plan, params, qparams)
+    state = module.state_dict()
+    assert state["stem.0.weight"].dtype == torch.int8
+    assert state["stem.0.weight_scale"].shape == (8,)
+    assert state["fc.bias"].dtype == torch.float32
+    assert not module.training
+    permuted = sum("permute" in str(node.target) for node in module.graph.nodes)
+    assert permuted == sum(isinstance(n.op, jq.ops.Permute) and ".to_" not in n.name for n in plan.graph.nodes)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+def test_both_exporters_take_it_with_a_free_batch(dtype, tmp_path):
+    plan, params, qparams = calibrated(
+        "shufflenet", getattr(jq, dtype)(), jq.int8(axis="out"), jq.targets.NASH_E, high_precision_outputs=False
+    )
+    module = to_torch(plan, params, qparams)
+    (x,), (other,) = (architectures.inputs("shufflenet", n, seed=n) for n in (2, 5))
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(module, (x,), dynamic_shapes=batch)
+    (expected,) = outputs_of(module, other)
+    torch.testing.assert_close(outputs_of(program.module(), other)[0], expected, rtol=0, atol=0)
+    assert sum("quantize_per_tensor" in str(n.target) for n in program.graph.nodes) >= 2 * len(plan.owned)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.onnx itself
+def test_the_onnx_exporter_writes_quantize_and_dequantize(tmp_path):
+    pytest.importorskip("onnxscript")
+    import onnxruntime
+
+    plan, params, qparams = calibrated("shufflenet", jq.int8(), jq.int8(axis="out"), jq.targets.NASH_E)
+    module = to_torch(plan, params, qparams)
+    (x,), (other,) = (architectures.inputs("shufflenet", n, seed=n) for n in (2, 5))
+    path = tmp_path / "model.onnx"
+    written = torch.onnx.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
+    written.save(path)
+    counts = Counter(node.op_type for node in written.model.graph)
+    assert counts["QuantizeLinear"] == len(plan.owned)
+    assert counts["DequantizeLinear"] > len(plan.owned)  # equal weights are written once
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options)
+    (actual,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    (expected,) = outputs_of(module, other)
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["shufflenet", pytest.param("cross_attention", marks=pytest.mark.slow)])
+def test_there_and_back_again(name):
+    """torch -> jquant -> torch -> jquant: the same float outputs, and the same plan and integers up to names."""
+    given = architectures.inputs(name, 2, seed=1)
+    graph, params = from_torch(architectures.build(name), given)
+    again, params_again = from_torch(to_torch(graph, params), given)
+    arrays = [jnp.asarray(x.numpy()) for x in given]
+    qconfig = jq.QConfig({"*": jq.Policy(output=jq.int16(), weight=jq.int8(axis="out"))})
+    results = []
+    for g, p in ((graph, params), (again, params_again)):
+        float_outputs = jq.evaluate_float(g, p, *arrays)
+        plan, p = jq.prepare(g, p, qconfig, target=jq.targets.NASH_E)
+        qparams = jq.calibrate(plan, p, [arrays if len(arrays) > 1 else arrays[0]])
+        formats = Counter((type(n.op).__name__, str(plan.values[n.name])) for n in plan.graph.nodes)
+        results.append((float_outputs, formats, jax.tree.leaves(jq.run(jq.lower(plan, p, qparams), *arrays))))
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert results[0][1] == results[1][1]
+    for a, b in zip(results[0][2], results[1][2], strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_what_has_no_form_in_torch_is_refused_by_name():
+    node = jq.Node("roi", jq.ops.RoiAlign(output_size=(2, 2)), ("x", "boxes"))
+    graph = jq.Graph((jq.Input("x", (None, 3, 8, 8)), jq.Input("boxes", (None, 4))), (node,), ("roi",))
+    with pytest.raises(ConversionError, match=r"node 'roi' \(RoiAlign\).*end the graph before it"):
+        to_torch(graph, {})
+
+
+def test_bad_arguments():
+    graph, params = from_torch(torch.nn.Linear(3, 2), (torch.zeros(1, 3),))
+    qconfig = jq.QConfig({"*": jq.Policy(output=jq.int8(), weight=jq.int8(quantizer=jq.lsq_plus))})
+    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
+    with pytest.raises(CalibrationError, match="no scale"):
+        to_torch(plan, params)
+    qparams = jq.calibrate(plan, params, [jnp.ones((2, 3))])
+    with pytest.raises(ConversionError, match="learned offset"):
+        to_torch(plan, params, qparams)
+    with pytest.raises(ConversionError, match="no qparams"):
+        to_torch(graph, params, qparams)
