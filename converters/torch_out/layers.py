@@ -156,17 +156,21 @@ def _(op: Any, site: Site, x: Any, hidden: Any = None, cell: Any = None, **weigh
     flat = [weights[role] for role in roles if role in weights]
     if len(flat) == 3:
         raise ConversionError("torch has no recurrent layer with one of two biases; give both or none")
-    zeros = site.call(torch.zeros, 1, x.size(0), site.output[-1]) if hidden is None else None
-    hidden = zeros if hidden is None else hidden.unsqueeze(0)
+    hidden = _state(site, x) if hidden is None else hidden.unsqueeze(0)
     options = (len(flat) == 4, 1, 0.0, False, False, True)
     if isinstance(op, ops.Lstm):
-        cell = zeros if cell is None else cell.unsqueeze(0)
+        cell = _state(site, x) if cell is None else cell.unsqueeze(0)
         result = torch.lstm(x, [hidden, cell], flat, *options)
     else:
         result = torch.gru(x, hidden, flat, *options)
     if op.output == "sequence":
         return result[0].flip(1) if op.reverse else result[0]
     return result[1 if op.output == "hidden" else 2].squeeze(0)
+
+
+def _state(site: Site, x: Any) -> Any:
+    """Zeros [1, N, H]."""
+    return site.call(torch.zeros, 1, x.size(0), site.output[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
