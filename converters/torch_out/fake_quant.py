@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jquant.batch_norm import kept_batch_norm
 from jquant.quantizers import has_offset
 from jquant.simulate import check_qparams, quantizer_of, scale_of
 from jquant.types import ConversionError, Plan, QParams
@@ -43,6 +44,8 @@ def fake_quant_state_dict(
       ConversionError: a quantizer with a learned offset. CalibrationError: scales missing or broken.
     """
     check_qparams(plan, qparams)
+    if any(kept_batch_norm(node) is not None for node in plan.graph.nodes):
+        raise ConversionError("the plan keeps batch norm for training; call jq.fold_batch_norm first")
     found: dict[str, torch.Tensor] = {}
 
     def put(prefix: str, name: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 import jquant.ops as ops
+from jquant.batch_norm import fold_batch_norm
 from jquant.numerics.rounding import divide
 from jquant.ops.base import derived_scale, to_channels_last
 from jquant.quantizers import fake_quant, has_offset
@@ -72,7 +73,7 @@ def to_torch(plan: Plan | Graph, params: Params, qparams: QParams | None = None)
                 f"{name!r} has a learned offset in real numbers, and torch's zero points are integers; "
                 "train with jq.lsq"
             )
-    return _QuantizedWriter(plan, dict(params), qparams).write()
+    return _QuantizedWriter(*fold_batch_norm(plan, params, qparams)).write()
 
 
 class _Writer:

@@ -12,7 +12,7 @@ import torch
 
 from jquant.ir.graph import check_params
 from jquant.ir.passes import prune
-from jquant.ops.conv import BatchNorm
+from jquant.ops.batch_norm import BatchNorm
 from jquant.ops.elementwise import Constant
 from jquant.ops.rewrite import fold_batch_norm
 from jquant.simulate import value_shapes
@@ -69,8 +69,10 @@ def to_state_dict(
 def _unfolded(plan: Plan, params: Params, graph: Graph, original: Params) -> list[tuple[str, Mapping[str, Any]]]:
     """(node, {key: value}) for everything that nodes of the imported graph read."""
     now, done = plan.graph.by_name, set()
-    before_graph, before, into = fold_batch_norm(graph, original, value_shapes(graph, original))
-    kept = {n for n, node in now.items() if isinstance(node.op, BatchNorm)}
+    here = set(plan.graph.param_names)
+    kept = {n.name for n in graph.nodes if isinstance(n.op, BatchNorm) and n.params["running_mean"] in here}
+    shapes = value_shapes(graph, original)
+    before_graph, before, into = fold_batch_norm(graph, original, shapes, dict.fromkeys(kept, "live"))
     norms: dict[str, list[Node]] = {}
     for norm, host in into.items():
         if norm not in kept:

@@ -56,9 +56,9 @@ def make(seed=0, zero=()):
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(5))
 
 
-def prepared(module):
+def prepared(module, **options):
     graph, original = from_torch(module, (X,))
-    plan, params = jq.prepare(graph, original, QCONFIG, target=jq.targets.NASH_E)
+    plan, params = jq.prepare(graph, original, QCONFIG, target=jq.targets.NASH_E, **options)
     return graph, original, plan, params
 
 
@@ -108,6 +108,19 @@ def test_trained_weights_go_back_with_batch_norm_unfolded(zero):
         rtol=0,
         atol=1e-5,
     )
+
+
+def test_batch_norm_that_was_kept_for_training_goes_back_as_it_is():
+    module = make()
+    graph, original, plan, params = prepared(
+        module, batch_norm={"bn1": "live", "bn3": "reverse_fold", "alone": "frozen"}
+    )
+    params = trained({k: v for k, v in params.items() if "running_var" not in k and "folded" not in k}) | {
+        k: v for k, v in params.items() if "running_var" in k or "folded" in k
+    }
+    state = to_state_dict(plan, params, graph=graph, original=original, module=module)
+    np.testing.assert_array_equal(state["bn1.running_mean"].numpy(), np.asarray(params["bn1.running_mean"]))
+    check_logits(module, plan, params, state)
 
 
 def test_a_gamma_near_zero_does_not_overflow():
