@@ -35,6 +35,7 @@ from jquant.quantize import quantize_params, weight_qparams
 from jquant.quantizers import adaround, fake_quant, float16_cast, forward_mode, lsq, lsq_plus, pact
 from jquant.simulate import evaluate_float
 from jquant.states import States, check_states, find_states
+from jquant.trace import trace
 from jquant.types import (
     CalibrationError,
     ConversionError,
@@ -165,6 +166,7 @@ __all__ = [
     "targets",
     "templates",
     "to_channels_last",
+    "trace",
     "uint4",
     "uint8",
     "update_stats",

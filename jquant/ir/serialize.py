@@ -31,6 +31,8 @@ def encode(value: Any) -> Any:
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [encode(item) for item in value]
+    if not (value is None or isinstance(value, str | int | float)):
+        raise FormatError(f"{value!r} is a function of the model that no file can hold (`trace` found no operator)")
     return value
 
 

@@ -45,7 +45,8 @@ from jquant.ops.image import CentrePixels, Nv12ToCentredYuv444, RoiResize, SwapC
 from jquant.ops.indexing import Gather, IndexSelect, Slice
 from jquant.ops.lookup import TableOptions, Traits, as_table, table_float, traits
 from jquant.ops.matmul import Embedding, MatMul
-from jquant.ops.movement import Cat, Expand, Flatten, Flip, Pad, Permute, Reshape, Roll, Stack, Tile
+from jquant.ops.movement import Cat, Expand, Flatten, Flip, Pad, Permute, Reshape, Roll, Stack, StopGradient, Tile
+from jquant.ops.opaque import Opaque
 from jquant.ops.pool import AdaptiveAvgPool, AdaptiveMaxPool, AvgPool, MaxPool
 from jquant.ops.recurrent import Gru, Lstm
 from jquant.ops.reduce import ArgMax, ArgMin, CumSum, Mean, ReduceAll, ReduceAny, ReduceMax, ReduceMin, Sum
@@ -181,6 +182,7 @@ __all__ = [
     "Norm",
     "NotEqual",
     "Nv12ToCentredYuv444",
+    "Opaque",
     "Operand",
     "PRelu",
     "Pad",
@@ -222,6 +224,7 @@ __all__ = [
     "SortIndices",
     "Sqrt",
     "Stack",
+    "StopGradient",
     "Sub",
     "Sum",
     "SwapChannels",

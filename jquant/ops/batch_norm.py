@@ -14,13 +14,15 @@ BatchNormMode = Literal["live", "frozen", "reverse_fold"]  # how `jq.prepare` ke
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm(Op):
-    """Inference batch norm over channel axis 1. Parameters [C]: running_mean, running_var; optional weight and bias.
+    """Inference batch norm of x [N, C, *S] (or [N, *S, C]). Parameters [C]: running_mean, running_var; optional weight
+    and bias.
 
     `momentum`: of the running statistics in training, the weight of the new batch.
     """
 
     epsilon: float = 1e-5
     momentum: float = 0.1
+    channels_last: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,8 @@ def _(
     bias: Array | None = None,
 ) -> Array:
     multiplier, offset = batch_norm_affine(op, running_mean, running_var, weight, bias)
-    shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
+    channels = x.ndim - 1 if op.channels_last else 1
+    shape = [-1 if axis == channels else 1 for axis in range(x.ndim)]
     return x * multiplier.reshape(shape) + offset.reshape(shape)
 
 

@@ -90,10 +90,14 @@ class RmsNorm(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupNorm(Op):
-    """Normalization of x [N, C, *S] over each of `groups` groups of channels. Optional parameters [C]: weight, bias."""
+    """Normalization of x [N, C, *S] (or [N, *S, C]) over each of `groups` groups of channels.
+
+    Optional parameters [C]: weight, bias.
+    """
 
     groups: int
     epsilon: float = 1e-5
+    channels_last: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +169,16 @@ def _(op: RmsNorm, x: Array, *, weight: Array | None = None) -> Array:
 
 @eval_float.register
 def _(op: GroupNorm, x: Array, *, weight: Array | None = None, bias: Array | None = None) -> Array:
-    y = _normalized(x.reshape(x.shape[0], op.groups, -1), (2,), op.epsilon).reshape(x.shape)
-    return _affine(y, weight, bias, _channel_shape(x.shape))
+    shape, axes = _grouped(op, x.shape)
+    y = _normalized(x.reshape(x.shape[0], *shape), axes, op.epsilon).reshape(x.shape)
+    return _affine(y, weight, bias, x.shape[-1:] if op.channels_last else _channel_shape(x.shape))
+
+
+def _grouped(op: GroupNorm, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of an example in which groups have axes of their own, and the axes (with the batch) to normalize."""
+    if op.channels_last:
+        return (prod(shape[1:-1]), op.groups, shape[-1] // op.groups), (1, 3)
+    return (op.groups, prod(shape[1:]) // op.groups), (2,)
 
 
 @eval_float.register
@@ -325,10 +337,11 @@ def _(op: InstanceNorm, node: Node, shapes: Shapes) -> Parts:
 def _(op: GroupNorm, node: Node, shapes: Shapes) -> Parts:
     chain = Chain(node)
     shape = shapes[node.inputs[0]]
-    grouped = chain.add("group", Reshape(shape=(-1, op.groups, prod(shape[1:]) // op.groups)), node.inputs[0])
-    y = _normalize(chain, grouped, (2,), op.epsilon)
+    inner, axes = _grouped(op, shape)
+    grouped = chain.add("group", Reshape(shape=(-1, *inner)), node.inputs[0])
+    y = _normalize(chain, grouped, axes, op.epsilon)
     chain.add("ungroup", Reshape(shape=(-1, *shape[1:])), y)
-    return _scaled(chain, _channel_shape(shape))
+    return _scaled(chain, () if op.channels_last else _channel_shape(shape))
 
 
 def _centred(chain: Chain, x: str, axes: tuple[int, ...]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -131,6 +132,15 @@ class Flip(Op):
     axes: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StopGradient(Op):
+    """The identity, through which no gradient passes."""
+
+    layout: ClassVar = "elementwise"
+    scale_rule: ClassVar = "same_as_input"
+    needs_stats: ClassVar = False
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What other families share
 
@@ -252,7 +262,12 @@ def _(op: Flip, x: Array) -> Array:
     return jnp.flip(x, op.axes)
 
 
-only_moves(Reshape, Flatten, Permute, Expand, Tile, Roll, Flip)
+@eval_float.register
+def _(op: StopGradient, x: Array) -> Array:
+    return jax.lax.stop_gradient(x)
+
+
+only_moves(Reshape, Flatten, Permute, Expand, Tile, Roll, Flip, StopGradient)
 
 
 @to_channels_last.register

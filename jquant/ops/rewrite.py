@@ -40,7 +40,8 @@ def fold_batch_norm(
             continue
         before = nodes.get(renamed.get(node.inputs[0], node.inputs[0]))
         mode = kept.get(node.name)
-        if before is None or not _takes_batch_norm(before, shapes) or sole_consumer(graph, node.inputs[0]) is not node:
+        takes = before is not None and _takes_batch_norm(before, node.op, shapes)
+        if before is None or not takes or sole_consumer(graph, node.inputs[0]) is not node:
             nodes[node.name] = _alone(node, params, uses, shapes, mode)
             continue
         nodes[before.name] = _fold(before, node, params, uses) if mode is None else _keep(before, node, mode)
@@ -50,11 +51,13 @@ def fold_batch_norm(
     return graph, keep_used(graph, params), renamed
 
 
-def _takes_batch_norm(node: Node, shapes: Shapes) -> bool:
-    """A linear layer only has its features on the channel axis when there is no other axis. One batch norm is kept."""
+def _takes_batch_norm(node: Node, norm: BatchNorm, shapes: Shapes) -> bool:
+    """Whether a layer's output channels, last in a linear one, are those of the norm. One batch norm is kept."""
     if getattr(node.op, "batch_norm", None) is not None:
         return False
-    return isinstance(node.op, Conv | ConvTranspose) or (isinstance(node.op, Linear) and len(shapes[node.name]) == 2)
+    if isinstance(node.op, Conv | ConvTranspose):
+        return node.op.channels_last == norm.channels_last
+    return isinstance(node.op, Linear) and (norm.channels_last or len(shapes[node.name]) == 2)
 
 
 def eval_batch_norm(node: Node, params: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -112,8 +115,10 @@ def _alone(
     node: Node, params: dict[str, Array], uses: Mapping[str, int], shapes: Shapes, mode: BatchNormMode | None
 ) -> Node:
     """A batch norm that follows no layer, as a depthwise 1x1 convolution; kept, it follows one of ones."""
-    channels, ones = shapes[node.name][1], (1,) * (len(shapes[node.name]) - 2)
-    op = Conv(strides=ones, padding=((0, 0),) * len(ones), dilation=ones, groups=channels)
+    assert isinstance(node.op, BatchNorm)
+    last, ones = node.op.channels_last, (1,) * (len(shapes[node.name]) - 2)
+    channels = shapes[node.name][-1 if last else 1]
+    op = Conv(strides=ones, padding=((0, 0),) * len(ones), dilation=ones, groups=channels, channels_last=last)
     weight = f"{node.name}.folded_weight"
     params[weight] = jnp.ones((channels, 1, *ones), jnp.float32)
     layer = with_params(node, {"weight": weight}, op)
@@ -190,6 +195,8 @@ def channels_last(graph: Graph, shapes: Shapes) -> Graph:
         alike = all(len(shapes[v]) == rank for v in (*node.inputs, node.name))
         follows = any(v in last for v in node.inputs)
         converted = node.op if node.op.layout == "elementwise" else to_channels_last(node.op, rank)
+        if getattr(node.op, "channels_last", False):  # in the order of its framework already
+            converted = None
         wanted = node.op.layout == "spatial" or (follows and (alike or node.op.layout == "axes"))
         if converted is None or not wanted:
             nodes.append(replace(node, inputs=tuple(in_order(v, False) for v in node.inputs)))

@@ -43,6 +43,7 @@ RULES: dict[str, Callable[[Call], np.ndarray]] = {
     "Cosh": tables.table,
     "CumSum": reduce.cum_sum,
     "Dropout": pointwise.identity,
+    "StopGradient": pointwise.identity,
     "Elu": tables.table,
     "Embedding": layers.embedding,
     "Equal": compare.comparison,

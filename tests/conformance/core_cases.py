@@ -14,4 +14,5 @@ CASES = (
     *both(op=ops.Scale(factor=-0.75), shapes=((3, 50),)),
     *both(op=ops.Scale(factor=3.0), shapes=((3, 50),)),
     *both(op=ops.Dropout(rate=0.5), shapes=((3, 50),)),
+    *both(op=ops.StopGradient(), shapes=((3, 50),)),
 )
