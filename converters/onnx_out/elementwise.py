@@ -25,6 +25,7 @@ PLAIN: dict[type[Op], str] = {
     ops.Cosh: "Cosh",
     ops.Div: "Div",
     ops.Dropout: "Identity",
+    ops.StopGradient: "Identity",
     ops.Erf: "Erf",
     ops.Exp: "Exp",
     ops.Floor: "Floor",
