@@ -30,11 +30,11 @@ def test_the_demo_prints_its_table_and_writes_the_same_numbers(tmp_path: Path) -
     for row in written["summary"]:
         assert row["bit-true differs %"] == 0
         assert f"{row['integer %']:.2f}" in text
-        assert f"{row['integer %']:.4g}" in page
+        assert json.dumps(row["integer %"]) in page
     int8, int4 = written["summary"]
     assert int8["integer %"] > int8["float %"] - 2  # shortened training; the README has the figures of the whole
     assert int4["integer %"] > int4["float %"] - 4
-    assert page.count("data:image/png;base64,") == 4
+    assert "int4 weights after QAT" in page
 
 
 def test_mobilenet_runs_on_the_pictures_of_scikit_image(tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
-"""One self-contained HTML file with pictures, and the same numbers as JSON beside it."""
+"""One self-contained HTML page that works offline, the same numbers as JSON, and pictures as PNG."""
 
-import base64
-import io
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jquant.analysis.compare import Comparison
-from jquant.types import integer_range
+from jquant.analysis.compare import Comparison, LayerError
+from jquant.analysis.findings import Finding
+from jquant.analysis.pictures import covered, error_picture, range_picture
+from jquant.analysis.sensitivity import Ranking
+from jquant.types import Plan
+
+SCHEMA = 1  # of report.json; jquant/analysis/report.schema.json describes it
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Report:
 
     html: Path
     json: Path
+    pictures: tuple[Path, ...] = ()
 
 
 def write_report(
@@ -28,15 +32,23 @@ def write_report(
     summary: Sequence[Mapping[str, Any]],
     comparisons: Mapping[str, Comparison],
     notes: Sequence[str] = (),
+    *,
+    plan: Plan | None = None,
+    ranking: Ranking | None = None,
+    findings: Sequence[Finding] = (),
+    pictures: bool = True,
 ) -> Report:
-    """Writes `report.html` and `report.json` into a folder, which is made if need be.
+    """Writes `report.html` and `report.json` into a folder, which is made if need be, and pictures beside them.
 
     Args:
       folder: where to write.
       title: the heading.
       summary: rows of the table on top; the keys of the first are its columns.
-      comparisons: {title: comparison}, each drawn as ranges and errors by layer.
+      comparisons: {title: comparison}: errors along depth, ranges, saturation, and a distribution for each row.
       notes: sentences above the table.
+      plan: draws its graph, coloured by dtype.
+      ranking: of `sensitivity`; findings: of `check_model`, `layer_advice` and others.
+      pictures: also write ranges and errors of each comparison as PNG.
 
     Raises:
       ImportError: matplotlib or jinja2 is missing; the message names the extra.
@@ -47,26 +59,38 @@ def write_report(
         raise ImportError("reports need matplotlib and jinja2: pip install 'jquant[report]'") from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [
-        {"title": name, "rows": c.rows, "a": c.a, "b": c.b, "ranges": _ranges(c), "errors": _errors(c)}
-        for name, c in comparisons.items()
-    ]
-    notes = [*notes, *_islands(comparisons)]
-    environment = Environment(loader=PackageLoader("jquant.analysis", "."), autoescape=select_autoescape(default=True))
-    environment.filters["number"] = format_number
-    page = environment.get_template("report.jinja").render(
-        title=title, summary=list(summary), sections=sections, notes=list(notes)
-    )
     data = {
+        "schema": SCHEMA,
         "title": title,
-        "notes": list(notes),
+        "notes": [*notes, *_islands(comparisons)],
         "summary": [dict(row) for row in summary],
-        "comparisons": {name: c.to_dict() for name, c in comparisons.items()},
+        "findings": [_plain(vars(finding)) for finding in findings],
+        "comparisons": {name: _with_ranges(c) for name, c in comparisons.items()},
+        "sensitivity": None if ranking is None else _plain(ranking.to_dict()),
+        "graph": None if plan is None else graph_layout(plan),
     }
-    report = Report(folder / "report.html", folder / "report.json")
-    _replace(report.html, page)
-    _replace(report.json, json.dumps(data, indent=1))
+    environment = Environment(loader=PackageLoader("jquant.analysis", "."), autoescape=select_autoescape(default=True))
+    page = environment.get_template("report.jinja").render(
+        title=title,
+        notes=data["notes"],
+        data=_inside_script(data),
+        script=files("jquant.analysis").joinpath("report.js").read_text(encoding="utf-8"),
+    )
+    drawn = []
+    for i, comparison in enumerate(comparisons.values() if pictures else ()):
+        for name, picture in (("ranges", range_picture), ("errors", error_picture)):
+            drawn.append(folder / f"{i + 1}-{name}.png")
+            _replace(drawn[-1], picture(comparison))
+    report = Report(folder / "report.html", folder / "report.json", tuple(drawn))
+    _replace(report.html, page.encode())
+    _replace(report.json, json.dumps(data, indent=1, allow_nan=False).encode())
     return report
+
+
+def _inside_script(data: Any) -> str:
+    """JSON that cannot end the script element it stands in, whatever its strings are."""
+    text = json.dumps(data, allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _islands(comparisons: Mapping[str, Comparison]) -> list[str]:
@@ -75,85 +99,58 @@ def _islands(comparisons: Mapping[str, Comparison]) -> list[str]:
     return [f"Float islands, evaluated in float between quantized operators: {', '.join(names)}."] if names else []
 
 
-def format_number(value: Any) -> str:
-    """A table cell: four significant digits for a float, a dash for nothing."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _with_ranges(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as data, each row with the real range that its scale covers."""
+    data = comparison.to_dict()
+
+    def reach(row: LayerError) -> list[float] | None:
+        low, high = covered(row.scale, row.dtype)
+        return [low, high] if low < high else None
+
+    for kind, rows in (("rows", comparison.rows), ("weights", comparison.weights)):
+        data[kind] = [found | {"covered": reach(row)} for found, row in zip(data[kind], rows, strict=True)]
+    return data
 
 
-def _replace(path: Path, text: str) -> None:
+def _plain(value: Any) -> Any:
+    """Data without NaN, infinity and arrays, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def graph_layout(plan: Plan) -> list[dict[str, Any]]:
+    """Every value of a plan with its place in a drawing: `depth`, the longest way from an input, and `column`.
+
+    A value stays under its first operand where the place is free, so that a chain is a straight line.
+    """
+    depths: dict[str, int] = {}
+    columns: dict[str, float] = {}
+    taken: dict[int, set[float]] = {}
+    rows: list[tuple[str, str, tuple[str, ...]]] = [(entry.name, "Input", ()) for entry in plan.graph.inputs]
+    rows += [(node.name, type(node.op).__name__, node.inputs) for node in plan.graph.nodes]
+    found = []
+    for name, operator, operands in rows:
+        depth = depths[name] = max((depths[v] + 1 for v in operands), default=0)
+        used, wanted = taken.setdefault(depth, set()), columns[operands[0]] if operands else 0.0
+        sides = (wanted + side * step for step in range(len(rows) + 1) for side in (1, -1))
+        column = columns[name] = next(c for c in sides if c not in used)
+        used.add(column)
+        spec = plan.values[name]
+        dtype = plan.exact.get(name) or (spec.dtype if spec else "float")
+        place = {"depth": depth, "column": column}
+        found.append({"name": name, "operator": operator, "dtype": dtype, "inputs": list(operands), **place})
+    return found
+
+
+def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-_INK, _ACCENT = "#52606d", "#0b7285"
-
-
-def _figure(count: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
-
-    figure = Figure(figsize=(9.0, max(2.2, 0.26 * count + 0.9)), layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#d9e2ec", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-    return figure, axes
-
-
-def _image(figure: Any) -> str:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return base64.b64encode(stream.getvalue()).decode()
-
-
-def _ranges(comparison: Comparison) -> str:
-    """Bars from minimum to maximum of the baseline, with the range that the scale covers around them."""
-    rows = comparison.rows
-    figure, axes = _figure(len(rows))
-    where = range(len(rows))
-    covered = [_covered(row.scale, row.dtype) for row in rows]
-    axes.barh(
-        where,
-        [high - low for low, high in covered],
-        left=[low for low, _ in covered],
-        color="#c3e6ec",
-        height=0.8,
-        label="covered by the scale",
-    )
-    widths = [row.maximum - row.minimum for row in rows]
-    axes.barh(
-        where, widths, left=[row.minimum for row in rows], color=_ACCENT, height=0.4, label=f"seen ({comparison.a})"
-    )
-    axes.set_yticks(where, [f"{row.name} · {row.dtype}" for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("real value", fontsize=8)
-    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
-    return _image(figure)
-
-
-def _covered(scale: float | None, dtype: str) -> tuple[float, float]:
-    """The smallest and largest real value of a format; nothing for a float or high-precision value."""
-    if scale is None or dtype in ("float", "int32"):
-        return 0.0, 0.0
-    low, high = integer_range(dtype)
-    return low * scale, high * scale
-
-
-def _errors(comparison: Comparison) -> str:
-    """The signal-to-noise ratio of every value, in graph order."""
-    rows = comparison.rows
-    figure, axes = _figure(len(rows))
-    capped = [min(row.sqnr, 120.0) if math.isfinite(row.sqnr) else 0.0 for row in rows]
-    axes.hlines(range(len(rows)), 0, capped, color=_INK, linewidth=1)
-    axes.plot(capped, range(len(rows)), "o", color=_ACCENT, markersize=4)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.set_xlabel(f"signal to noise of {comparison.b} against {comparison.a}, dB (120: equal)", fontsize=8)
-    return _image(figure)
