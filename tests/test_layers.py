@@ -33,7 +33,7 @@ LAYERS = (
     }
     | {"ptq", "qat", "quantize", "region", "simulate", "stablehlo", "states", "trace"},
     {"analysis", "reference"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -93,7 +93,7 @@ def rule_broken(importer: str, target: str, lazy: bool) -> str | None:
     if top != "jquant":
         eager = EAGER_IN_CLI if layer == "cli" else EAGER
         return None if lazy or top in eager else f"import {top} inside the function that needs it"
-    if is_root or layer == "cli":
+    if is_root or layer in ("cli", "__main__"):
         return None
     target_layer = target.removeprefix("jquant").removeprefix(".").split(".")[0]
     if target_layer not in LEVEL:

@@ -1,0 +1,52 @@
+"""What the command line needs of torch: a module and a checkpoint in, a graph out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jquant.types import Array, ConversionError, FormatError, Graph
+
+from .torch_import import from_torch
+
+
+def import_module(
+    module: Any, example: Any, shapes: Sequence[tuple[int, ...]], checkpoint: Path | None
+) -> tuple[Graph, dict[str, Array]]:
+    """`from_torch` of a module, with a checkpoint loaded into it first.
+
+    Args:
+      module: a torch.nn.Module.
+      example: its example inputs, or None to take float inputs of `shapes`.
+      shapes: of the inputs.
+      checkpoint: a state dict, or a mapping with one under "state_dict" or "model"; None leaves the module as it is.
+
+    Raises:
+      FormatError: a checkpoint that is not readable, or does not fit. ConversionError: as `from_torch`.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise ConversionError(f"the model is a {type(module).__name__}, not a torch.nn.Module")
+    if checkpoint is not None:
+        _load(module, checkpoint)
+    if example is None:
+        example = tuple(torch.zeros(shape) for shape in shapes)
+    return from_torch(module, example if isinstance(example, tuple | list) else (example,))
+
+
+def _load(module: torch.nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the zip, the unpickler or its own checks raise
+        raise FormatError(f"{path}: not a readable checkpoint of plain tensors: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    try:
+        module.load_state_dict(found, strict=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: {error}") from error

@@ -1,0 +1,171 @@
+"""Towards a program: `inspect`, `check`, `calibrate`, `quantize`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import jquant as jq
+from jquant.checkpoint import save
+from jquant.cli.console import Console, Json, Quiet, UnmetError, Verbose, command
+from jquant.cli.data import load_data
+from jquant.cli.models import (
+    Batch,
+    Checkpoint,
+    Config,
+    DataOption,
+    Model,
+    Output,
+    Samples,
+    Shape,
+    load_model,
+    load_state_of,
+)
+from jquant.cli.settings import Settings, read_settings
+from jquant.cli.state import State, save_state
+from jquant.describe import describe
+from jquant.ir.serialize import encode
+from jquant.lower import lower
+from jquant.prepare import explain
+from jquant.types import JQuantError, Program
+
+
+@command
+def inspect(
+    model: Model,
+    config: Config = None,
+    checkpoint: Checkpoint = None,
+    shape: Shape = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print a model: its graph; with a qconfig what is asked for and applied; with scales these; a program as it is.
+
+    \b
+    jquant inspect net.py:make --shape 1,3,224,224
+    jquant inspect net.jqs --config q.toml
+    jquant inspect net.jq --json
+    """
+    console = Console(json, quiet, verbose)
+    found = load_model(model, checkpoint, shape)
+    if isinstance(found, Program):
+        console.text(str(found))
+        console.value({"kind": "program", "graph": encode(found.graph), "formats": encode(found.formats)})
+        return
+    state = found.under(read_settings(config))
+    count = sum(value.size for value in state.params.values())
+    result = {"kind": "state", "graph": encode(state.graph), "parameters": count}
+    if state.qconfig is None:
+        console.text(f"{state.graph}\nparameters: {count}")
+    else:
+        plan, _ = state.prepared()
+        console.text(describe(plan, state.qparams) if state.qparams is not None else explain(plan))
+        result["resolutions"] = [vars(row) for row in plan.resolutions]
+    console.value(result)
+
+
+@command
+def check(
+    model: Model,
+    config: Config = None,
+    checkpoint: Checkpoint = None,
+    shape: Shape = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say before anything is trained what cannot be deployed or looks wrong. Exit code 3 if there is such a thing.
+
+    \b
+    jquant check net.py:make --shape 1,3,224,224 --config q.toml
+    """
+    from jquant.analysis import check_model
+
+    console = Console(json, quiet, verbose)
+    state, _ = load_state_of(model, config, checkpoint, shape)
+    findings = check_model(state.graph, state.params, state.qconfig, target=state.target, qparams=state.qparams)
+    rows = [vars(f) for f in findings]
+    console.rows(rows)
+    console.value({"findings": rows})
+    bad = sum(f.level == "error" for f in findings)
+    if bad:
+        raise UnmetError(f"{bad} of {len(findings)} findings are errors: the model cannot be deployed as it is")
+    console.text(f"{len(findings)} findings, none of them an error" if findings else "nothing found")
+
+
+@command
+def calibrate(
+    model: Model,
+    data: DataOption,
+    output: Output,
+    config: Config = None,
+    checkpoint: Checkpoint = None,
+    shape: Shape = None,
+    batch: Batch = 16,
+    samples: Samples = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Find the scales of a model from data, and write both as a state.
+
+    \b
+    jquant calibrate net.py:make --checkpoint net.pth --config q.toml --data images/ -o net.jqs
+    jquant calibrate net.jqs --config other.toml --data calibration.npz --samples 100 -o net.jqs
+    """
+    console = Console(json, quiet, verbose)
+    state, settings = load_state_of(model, config, checkpoint, shape)
+    state = _calibrated(state, settings, data, batch, samples)
+    save_state(output, state)
+    plan, _, qparams = state.calibrated()
+    console.text(describe(plan, qparams))
+    console.wrote(output)
+    console.value({"output": output, "scales": qparams})
+
+
+@command
+def quantize(
+    model: Model,
+    output: Output,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Calibration data; not needed for a state.")] = None,
+    config: Config = None,
+    checkpoint: Checkpoint = None,
+    shape: Shape = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a report into this folder.")] = None,
+    batch: Batch = 16,
+    samples: Samples = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn a model into an integer program: calibrated on data, or as a calibrated or trained state has it.
+
+    \b
+    jquant quantize net.py:make --checkpoint net.pth -c q.toml -d images/ -o net.jq --report out/
+    jquant quantize trained.jqs -o net.jq
+    """
+    console = Console(json, quiet, verbose)
+    state, settings = load_state_of(model, config, checkpoint, shape)
+    if data is not None and state.trained is None:
+        state = _calibrated(state, settings, data, batch, samples)
+    plan, params, qparams = state.calibrated()
+    program = lower(plan, params, qparams)
+    if report is not None:
+        if data is None:
+            raise JQuantError("a report compares on data: give --data")
+        from jquant.cli.measure import write_reports
+
+        write_reports(console, state, load_data(data, state.graph, settings.image), report, batch, samples)
+    save(output, program)
+    console.text(str(program))
+    console.wrote(output)
+    console.value({"output": output, "report": report, "march": program.target.name, "nodes": len(program.formats)})
+
+
+def _calibrated(state: State, settings: Settings, data: str, batch: int, samples: int | None) -> State:
+    plan, params = state.prepared()
+    found = load_data(data, state.graph, settings.image)
+    qparams = jq.calibrate(plan, params, found.inputs(batch, samples))
+    return replace(state, qparams=qparams)

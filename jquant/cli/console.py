@@ -1,0 +1,131 @@
+"""What every command shares: output for people or programs, one line for an error, exit codes, whole files."""
+
+import functools
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from jquant.text import format_table
+from jquant.types import JQuantError
+
+FAILED, USAGE, UNMET, INTERRUPTED = 1, 2, 3, 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and --json.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more, and a traceback with an error.")]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Console:
+    """Where a command writes.
+
+    `json`     one JSON value on stdout, no text
+    `quiet`    no text and no progress
+    `verbose`  notes on stderr about what is done
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def text(self, text: str) -> None:
+        """The result, for people."""
+        if not (self.json or self.quiet):
+            print(text)
+
+    def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table of rows with the same keys."""
+        if rows:
+            header = tuple(rows[0])
+            self.text(format_table(header, [tuple(cell(row[key]) for key in header) for row in rows]))
+
+    def value(self, value: Any) -> None:
+        """The result, for programs."""
+        if self.json:
+            print(json.dumps(plain(value), indent=1))
+
+    def note(self, text: str) -> None:
+        """What happens on the way."""
+        if self.verbose and not self.quiet:
+            print(text, file=sys.stderr)
+
+    def wrote(self, path: Path) -> None:
+        if not (self.json or self.quiet):
+            print(f"wrote {path}")
+
+
+def cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plain(value: Any) -> Any:
+    """JSON without NaN and infinity, which it does not have; arrays as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+class UsageError(JQuantError):
+    """Arguments that do not go together: exit code 2."""
+
+
+class UnmetError(JQuantError):
+    """A check that did not pass: exit code 3."""
+
+
+def command(function: Command) -> Command:
+    """Turns errors into one line on stderr and an exit code; with --verbose the traceback comes first."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        verbose = bool(kwargs.get("verbose"))
+        if kwargs.get("quiet"):
+            os.environ["JQUANT_PROGRESS"] = "off"
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise _exit("interrupted; no file was left half-written", INTERRUPTED, False) from None
+        except UsageError as error:
+            raise _exit(str(error), USAGE, verbose) from None
+        except UnmetError as error:
+            raise _exit(str(error), UNMET, verbose) from None
+        except (JQuantError, OSError, ImportError) as error:
+            raise _exit(str(error), FAILED, verbose) from None
+
+    return guarded  # type: ignore[return-value]
+
+
+def _exit(message: str, code: int, verbose: bool) -> typer.Exit:
+    if verbose:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there takes the place of `path` at the end, and goes away if there is an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

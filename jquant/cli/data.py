@@ -1,0 +1,265 @@
+"""Data in: folders of pictures, .npy and .npz files, and Python callables `module:function` or `file.py:function`."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.cli.settings import ImageSettings
+from jquant.types import Array, FormatError, Graph, InputError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+
+Batch = tuple[tuple[np.ndarray, ...], np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches, read anew at every pass.
+
+    `read(size) -> batches` of (inputs, labels or None); `count` is the number of samples where it is known
+    """
+
+    read: Callable[[int], Iterator[Batch]]
+    count: int | None
+    labelled: bool
+
+    def batches(self, size: int, limit: int | None = None) -> Iterator[Batch]:
+        """Batches of `size` samples, `limit` samples at most; the last one may be smaller."""
+        seen = 0
+        for inputs, labels in self.read(size):
+            room = len(inputs[0]) if limit is None else min(len(inputs[0]), limit - seen)
+            if room <= 0:
+                return
+            yield tuple(x[:room] for x in inputs), None if labels is None else labels[:room]
+            seen += room
+
+    def inputs(self, size: int, limit: int | None = None) -> Iterator[tuple[Array, ...]]:
+        for arrays, _ in self.batches(size, limit):
+            yield tuple(jnp.asarray(x) for x in arrays)
+
+
+def load_data(source: str, graph: Graph, image: ImageSettings) -> Data:
+    """Data for a graph.
+
+    Args:
+      source: a folder of pictures, a .npy or .npz file, or `module:function`.
+      graph: says which inputs there are, and their dtypes.
+      image: the preprocessing of pictures.
+
+    Raises:
+      FileNotFoundError, FormatError: nothing there, or not readable. InputError: arrays that do not fit.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path, image)
+    if path.suffix in (".npy", ".npz"):
+        return _arrays(read_arrays(path), graph, source)
+    if ":" in source:
+        return _callable(source, graph)
+    if not path.exists():
+        raise FileNotFoundError(f"no data at {source}; give a folder of pictures, .npy, .npz, or module:function")
+    raise FormatError(f"{source}: data is a folder of pictures, .npy, .npz, or module:function")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+def read_arrays(path: Path) -> Any:
+    """The array of a .npy, or {name: array} of a .npz file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no data at {path}")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else loaded
+    except (ValueError, OSError, KeyError, EOFError, BadZipFile) as error:
+        raise FormatError(f"{path}: not a readable file of arrays: {error}") from error
+
+
+def _arrays(found: Any, graph: Graph, source: str) -> Data:
+    """An array, or {"x" or the name of an input: array, "y": labels}."""
+    inputs, labels = split(found, graph, source)
+    count = len(inputs[0])
+
+    def read(size: int) -> Iterator[Batch]:
+        for i in range(0, count, size):
+            part = slice(i, i + size)
+            yield tuple(x[part] for x in inputs), None if labels is None else labels[part]
+
+    return Data(read, count, labels is not None)
+
+
+def split(found: Any, graph: Graph, source: str) -> Batch:
+    """Inputs in the order of the graph, and labels."""
+    if not isinstance(found, Mapping):
+        found = {"x": found} if not isinstance(found, tuple | list) else dict(zip(("x", "y"), found, strict=False))
+    names = [entry.name for entry in graph.inputs]
+    if len(names) == 1 and names[0] not in found and "x" in found:
+        found = {**found, names[0]: found["x"]}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise InputError(
+            f"{source}: no array {missing[0]!r}; it has {', '.join(map(repr, found)) or 'none'}. Name the arrays like "
+            f"the inputs of the graph ({', '.join(names)}), and labels 'y'"
+        )
+    arrays = tuple(_as(np.asarray(found[e.name]), e.dtype, f"{source}: {e.name!r}") for e in graph.inputs)
+    labels = np.asarray(found["y"]) if "y" in found else None
+    sizes = {len(a) if a.ndim else 0 for a in (*arrays, *(() if labels is None else (labels,)))}
+    if len(sizes) != 1 or 0 in sizes:
+        raise InputError(f"{source}: arrays of {sorted(sizes)} samples; every array needs as many, and at least one")
+    return arrays, labels
+
+
+def _as(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
+    """Wider or narrower floats become float32; integers do not silently become floats."""
+    if str(array.dtype) == dtype:
+        return array
+    if dtype == "float32" and array.dtype.kind == "f":
+        return array.astype(np.float32)
+    if dtype in ("int32", "uint8") and array.dtype.kind in "iu" and array.size:
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        if array.min() >= low and array.max() <= high:
+            return array.astype(dtype)
+    raise InputError(f"{what} is {array.dtype}, the graph takes {dtype}; convert and scale it before")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Callables
+
+
+def load_object(source: str) -> Any:
+    """What `module:name` or `file.py:name` names. The current folder is on the path."""
+    module_name, _, name = source.rpartition(":")
+    if not module_name or not name:
+        raise FormatError(f"{source!r} is no module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        if module_name.endswith(".py"):
+            path = Path(module_name)
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            if spec is None or spec.loader is None or not path.is_file():
+                raise FileNotFoundError(f"no Python file {module_name}")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise FormatError(f"{source}: {error}; run where it can be imported, or give file.py:function") from error
+    if not hasattr(module, name):
+        raise FormatError(f"{source}: {module_name} has no {name!r}")
+    return getattr(module, name)
+
+
+def _callable(source: str, graph: Graph) -> Data:
+    make = load_object(source)
+    if not callable(make):
+        raise FormatError(f"{source} is {type(make).__name__}, not a function")
+    first = make()
+    if isinstance(first, Mapping | np.ndarray | tuple) or hasattr(first, "__jax_array__") or hasattr(first, "shape"):
+        return _arrays(first, graph, source)
+
+    def read(size: int) -> Iterator[Batch]:
+        """The function is called for every pass, and decides the size of its batches."""
+        for batch in make():
+            yield split(batch, graph, source)
+
+    try:
+        labelled = split(next(iter(first)), graph, source)[1] is not None
+    except (TypeError, StopIteration) as error:
+        raise FormatError(f"{source} gave {type(first).__name__}, which is no data: {error}") from error
+    return Data(read, None, labelled)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def _folder(folder: Path, image: ImageSettings) -> Data:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+    if not paths:
+        raise FormatError(f"{folder}: no pictures ({', '.join(PICTURES)}) in it or its folders")
+    labels = _labels(folder, paths, image)
+
+    def read(size: int) -> Iterator[Batch]:
+        for i in range(0, len(paths), size):
+            batch = np.stack([read_image(path, image) for path in paths[i : i + size]])
+            yield (batch,), None if labels is None else labels[i : i + size]
+
+    return Data(read, len(paths), labels is not None)
+
+
+def _labels(folder: Path, paths: list[Path], image: ImageSettings) -> np.ndarray | None:
+    """Class numbers: of the sub-folders in sorted order, or of the names; None where there are none."""
+    if image.labels == "stem":
+        if not all(p.stem.isdigit() for p in paths):
+            raise FormatError(f"{folder}: image.labels = 'stem' needs files named by class number, such as 0042.jpg")
+        return np.array([int(p.stem) for p in paths], np.int32)
+    parents = [p.relative_to(folder).parts[0] if p.parent != folder else None for p in paths]
+    if None in parents:
+        return None
+    classes = {name: i for i, name in enumerate(sorted({str(p) for p in parents}))}
+    return np.array([classes[str(p)] for p in parents], np.int32)
+
+
+def read_image(path: Path, image: ImageSettings) -> np.ndarray:
+    """A picture as an input without batch, float32."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("pictures need pillow: pip install pillow") from error
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("L" if image.color == "gray" else "RGB")
+    except OSError as error:
+        raise FormatError(f"{path}: not a readable picture: {error}") from error
+    picture = _crop(_resize(picture, image), image, path)
+    pixels = np.asarray(picture)
+    real = _colour(pixels[..., None] if pixels.ndim == 2 else pixels, image)
+    channels = real.shape[-1]
+    for name in ("mean", "std"):
+        if len(getattr(image, name)) not in (1, channels):
+            raise FormatError(f"image.{name} has {len(getattr(image, name))} numbers for {channels} channels")
+    real = (real / np.float32(image.divisor) - np.array(image.mean, np.float32)) / np.array(image.std, np.float32)
+    return real.transpose(2, 0, 1) if image.layout == "nchw" else real
+
+
+def _resize(picture: Any, image: ImageSettings) -> Any:
+    if image.resize is None:
+        return picture
+    width, height = picture.size
+    if isinstance(image.resize, tuple):
+        height, width = image.resize
+    else:
+        short = min(width, height)
+        width, height = (max(image.resize, round(n * image.resize / short)) for n in (width, height))
+    return picture.resize((width, height), 2)  # bilinear
+
+
+def _crop(picture: Any, image: ImageSettings, path: Path) -> Any:
+    if image.crop is None:
+        return picture
+    height, width = image.crop if isinstance(image.crop, tuple) else (image.crop, image.crop)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    if left < 0 or top < 0:
+        raise FormatError(f"{path}: {picture.height}x{picture.width} is smaller than the crop; set image.resize")
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _colour(pixels: np.ndarray, image: ImageSettings) -> np.ndarray:
+    if image.color == "bgr":
+        return pixels[..., ::-1].astype(np.float32)
+    if image.color.startswith("yuv444"):
+        from jquant.images import rgb_to_centred_yuv444
+
+        swing: Any = "studio" if image.color.endswith("studio") else "full"
+        return np.asarray(rgb_to_centred_yuv444(jnp.asarray(pixels), swing=swing)).astype(np.float32)
+    return pixels.astype(np.float32)

@@ -1,0 +1,77 @@
+"""`export`: programs and plans for other tools."""
+
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from jquant import integer
+from jquant.cli.console import Console, Json, Quiet, UsageError, Verbose, command, replacing
+from jquant.cli.models import Config, Model, Output, load_model
+from jquant.cli.settings import read_settings
+from jquant.cli.state import State
+from jquant.lower import lower
+from jquant.types import ConversionError, Program
+
+FORMATS = ("stablehlo", "onnx", "torch")
+
+
+@command
+def export(
+    model: Model,
+    output: Output,
+    to: Annotated[str, typer.Option("--to", help="stablehlo, onnx or torch.")] = "stablehlo",
+    batch: Annotated[int, typer.Option(min=1, help="The batch size of a StableHLO file.")] = 1,
+    config: Config = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model for another tool: the integer program as StableHLO, or the quantized model as ONNX or torch.
+
+    \b
+    jquant export net.jq --to stablehlo --batch 8 -o net.stablehlo
+    jquant export net.jqs --to onnx -o net.onnx
+    """
+    console = Console(json, quiet, verbose)
+    if to not in FORMATS:
+        raise UsageError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
+    found = load_model(model)
+    state = found if isinstance(found, Program) else found.under(read_settings(config))
+    data = (
+        stablehlo(state if isinstance(state, Program) else lower(*state.calibrated()), batch)
+        if to == "stablehlo"
+        else _foreign(state, to)
+    )
+    with replacing(output) as partial:
+        partial.write_bytes(data)
+    console.wrote(output)
+    console.value({"output": output, "format": to, "bytes": len(data)})
+
+
+def stablehlo(program: Program, batch: int) -> bytes:
+    """The program on real inputs as a serialized `jax.export`: its constants inside, for a batch of fixed size."""
+    from jax import export as jax_export
+
+    shapes = [
+        jax.ShapeDtypeStruct(tuple(batch if n is None else n for n in entry.shape), entry.dtype)
+        for entry in program.graph.inputs
+    ]
+
+    def run(*inputs: Any) -> Any:
+        values = integer.quantize_inputs(program, dict(zip(program.inputs, inputs, strict=True)))
+        values = integer.dequantize_values(program, integer.run_integers(program, values))
+        return tuple(values[name] for name in program.graph.outputs)
+
+    return bytes(jax_export.export(jax.jit(run))(*shapes).serialize())
+
+
+def _foreign(state: State | Program, to: str) -> bytes:
+    import jquant_converters
+
+    name = f"to_{to}"
+    if getattr(jquant_converters, name, None) is None:
+        raise ConversionError(f"export to {to} is not available in this release: jquant_converters has no {name}")
+    if isinstance(state, Program):
+        raise UsageError(f"export to {to} needs the state that the program was made from")
+    raise ConversionError(f"export to {to} from the command line is not available yet; call jquant_converters.{name}")

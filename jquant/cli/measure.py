@@ -1,0 +1,370 @@
+"""On data: `eval`, `run`, `compare`, `sensitivity`, `report`."""
+
+import json as json_text
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from jquant import integer
+from jquant.apply import MODES, apply
+from jquant.cli.console import Console, Json, Quiet, UnmetError, UsageError, Verbose, command, plain, replacing
+from jquant.cli.data import Data, load_data, load_object, read_arrays
+from jquant.cli.models import Batch, Config, DataOption, Model, Output, Samples, load_model, load_state_of
+from jquant.cli.settings import read_settings
+from jquant.cli.state import State
+from jquant.lower import lower
+from jquant.progress import track
+from jquant.types import JQuantError, Program
+
+Run = Callable[..., Any]
+
+
+@command
+def evaluate(
+    model: Model,
+    data: DataOption,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="float, validation, pre_export, bit_true or integer; repeat it for several. A program is integer."
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="module:function of (outputs, labels), a number a batch; default: top-1, or agreement with float."
+        ),
+    ] = None,
+    at_least: Annotated[float | None, typer.Option(help="Exit with 3 if the last mode is below this.")] = None,
+    config: Config = None,
+    batch: Batch = 32,
+    samples: Samples = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure accuracy on labelled data, or without labels how often the answers agree with float.
+
+    \b
+    jquant eval net.jqs --data test.npz --mode float --mode validation --mode integer
+    jquant eval net.jq --data images/ --config q.toml --at-least 71.5
+    jquant eval seg.jqs --data loader.py:batches --metric metrics.py:mean_iou
+    """
+    console = Console(json, quiet, verbose)
+    found, settings = load_model(model), read_settings(config)
+    source = found if isinstance(found, Program) else found.under(settings)
+    loaded = load_data(data, source.graph, settings.image)
+    runs = _runs(source, mode)
+    baseline = _baseline(source) if metric is None and not loaded.labelled else None
+    if metric is not None and not loaded.labelled:
+        raise UsageError("--metric needs labels, and the data has none")
+    measure = load_object(metric) if metric else _top_1
+    totals, count = dict.fromkeys(runs, 0.0), 0
+    for inputs, labels in track(loaded.batches(batch, samples), "evaluating", _steps(loaded, batch, samples)):
+        arrays = [jnp.asarray(x) for x in inputs]
+        wanted = _answers(baseline(*arrays)) if baseline is not None else labels
+        for name, run_one in runs.items():
+            totals[name] += float(measure(_numpy(run_one(*arrays)), wanted)) * len(inputs[0])
+        count += len(inputs[0])
+    if not count:
+        raise JQuantError("no samples")
+    what = metric or ("top-1 %" if baseline is None else "agreement with float %")
+    rows = [{"mode": name, what: total / count, "samples": count} for name, total in totals.items()]
+    console.rows(rows)
+    console.value({"metric": what, "samples": count, "modes": {name: t / count for name, t in totals.items()}})
+    last = list(totals.values())[-1] / count
+    if at_least is not None and not last >= at_least:
+        raise UnmetError(f"{what} is {last:.4g}, below {at_least:g}")
+
+
+def _runs(source: State | Program, modes: Sequence[str] | None) -> dict[str, Run]:
+    if isinstance(source, Program):
+        if modes and set(modes) != {"integer"}:
+            raise UsageError("a program has one mode, integer; give the state it was made from for others")
+        return {"integer": lambda *x: integer.run(source, *x)}
+    known = ("float", "validation", "pre_export", "bit_true", "integer")
+    for name in modes or ():
+        if name not in known:
+            raise UsageError(f"unknown mode {name!r}; known: {', '.join(known)}")
+    wanted = modes or (["float"] if source.qparams is None else ["float", "validation", "integer"])
+    found: dict[str, Run] = {}
+    for name in wanted:
+        if name == "float":
+            found[name] = _baseline(source)
+        elif name == "integer":
+            program = lower(*source.calibrated())
+            found[name] = lambda *x, program=program: integer.run(program, *x)
+        else:
+            plan, params, qparams = source.calibrated()
+            mode: Any = name
+            assert mode in MODES
+            found[name] = lambda *x, mode=mode, state=(plan, params, qparams): apply(*state, *x, mode=mode)
+    return found
+
+
+def _baseline(source: State | Program) -> Run:
+    if isinstance(source, Program):
+        raise UsageError("without labels, and with a program only, there is nothing to compare with; give the state")
+    if source.qconfig is None:
+        from jquant.simulate import evaluate_float
+
+        return lambda *x: evaluate_float(source.graph, source.params, *x)[0]
+    plan, params = source.prepared()
+    return lambda *x: apply(plan, params, {}, *x, mode="float")
+
+
+def _numpy(outputs: Any) -> Any:
+    return tuple(map(np.asarray, outputs)) if isinstance(outputs, tuple) else np.asarray(outputs)
+
+
+def _answers(outputs: Any) -> np.ndarray:
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    return np.asarray(first).reshape(len(first), -1).argmax(-1)
+
+
+def _top_1(outputs: Any, labels: Any) -> float:
+    """Percent."""
+    answers = _answers(outputs)
+    if labels.shape != answers.shape:
+        raise JQuantError(f"labels {list(labels.shape)} are no class numbers, one a sample; give --metric")
+    return float(100 * np.mean(answers == labels))
+
+
+def _steps(data: Data, batch: int, samples: int | None) -> int | None:
+    count = samples if data.count is None else min(data.count, samples or data.count)
+    return None if count is None else -(-count // batch)
+
+
+@command
+def run(
+    model: Model,
+    data: DataOption,
+    output: Output,
+    raw: Annotated[bool, typer.Option(help="Write integers (LSB; acc of an accumulator), not real numbers.")] = False,
+    taps: Annotated[bool, typer.Option(help="Write every value, not the outputs only.")] = False,
+    config: Config = None,
+    batch: Batch = 32,
+    samples: Samples = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a program on data and write its outputs as .npz, by name.
+
+    \b
+    jquant run net.jq --data test.npz -o outputs.npz
+    jquant run net.jq --data images/ --config q.toml --raw --taps -o values.npz
+    """
+    console = Console(json, quiet, verbose)
+    found, settings = load_model(model), read_settings(config)
+    if output.suffix != ".npz":
+        raise UsageError(f"--output {output}: outputs are written as .npz")
+    program = found if isinstance(found, Program) else lower(*found.under(settings).calibrated())
+    loaded = load_data(data, program.graph, settings.image)
+    names = program.graph.values if taps else program.graph.outputs
+    collected: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for inputs, _ in track(loaded.batches(batch, samples), "running", _steps(loaded, batch, samples)):
+        values = integer.run_with_taps(program, *(jnp.asarray(x) for x in inputs))
+        values = values if raw else integer.dequantize_values(program, values)
+        for name in names:
+            collected[name].append(np.asarray(values[name]))
+    arrays = {name: np.concatenate(parts) for name, parts in collected.items()}
+    with replacing(output) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    console.rows([{"name": n, "shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()])
+    console.wrote(output)
+    console.value(
+        {"output": output, "values": {n: {"shape": a.shape, "dtype": str(a.dtype)} for n, a in arrays.items()}}
+    )
+
+
+@command
+def compare(
+    model: Model,
+    data: DataOption,
+    a: Annotated[
+        str, typer.Option("-a", help="The baseline: float, validation, pre_export, integer, or a .npz of values.")
+    ] = "float",
+    b: Annotated[str, typer.Option("-b", help="What is measured against it.")] = "integer",
+    other: Annotated[
+        Path | None, typer.Option(help="A state of the same model that -b is taken from, after training.")
+    ] = None,
+    sort: Annotated[str | None, typer.Option(help="Sort by a column, the worst first, such as own_sqnr.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Print this many rows.")] = None,
+    weights: Annotated[bool, typer.Option(help="Print the weights, not the values.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write all numbers as JSON.")] = None,
+    config: Config = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to compare on.")] = 8,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare two meanings of a model layer by layer: which one loses accuracy, and where.
+
+    \b
+    jquant compare net.jqs --data test.npz --sort own_sqnr --top 10
+    jquant compare net.jqs --data test.npz -a validation -b pre_export
+    jquant compare net.jqs --other trained.jqs --data test.npz -a validation -b validation
+    jquant compare net.jqs --data test.npz -a board_values.npz -b integer
+    """
+    from jquant import analysis
+
+    console = Console(json, quiet, verbose)
+    state, settings = load_state_of(model, config)
+    plan, params, qparams = state.calibrated()
+    second = None
+    if other is not None:
+        after, _ = load_state_of(str(other))
+        if after.graph != state.graph or after.qconfig != state.qconfig:
+            raise UsageError(f"{other} is a state of another model or qconfig than {model}")
+        second = after.calibrated()[1:]
+    x = _one_batch(load_data(data, state.graph, settings.image), samples)
+    found = analysis.compare(plan, params, qparams, x, _side(a), _side(b), state_b=second)
+    rows = found.weights if weights else found.rows
+    console.text(found.table(sort=sort, weights=weights) if top is None else _top(found, rows, sort, weights, top))
+    if found.missing and verbose:
+        console.note(f"only one side has: {', '.join(found.missing)}")
+    if output is not None:
+        with replacing(output) as partial:
+            partial.write_text(json_text.dumps(plain(found.to_dict()), indent=1))
+        console.wrote(output)
+    console.value(found.to_dict())
+
+
+def _top(found: Any, rows: Sequence[Any], sort: str | None, weights: bool, top: int) -> str:
+    lines = found.table(sort=sort, weights=weights).splitlines()
+    more = f"\n... {len(rows) - top} more" if len(rows) > top else ""
+    return "\n".join(lines[: top + 2]) + more
+
+
+def _side(name: str) -> Any:
+    return read_arrays(Path(name)) if name.endswith(".npz") else name
+
+
+def _one_batch(data: Data, samples: int) -> tuple[Any, ...]:
+    for inputs in data.inputs(samples, samples):
+        return inputs
+    raise JQuantError("no samples")
+
+
+@command
+def sensitivity(
+    model: Model,
+    data: DataOption,
+    metric: Annotated[
+        str, typer.Option(help="cosine, sqnr, mse, l1, kl, max_error, or module:function of two arrays.")
+    ] = "sqnr",
+    mode: Annotated[str, typer.Option(help="one_on: one quantizer on at a time; one_off: one off.")] = "one_on",
+    kind: Annotated[list[str] | None, typer.Option(help="activation or weight; default both.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Print this many rows.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Also search int8/int16 values and int4/int8 weights with this cost at most.")
+    ] = None,
+    cost: Annotated[str, typer.Option(help="Of the budget: macs (1.0 is everything at 8 bits) or bytes.")] = "macs",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the ranking as JSON, or with --budget the qconfig as TOML."),
+    ] = None,
+    config: Config = None,
+    batch: Batch = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to measure on.")] = 16,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Rank every quantizer by what it costs, one at a time; with a budget, choose the number of bits of each.
+
+    \b
+    jquant sensitivity net.jqs --data calibration.npz --top 10
+    jquant sensitivity net.jqs --data calibration.npz --metric mse --budget 1.2 -o mixed.toml
+    """
+    from jquant import analysis
+
+    console = Console(json, quiet, verbose)
+    if budget is not None and mode != "one_on":
+        raise UsageError("--budget needs --mode one_on")
+    state, settings = load_state_of(model, config)
+    plan, params, qparams = state.calibrated()
+    batches = list(load_data(data, state.graph, settings.image).inputs(batch, samples))
+    chosen: Any = load_object(metric) if ":" in metric else metric
+    formats: dict[str, Any] = {}
+    if budget is not None:
+        formats = {"activations": ("int8", "int16"), "weights": ("int4", "int8")}
+        chosen = "mse" if metric == "sqnr" else chosen
+    formats |= {"kinds": tuple(kind) if kind else ("activation", "weight"), "mode": mode}
+    ranking = analysis.sensitivity(plan, params, qparams, batches, metric=chosen, **formats)
+    console.text(ranking.table(top))
+    result: dict[str, Any] = {"ranking": ranking.to_dict()}
+    text = json_text.dumps(plain(ranking.to_dict()), indent=1)
+    if budget is not None:
+        found = analysis.search_mixed_precision(plan, ranking, budget=budget, cost=cost)  # type: ignore[arg-type]
+        console.text(found.table())
+        result |= {"choices": dict(found.choices), "error": found.error, "cost": found.cost, "exact": found.exact}
+        text = _mixed_toml(state, found.rules())
+    if output is not None:
+        with replacing(output) as partial:
+            partial.write_text(text)
+        console.wrote(output)
+    console.value(result)
+
+
+def _mixed_toml(state: State, rules: dict) -> str:
+    from jquant.qconfig import QConfig
+    from jquant.qconfig_file import qconfig_to_toml
+
+    assert state.qconfig is not None
+    assert state.target is not None
+    text = qconfig_to_toml(QConfig({**state.qconfig.rules, **rules}))
+    return f'{text}\n[target]\nmarch = "{state.target.name}"\n'
+
+
+@command
+def report(
+    model: Model,
+    data: DataOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write into.")],
+    config: Config = None,
+    batch: Batch = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to compare on.")] = 8,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a report of where accuracy goes: one HTML page that works offline, and its numbers as JSON.
+
+    \b
+    jquant report net.jqs --data test.npz -o out/
+    """
+    console = Console(json, quiet, verbose)
+    state, settings = load_state_of(model, config)
+    loaded = load_data(data, state.graph, settings.image)
+    written = write_reports(console, state, loaded, output, batch, samples)
+    console.value(written)
+
+
+def write_reports(
+    console: Console, state: State, data: Data, folder: Path, batch: int, samples: int | None
+) -> dict[str, Path]:
+    """The report of a calibrated state on the first samples of some data."""
+    from jquant import analysis
+
+    plan, params, qparams = state.calibrated()
+    x = next(islice(data.inputs(min(batch, samples or batch), samples), 1), None)
+    if x is None:
+        raise JQuantError("no samples")
+    pairs = {"Quantization": ("float", "validation"), "All of it": ("float", "integer")}
+    found = {title: analysis.compare(plan, params, qparams, x, *pair) for title, pair in pairs.items()}
+    checks = analysis.check_model(state.graph, state.params, state.qconfig, target=state.target, qparams=qparams)
+    advice = analysis.layer_advice(found["Quantization"])
+    notes = [f"{plan.target.name}; {len(x[0])} samples. The integers follow a specification, not a board."]
+    ranking = analysis.sensitivity(plan, params, qparams, [x])
+    written = analysis.write_report(
+        folder, "jquant report", [], found, notes, plan=plan, ranking=ranking, findings=[*checks, *advice]
+    )
+    console.wrote(written.html)
+    return {"html": written.html, "json": written.json}

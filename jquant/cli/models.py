@@ -1,0 +1,120 @@
+"""Models in: a state or a program of this command line, .pt2, .onnx, or a Python callable with a checkpoint."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jquant.checkpoint import load
+from jquant.cli.console import UsageError
+from jquant.cli.data import load_object
+from jquant.cli.settings import Settings, read_settings
+from jquant.cli.state import State, load_state, read_header
+from jquant.types import ConversionError, FormatError, Graph, Program
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A state (.jqs) or program (.jq) of this tool, a .pt2 or .onnx file, or module:function or "
+        "file.py:function, which returns a torch module, (module, example inputs), or (graph, params).",
+    ),
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="A torch state dict for the module that MODEL returns; read without pickle.")
+]
+Shape = Annotated[
+    list[str] | None, typer.Option(help="The shape of an input, such as 1,3,224,224; once for each input.")
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", help="TOML: the qconfig, march, image preprocessing and recipe.")
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data", "-d", help="A folder of pictures, .npy, .npz (arrays by input name, or x and y), or module:function."
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Samples at once.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Use this many samples at most.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+
+
+def load_model(source: str, checkpoint: Path | None = None, shapes: list[str] | None = None) -> State | Program:
+    """A model from whatever names one.
+
+    Raises:
+      FormatError, FileNotFoundError, ConversionError: nothing there, or not readable, or not importable.
+      UsageError: an option that does not belong to this kind of model.
+    """
+    path = Path(source)
+    kind = path.suffix.lower()
+    if checkpoint is not None and (kind in (".pt2", ".onnx", ".jq", ".jqs") or ":" not in source):
+        raise UsageError("--checkpoint belongs to a MODEL of the form module:function")
+    if kind in (".pt2", ".onnx"):
+        return _foreign(path, kind)
+    if path.is_file() and kind != ".py":
+        return load(path) if "program" in read_header(path) else load_state(path)
+    if ":" in source:
+        return _called(source, checkpoint, shapes)
+    if path.exists():
+        raise FormatError(f"{source}: a model is a file of this tool, .pt2, .onnx, or module:function")
+    raise FileNotFoundError(f"no model at {source}")
+
+
+def load_state_of(
+    source: str,
+    config: Path | None = None,
+    checkpoint: Path | None = None,
+    shapes: list[str] | None = None,
+) -> tuple[State, Settings]:
+    """A model that is not a program yet, under the qconfig of a file.
+
+    Raises:
+      UsageError: a program. Otherwise as `load_model`.
+    """
+    settings = read_settings(config)
+    model = load_model(source, checkpoint, shapes)
+    if isinstance(model, Program):
+        raise UsageError(f"{source} is a program; this command needs the state it was made from, or the float model")
+    return model.under(settings), settings
+
+
+def _foreign(path: Path, kind: str) -> State:
+    import jquant_converters
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no model at {path}")
+    name = {".pt2": "from_pt2", ".onnx": "from_onnx"}[kind]
+    convert = getattr(jquant_converters, name, None)
+    if convert is None:
+        raise ConversionError(f"{path}: reading {kind} files is not available in this release; use module:function")
+    return State(*convert(path)[:2])
+
+
+def _called(source: str, checkpoint: Path | None, shapes: list[str] | None) -> State:
+    from jquant_converters.command_line import import_module
+
+    make = load_object(source)
+    made: Any = make() if callable(make) and not hasattr(make, "state_dict") else make
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Graph):
+        if checkpoint is not None or shapes:
+            raise UsageError("--checkpoint and --shape belong to a torch module; MODEL gave a graph")
+        return State(made[0], made[1])
+    module, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not hasattr(module, "state_dict"):
+        raise FormatError(f"{source} gave {type(module).__name__}; it must give a torch module, or (graph, params)")
+    if example is None and not shapes:
+        raise UsageError(f"{source} gave a module without example inputs: give --shape for each input")
+    sizes = [_shape(text) for text in shapes or ()]
+    return State(*import_module(module, example, sizes, checkpoint))
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        size = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError as error:
+        raise UsageError(f"--shape {text!r}: integers with commas, such as 1,3,224,224") from error
+    if min(size) < 1:
+        raise UsageError(f"--shape {text!r}: sizes are positive")
+    return size

@@ -1,0 +1,188 @@
+"""The TOML file of the command line: a qconfig, and beside it the march, the preprocessing and the training recipe.
+
+[jquant]
+schema = 1
+
+[target]
+march = "nash-e"
+
+[rules."*".output]
+dtype = "int8"
+
+[image]
+resize = 256               # the short side, or [height, width]
+crop = 224                 # the centre, or [height, width]
+color = "rgb"              # or "bgr", "gray", "yuv444" (centred, full swing), "yuv444_studio"
+divisor = 255.0            # pixels / divisor, then (x - mean) / std
+mean = [0.485, 0.456, 0.406]
+std = [0.229, 0.224, 0.225]
+layout = "nchw"            # or "nhwc"
+labels = "folders"         # or "stem": the file names are class numbers
+
+[train]                    # jquant train
+epochs = 2
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jquant import targets
+from jquant.qconfig import QConfig
+from jquant.qconfig_file import qconfig_from_dict
+from jquant.text import did_you_mean
+from jquant.types import FormatError, Target
+
+TABLES = ("jquant", "rules", "target", "image", "train")
+COLORS = ("rgb", "bgr", "gray", "yuv444", "yuv444_studio")
+MARCHES = {t.name: t for t in (getattr(targets, name) for name in targets.__all__)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How a picture becomes an input, in this order: resize, crop, colour, divisor, mean and std, layout."""
+
+    resize: int | tuple[int, int] | None = None
+    crop: int | tuple[int, int] | None = None
+    color: str = "rgb"
+    divisor: float = 255.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    layout: str = "nchw"
+    labels: str = "folders"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """A recipe of quantization-aware training, for classifiers.
+
+    `learning_rate`, `scale_learning_rate`  of parameters and of scales; `weight_decay` of parameters only
+    `schedule`   "constant", "cosine", or "step": divided by 10 at 1/2 and 3/4 of the steps
+    `mode`       "qat" or "bit_true"
+    `clip`       global norm that gradients are clipped to; 0 for none
+    """
+
+    epochs: int = 2
+    batch: int = 32
+    optimizer: str = "sgd"
+    learning_rate: float = 1e-3
+    scale_learning_rate: float = 1e-5
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    mode: str = "qat"
+    clip: float = 0.0
+    seed: int = 0
+
+
+_CHOICES = {
+    "color": COLORS,
+    "layout": ("nchw", "nhwc"),
+    "labels": ("folders", "stem"),
+    "optimizer": ("sgd", "adam"),
+    "schedule": ("constant", "cosine", "step"),
+    "mode": ("qat", "bit_true"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the file says; what it leaves out is the default, or None."""
+
+    qconfig: QConfig | None = None
+    march: Target = targets.NASH_E
+    image: ImageSettings = ImageSettings()
+    train: TrainSettings = TrainSettings()
+
+
+def read_settings(path: Path | None) -> Settings:
+    """Reads the file; None gives defaults.
+
+    Raises:
+      FormatError: not TOML, an unknown table or key, or a value of another type; the message names the file.
+    """
+    if path is None:
+        return Settings()
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        _check_known("the file", data, TABLES)
+        return Settings(
+            qconfig=qconfig_from_dict({k: data[k] for k in ("jquant", "rules") if k in data})
+            if "rules" in data
+            else None,
+            march=_march(data.get("target", {})),
+            image=_table(ImageSettings, data.get("image", {}), "image"),
+            train=_table(TrainSettings, data.get("train", {}), "train"),
+        )
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"{path}: not TOML: {error}") from error
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def march_of(name: str) -> Target:
+    """The target of a march by its name.
+
+    Raises:
+      FormatError: no such march.
+    """
+    if name not in MARCHES:
+        raise FormatError(f"unknown march {name!r}; known: {', '.join(MARCHES)}{did_you_mean(name, MARCHES)}")
+    return MARCHES[name]
+
+
+def _march(table: Any) -> Target:
+    if not isinstance(table, Mapping):
+        raise FormatError("target must be a table, such as [target] with march = 'nash-e'")
+    _check_known("target", table, ("march",))
+    return march_of(str(table.get("march", "nash-e")))
+
+
+def _check_known(where: str, data: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in data:
+        if key not in known:
+            raise FormatError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
+
+
+def _table(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise FormatError(f"{where} must be a table, not {type(data).__name__}")
+    known = {f.name: f.default for f in fields(cls)}
+    _check_known(where, data, tuple(known))
+    found = {}
+    for key, value in data.items():
+        default = known[key]
+        found[key] = _value(f"{where}.{key}", key, value, default)
+    return cls(**found)
+
+
+def _value(where: str, key: str, value: Any, default: Any) -> Any:
+    if key in _CHOICES:
+        if value not in _CHOICES[key]:
+            raise FormatError(f"{where} must be one of {', '.join(_CHOICES[key])}; not {value!r}")
+        return value
+    if key in ("resize", "crop"):
+        size = value if isinstance(value, list) else [value]
+        if len(size) not in (1, 2) or not all(type(n) is int and n > 0 for n in size):
+            raise FormatError(f"{where} must be a positive integer, or [height, width]; not {value!r}")
+        return tuple(size) if isinstance(value, list) and len(size) == 2 else size[0]
+    if isinstance(default, tuple):
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or not all(_is_number(n) for n in numbers) or (key == "std" and 0 in numbers):
+            raise FormatError(
+                f"{where} must be a number or a list of numbers{', not 0' * (key == 'std')}; not {value!r}"
+            )
+        return tuple(float(n) for n in numbers)
+    if isinstance(default, float):
+        if not _is_number(value) or value < 0 or (key == "divisor" and value == 0):
+            raise FormatError(f"{where} must be a number that is not negative; not {value!r}")
+        return float(value)
+    if type(value) is not int or value < 0 or (key in ("epochs", "batch") and value == 0):
+        raise FormatError(f"{where} must be a positive integer; not {value!r}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

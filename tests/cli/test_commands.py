@@ -1,0 +1,333 @@
+"""Every command, run in another process as a user would, one after the other on the files of the demo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import jquant as jq
+
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "COLUMNS": "200"}
+
+# One process for many commands: starting one and importing jax takes seconds. Exit codes are those of the commands.
+DRIVER = """
+import contextlib, io, json, sys, traceback
+from jquant.cli import app
+for line in sys.stdin:
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            app(json.loads(line), prog_name="jquant")
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            code = 99
+            traceback.print_exc()
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+MODEL = """
+import numpy as np, torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.fc = torch.nn.Linear(4, 2)
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+def make():
+    torch.manual_seed(0)
+    return Net()
+def batches():
+    for i in range(2):
+        yield {"x": np.full((2, 1, 16, 16), i / 2, np.float32), "y": np.zeros(2, np.int32)}
+def error(outputs, labels):
+    return np.abs(outputs).max()
+def l2(a, b):
+    return ((a - b) ** 2).mean()
+number = 3
+"""
+
+PICTURES = """
+[jquant]
+schema = 1
+[rules."*".output]
+dtype = "int8"
+[rules."*".weight]
+dtype = "int8"
+axis = "out"
+[image]
+resize = 12
+crop = [8, 10]
+mean = [0.5, 0.4, 0.3]
+std = [0.25]
+"""
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+def run_all(folder: Path, commands: dict[str, str]) -> dict[str, Result]:
+    lines = "".join(json.dumps(line.split()) + "\n" for line in commands.values())
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", DRIVER],
+        input=lines,
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [Result(*json.loads(line)) for line in done.stdout.splitlines()]
+    return dict(zip(commands, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "net.py").write_text(MODEL)
+    (folder / "p.toml").write_text(PICTURES)
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        (folder / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 16, 3)).astype(np.uint8)).save(
+            folder / f"pictures/{'ab'[i % 2]}/{i}.png"
+        )
+    return folder
+
+
+COMMANDS = ("demo", "inspect", "check", "calibrate", "quantize", "train", "eval", "compare", "sensitivity", "report")
+COMMANDS = (*COMMANDS, "export", "run", "doctor")
+
+TEST = "--data d/test.npz"
+TRAIN = "--data d/train.npz"
+STEPS = {
+    "demo": "demo d --steps 60 --json",
+    "inspect": "inspect d/float.jqs",
+    "inspect plan": "inspect d/float.jqs --config d/q.toml --json",
+    "inspect state": "inspect d/net.jqs",
+    "inspect program": "inspect d/net.jq",
+    "check": "check d/net.jqs",
+    "calibrate": f"calibrate d/float.jqs -c d/q.toml {TRAIN} --samples 100 -o c.jqs --json",
+    "quantize": f"quantize c.jqs -o c.jq {TEST} --report r --samples 4",
+    "train": f"train c.jqs -c d/q.toml {TRAIN} -o t.jqs --json -v",
+    "eval": f"eval t.jqs {TEST} --batch 300 --json",
+    "eval program": f"eval c.jq {TEST} --at-least 101",
+    "eval own metric": "eval c.jq -d net.py:batches --metric net.py:error --json",
+    "compare": f"compare c.jqs {TEST} --samples 4 --sort sqnr --top 3 -o c.json",
+    "compare states": f"compare c.jqs --other t.jqs {TEST} --samples 4 --json",
+    "sensitivity": f"sensitivity c.jqs {TEST} --samples 4 --metric net.py:l2 --top 2",
+    "search": f"sensitivity c.jqs {TEST} --samples 4 --budget 1.3 -o m.toml --json",
+    "mixed": f"quantize d/float.jqs -c m.toml {TRAIN} --samples 100 -o m.jq -q",
+    "run": f"run c.jq {TEST} --samples 5 -o o.npz --raw --taps",
+    "run real": f"run c.jq {TEST} --samples 5 -o real.npz --taps -q",
+    "compare arrays": f"compare c.jqs {TEST} --samples 5 -a real.npz --json",
+    "report": f"report c.jqs {TEST} -o r2 --samples 4 --json",
+    "export": "export c.jq --to stablehlo --batch 5 -o c.stablehlo",
+    "torch module": "calibrate net.py:make --shape 1,3,8,10 -c p.toml -d pictures -o p.jqs",
+    "agreement": "eval p.jqs -d pictures -c p.toml --json",
+    "doctor": "doctor --json",
+} | {f"help {name}": f"{name} --help" for name in COMMANDS}
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path) -> dict[str, Result]:
+    return run_all(folder, STEPS)
+
+
+def ok(result: Result) -> Result:
+    assert result.code == 0, result.err + result.out
+    assert result.err == "" or result.err.startswith("epoch"), result.err
+    return result
+
+
+def test_the_demo_learns_and_writes_its_files(done: dict, folder: Path) -> None:
+    top = ok(done["demo"]).json["top_1"]
+    assert top["float"] > 40  # of six classes, after a shortened training
+    assert abs(top["int8 integers"] - top["float"]) < 5
+    assert {p.name for p in (folder / "d").iterdir()} == {
+        "float.jqs",
+        "net.jqs",
+        "net.jq",
+        "q.toml",
+        "train.npz",
+        "test.npz",
+    }
+
+
+def test_inspect_shows_what_there_is(done: dict) -> None:
+    assert "MaxPool" in ok(done["inspect"]).out
+    rows = ok(done["inspect plan"]).json["resolutions"]
+    assert {"name": "head", "port": "output"}.items() <= rows[-5].items() or any(r["name"] == "head" for r in rows)
+    assert "trained" in ok(done["inspect state"]).out
+    assert "nash-e" in ok(done["inspect program"]).out
+
+
+def test_check_finds_nothing_wrong_with_the_demo(done: dict) -> None:
+    assert "none of them an error" in ok(done["check"]).out or "nothing found" in done["check"].out
+
+
+def test_calibrate_and_quantize_equal_the_library(done: dict, folder: Path) -> None:
+    scales = ok(done["calibrate"]).json["scales"]
+    program = jq.load(folder / "c.jq")
+    assert float(program.scales["x"]) == pytest.approx(scales["x"])
+    assert "wrote c.jq" in ok(done["quantize"]).out
+    assert (folder / "r" / "report.html").stat().st_size > 10_000
+
+
+def test_training_lowers_the_loss_and_keeps_the_state(done: dict, folder: Path) -> None:
+    result = ok(done["train"]).json
+    assert result["after"][0] < result["before"][0]
+    assert result["steps"] == 30
+    assert done["train"].err.startswith("epoch 1: loss")
+    modes = ok(done["eval"]).json["modes"]
+    assert set(modes) == {"float", "validation", "integer"}
+    assert modes["integer"] == pytest.approx(modes["validation"], abs=3)
+
+
+def test_an_unmet_accuracy_is_exit_code_3(done: dict) -> None:
+    assert done["eval program"].code == 3
+    assert "top-1 % is" in done["eval program"].err
+    assert ok(done["eval own metric"]).json["samples"] == 4
+
+
+def test_compare_and_sensitivity_print_and_write(done: dict, folder: Path) -> None:
+    lines = ok(done["compare"]).out.splitlines()
+    assert lines[0].startswith("name")
+    assert "more" in lines[5]
+    assert json.loads((folder / "c.json").read_text())["b"] == "integer"
+    changed = {row["name"]: row["max_error"] for row in ok(done["compare states"]).json["weights"]}
+    assert all(error > 0 for error in changed.values())
+    assert len(ok(done["sensitivity"]).out.splitlines()) == 4
+
+
+def test_the_search_writes_a_qconfig_that_quantizes(done: dict, folder: Path) -> None:
+    found = ok(done["search"]).json
+    assert found["cost"] <= 1.3 * (1 + 1e-6)
+    assert len(set(found["choices"].values())) > 1
+    assert ok(done["mixed"]).out == ""  # quiet
+    dtypes = {entry.output for entry in jq.load(folder / "m.jq").formats.values()}
+    assert "int16" in dtypes
+
+
+def test_run_writes_the_integers_of_the_program(done: dict, folder: Path) -> None:
+    ok(done["run"])
+    with np.load(folder / "o.npz") as written, np.load(folder / "d" / "test.npz") as data:
+        values = jq.run_with_taps(jq.load(folder / "c.jq"), data["x"][:5])
+        assert set(written.files) == set(values)
+        for name in written.files:
+            np.testing.assert_array_equal(written[name], values[name])
+
+
+def test_export_gives_the_same_outputs(done: dict, folder: Path) -> None:
+    from jax import export
+
+    ok(done["export"])
+    loaded = export.deserialize(bytearray((folder / "c.stablehlo").read_bytes()))
+    with np.load(folder / "d" / "test.npz") as data:
+        x = data["x"][:5]
+    np.testing.assert_array_equal(loaded.call(x)[0], jq.run(jq.load(folder / "c.jq"), x))
+
+
+def test_a_torch_module_and_a_folder_of_pictures(done: dict) -> None:
+    ok(done["torch module"])
+    modes = ok(done["agreement"]).json
+    assert modes["samples"] == 4
+    assert modes["metric"] == "top-1 %"  # the folders are labels
+
+
+def test_the_doctor_compares_with_the_reference(done: dict) -> None:
+    found = ok(done["doctor"]).json
+    assert found["integers equal the reference"] is True
+    assert found["outputs compared"] > 1000
+    assert found["fast int8 products"] == "yes"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(done: dict, name: str) -> None:
+    text = ok(done[f"help {name}"]).out
+    assert f"jquant {name}" in text.split("Usage:")[1].split("\n", 1)[1]
+    assert "--json" in text
+
+
+def test_bad_arguments_are_named_in_one_line(folder: Path, done: dict) -> None:
+    (folder / "bad.toml").write_text("[jquant]\nschema = 1\n[imag]\nresize = 3\n")
+    (folder / "typo.toml").write_text('[jquant]\nschema = 1\n[rules."stm"]\noutput = "int8"\n')
+    (folder / "broken.jq").write_bytes((folder / "c.jq").read_bytes()[:500])
+    (folder / "empty").mkdir(exist_ok=True)
+    np.savez(folder / "wrong.npz", z=np.zeros(3))
+    cases = {
+        "frobnicate": (2, "No such command"),
+        "run c.jq -o x.npz": (2, "Missing option"),
+        "inspect nothing.jq": (1, "no model at nothing.jq"),
+        "inspect broken.jq": (1, "neither a program nor a state"),
+        "inspect wrong.npz": (1, "neither a program nor a state"),
+        "eval c.jq -d nothing": (1, "no data at nothing"),
+        "eval c.jq -d empty": (1, "no pictures"),
+        "eval c.jq -d wrong.npz": (1, "no array 'x'; it has 'z'"),
+        "inspect c.jqs -c bad.toml": (1, "unknown key 'imag'; did you mean 'image'"),
+        "check d/float.jqs -c typo.toml": (3, "are errors"),
+        f"compare d/float.jqs {TEST}": (2, "no qconfig yet"),
+        f"compare c.jqs {TEST} -a flaot": (1, "did you mean 'float'"),
+        f"compare c.jqs {TEST} --sort sqn": (1, "no column 'sqn'"),
+        f"eval c.jqs {TEST} --mode int": (2, "unknown mode 'int'"),
+        f"eval c.jq {TEST} --mode float": (2, "one mode, integer"),
+        "train c.jqs -d net.py:number -o x.jqs": (1, "is int, not a function"),
+        f"train c.jq {TRAIN} -o x.jqs": (2, "is a program"),
+        f"sensitivity c.jqs {TEST} --metric cosin": (1, "did you mean 'cosine'"),
+        f"sensitivity c.jqs {TEST} --samples 4 --budget 0": (1, "below the cheapest"),
+        "export c.jq --to onx -o x": (2, "unknown format 'onx'"),
+        "inspect nothing_here:make": (1, "No module named"),
+        "inspect net.py:mak": (1, "has no 'mak'"),
+        "inspect net.py:make": (2, "give --shape"),
+        "inspect net.py:make --shape 1,a": (2, "integers with commas"),
+        "inspect net.py:make --shape 1,3,8,8 --checkpoint c.jq": (1, "not a readable checkpoint"),
+        f"run c.jq {TEST} -o x.txt": (2, "written as .npz"),
+        f"run c.jq {TEST} -o x.npz --samples 0": (2, "samples"),
+        "doctor --fast": (2, "No such option"),
+        "demo d --steps 0": (2, "steps"),
+        "quantize d/float.jqs -o x.jq": (2, "no qconfig yet"),
+        f"calibrate d/float.jqs {TEST} -o x.jqs": (2, "no qconfig yet"),
+        f"report d/float.jqs {TEST} -o x": (2, "no qconfig yet"),
+    }
+    before = {p.name for p in folder.iterdir()}
+    results = run_all(folder, {line: line for line in cases})
+    for name, (code, text) in cases.items():
+        found = results[name]
+        assert (found.code, text in found.err) == (code, True), f"{name}: {found}"
+        assert "Traceback" not in found.err, name
+    assert {p.name for p in folder.iterdir()} - before <= {"__pycache__"}  # nothing was written
+
+
+def test_an_interrupt_leaves_no_file(folder: Path, done: dict) -> None:
+    command = [sys.executable, "-m", "jquant", *f"train c.jqs {TRAIN} -o i.jqs --epochs 500 -v".split()]
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("epoch 1: loss")
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert not [p.name for p in folder.iterdir() if p.name.startswith((".i.jqs", "i.jqs"))]
