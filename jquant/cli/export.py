@@ -20,14 +20,14 @@ FORMATS = ("stablehlo", "onnx", "torch")
 def export(
     model: Model,
     output: Output,
-    to: Annotated[str, typer.Option("--to", help="stablehlo, onnx or torch.")] = "stablehlo",
+    to: Annotated[str, typer.Option("--to", help="stablehlo or onnx.")] = "stablehlo",
     batch: Annotated[int, typer.Option(min=1, help="The batch size of a StableHLO file.")] = 1,
     config: Config = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a model for another tool: the integer program as StableHLO, or the quantized model as ONNX or torch.
+    """Write a model for another tool: the integer program as StableHLO, or the quantized model as ONNX (QDQ).
 
     \b
     jquant export net.jq --to stablehlo --batch 8 -o net.stablehlo
@@ -38,11 +38,12 @@ def export(
         raise UsageError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
     found = load_model(model)
     state = found if isinstance(found, Program) else found.under(read_settings(config))
-    data = (
-        stablehlo(state if isinstance(state, Program) else lower(*state.calibrated()), batch)
-        if to == "stablehlo"
-        else _foreign(state, to)
-    )
+    if to == "torch":
+        raise ConversionError("export to torch is not available from the command line in this release; use onnx")
+    if to == "onnx":
+        data = _onnx(state)
+    else:
+        data = stablehlo(state if isinstance(state, Program) else lower(*state.calibrated()), batch)
     with replacing(output) as partial:
         partial.write_bytes(data)
     console.wrote(output)
@@ -66,12 +67,11 @@ def stablehlo(program: Program, batch: int) -> bytes:
     return bytes(jax_export.export(jax.jit(run))(*shapes).serialize())
 
 
-def _foreign(state: State | Program, to: str) -> bytes:
-    import jquant_converters
-
-    name = f"to_{to}"
-    if getattr(jquant_converters, name, None) is None:
-        raise ConversionError(f"export to {to} is not available in this release: jquant_converters has no {name}")
+def _onnx(state: State | Program) -> bytes:
+    """The calibrated plan as a QDQ model; the float graph where there is no qconfig."""
     if isinstance(state, Program):
-        raise UsageError(f"export to {to} needs the state that the program was made from")
-    raise ConversionError(f"export to {to} from the command line is not available yet; call jquant_converters.{name}")
+        raise UsageError("export to onnx needs the state that the program was made from")
+    from jquant_converters import to_onnx
+
+    model = to_onnx(state.graph, state.params) if state.qconfig is None else to_onnx(*state.calibrated())
+    return bytes(model.SerializeToString())

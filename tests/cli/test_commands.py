@@ -142,6 +142,8 @@ STEPS = {
     "compare arrays": f"compare c.jqs {TEST} --samples 5 -a real.npz --json",
     "report": f"report c.jqs {TEST} -o r2 --samples 4 --json",
     "export": "export c.jq --to stablehlo --batch 5 -o c.stablehlo",
+    "export onnx": "export c.jqs --to onnx -o c.onnx --json",
+    "export float onnx": "export d/float.jqs --to onnx -o f.onnx",
     "torch module": "calibrate net.py:make --shape 1,3,8,10 -c p.toml -d pictures -o p.jqs",
     "agreement": "eval p.jqs -d pictures -c p.toml --json",
     "doctor": "doctor --json",
@@ -247,6 +249,15 @@ def test_export_gives_the_same_outputs(done: dict, folder: Path) -> None:
     np.testing.assert_array_equal(loaded.call(x)[0], jq.run(jq.load(folder / "c.jq"), x))
 
 
+def test_onnx_export_writes_a_checked_model(done: dict, folder: Path) -> None:
+    import onnx
+
+    assert ok(done["export onnx"]).json["bytes"] == (folder / "c.onnx").stat().st_size
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(folder / "c.onnx").graph.node}
+    ok(done["export float onnx"])
+    assert "QuantizeLinear" not in {node.op_type for node in onnx.load(folder / "f.onnx").graph.node}
+
+
 def test_a_torch_module_and_a_folder_of_pictures(done: dict) -> None:
     ok(done["torch module"])
     modes = ok(done["agreement"]).json
@@ -295,6 +306,8 @@ def test_bad_arguments_are_named_in_one_line(folder: Path, done: dict) -> None:
         f"sensitivity c.jqs {TEST} --metric cosin": (1, "did you mean 'cosine'"),
         f"sensitivity c.jqs {TEST} --samples 4 --budget 0": (1, "below the cheapest"),
         "export c.jq --to onx -o x": (2, "unknown format 'onx'"),
+        "export c.jqs --to torch -o x": (1, "not available"),
+        "export c.jq --to onnx -o x": (2, "needs the state"),
         "inspect nothing_here:make": (1, "No module named"),
         "inspect net.py:mak": (1, "has no 'mak'"),
         "inspect net.py:make": (2, "give --shape"),
