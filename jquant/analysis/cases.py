@@ -72,7 +72,7 @@ def load_bad_cases(path: str | os.PathLike[str]) -> BadCases:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no bad cases at {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:  # np.load leaks its own
             found = {key: file[key] for key in file.files}
         about = {key.removeprefix("about:"): str(v) for key, v in found.items() if key.startswith("about:")}
         inputs = {key.removeprefix("input:"): v for key, v in found.items() if key.startswith("input:")}

@@ -2,6 +2,8 @@
 
 import io
 import math
+from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 from jquant.analysis.compare import Comparison, LayerError
@@ -81,4 +83,22 @@ def error_picture(comparison: Comparison) -> bytes:
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel(f"signal to noise of {comparison.b} against {comparison.a}, dB (120: equal)", fontsize=8)
+    return _png(figure)
+
+
+def depth_picture(comparisons: Mapping[str, Comparison]) -> bytes:
+    """The signal-to-noise ratio along depth, a line a comparison: where it falls is where accuracy is lost."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.0), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#d9e2ec", linewidth=0.6)
+    axes.tick_params(labelsize=8)
+    for (name, comparison), color in zip(comparisons.items(), cycle((_ACCENT, "#d9480f", "#5f3dc4", _INK))):
+        levels = [min(row.sqnr, 60.0) if math.isfinite(row.sqnr) else 0.0 for row in comparison.rows]
+        axes.plot(levels, "-o", color=color, linewidth=1, markersize=2.5, label=name)
+    axes.set_xlabel("values in graph order", fontsize=8)
+    axes.set_ylabel("signal to noise, dB (cut at 60)", fontsize=8)
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
     return _png(figure)

@@ -228,7 +228,7 @@ def multiplied_by(plan: Plan, value: str) -> list[str]:
     """The nodes that multiply a value, or one that has its format: what data movement made of it."""
     found: list[str] = []
     for reader in plan.graph.consumers[value]:
-        if reader.op.scale_rule == "same_as_input" and reader.name not in plan.owned:
+        if reader.op.scale_rule != "own" and reader.name not in plan.owned:  # it keeps the format
             found += multiplied_by(plan, reader.name)
         elif reader.inputs[0] == value or isinstance(reader.op, MatMul):  # an addend is not multiplied
             found.append(reader.name)

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+
+import jax
 
 from jquant.analysis.metrics import max_error, sqnr
 from jquant.apply import apply_with_taps
@@ -60,7 +63,7 @@ def table_costs(plan: Plan, params: Params, qparams: QParams, *inputs: Array) ->
             return _table(plan, scales, node, op, operand)
 
         own = table(node.op)
-        with_table = _with_value(plan, params, qparams, bound, node.name, own)
+        with_table = _with_value(plan, dict(params), dict(qparams), bound, node.name, own)
         scale = scales[node.name]
         assert scale is not None
         tried = {name: float(sqnr(function, table(op))) for name, op in _alternatives(plan, node).items()}
@@ -93,18 +96,14 @@ def _table(plan: Plan, scales: Mapping[str, Array | None], node: Node, op: Any, 
     return table_float(op, operand, x_scale, x_dtype, y_scale, y_dtype, rounding=plan.target.quantize_rounding)
 
 
+@partial(jax.jit, static_argnames=("plan", "name"))
 def _with_value(
-    plan: Plan, params: Params, qparams: QParams, inputs: Mapping[str, Array], name: str, value: Array
+    plan: Plan, params: Params, qparams: QParams, inputs: dict[str, Array], name: str, value: Array
 ) -> dict[str, Array]:
-    """Fake-quant with one value replaced."""
-    tap = fake_quant_tap(plan, qparams)
-    replaced = evaluate(
-        plan.graph,
-        inputs,
-        fake_quant_rule(plan, params, qparams),
-        lambda n, v: value if n == name else tap(n, v),
-    )
-    return replaced
+    """The outputs of fake-quant with one value replaced."""
+    tap, rule = fake_quant_tap(plan, qparams), fake_quant_rule(plan, params, qparams)
+    values = evaluate(plan.graph, inputs, rule, lambda n, v: value if n == name else tap(n, v))
+    return {output: values[output] for output in plan.graph.outputs}
 
 
 def _alternatives(plan: Plan, node: Node) -> dict[str, Any]:
@@ -113,10 +112,9 @@ def _alternatives(plan: Plan, node: Node) -> dict[str, Any]:
         return {}
     op: Any = node.op
     found = {}
-    for count in (6, 12, 24, 48, 96):
-        for placement in ("evenly", "curvature", "balanced"):
-            if isinstance(op.table.placement, tuple) and count == op.table.num_tables:
-                continue
+    own = () if isinstance(op.table.placement, tuple) else ((op.table.num_tables, "curvature"),)
+    for count, placement in (*own, (24, "evenly"), (24, "balanced"), (96, "evenly"), (96, "balanced")):
+        if count >= op.table.num_tables:
             options = replace(op.table, num_tables=count, placement=placement)
             if options != op.table:
                 found[f"num_tables={count}, placement={placement!r}"] = replace(op, table=options)

@@ -78,8 +78,9 @@ def read_arrays(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no data at {path}")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        return {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else loaded
+        with path.open("rb") as file:  # np.load leaks one that it opens itself and cannot read
+            loaded = np.load(file, allow_pickle=False)
+            return {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else loaded
     except (ValueError, OSError, KeyError, EOFError, BadZipFile) as error:
         raise FormatError(f"{path}: not a readable file of arrays: {error}") from error
 
