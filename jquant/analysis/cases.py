@@ -15,6 +15,7 @@ import numpy as np
 from jquant.analysis.meanings import Side, check_meaning, values_of
 from jquant.analysis.metrics import MetricFunction, badness, metric_of
 from jquant.analysis.sensitivity import measured_outputs
+from jquant.batch_norm import fold_kept
 from jquant.ir.evaluate import bind_inputs
 from jquant.ir.graph import check_params
 from jquant.lower import lower
@@ -119,6 +120,7 @@ def find_bad_cases(
     name, function = metric_of(metric)
     check_params(plan.graph, params)
     check_qparams(plan, qparams)
+    plan, params, qparams = fold_kept(plan, params, qparams)
     program = lower(plan, params, qparams) if "integer" in (a, b) else None
     side = Side(dict(params), dict(qparams), program)
     where = output or measured_outputs(plan)[0]

@@ -17,6 +17,7 @@ import numpy as np
 
 from jquant.analysis.cost import elements, macs
 from jquant.analysis.metrics import MetricFunction, badness, metric_of
+from jquant.batch_norm import fold_kept
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params
 from jquant.numerics.rounding import expand
@@ -152,6 +153,7 @@ def sensitivity(
     _check_choices(mode, kinds, lanes, bool(activations or weights))
     check_params(plan.graph, params)
     check_qparams(plan, qparams)
+    plan, params, qparams = fold_kept(plan, params, qparams)
     bound = [bind_inputs(plan.graph, b if isinstance(b, tuple | list) else (b,)) for b in batches]
     if not bound:
         raise CalibrationError("no batches: the iterable was empty (or used up by an earlier pass)")

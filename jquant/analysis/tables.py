@@ -9,6 +9,7 @@ import jax
 
 from jquant.analysis.metrics import max_error, sqnr
 from jquant.apply import apply_with_taps
+from jquant.batch_norm import fold_kept
 from jquant.ir.evaluate import evaluate
 from jquant.ir.graph import check_params
 from jquant.ops.base import eval_float
@@ -49,6 +50,7 @@ def table_costs(plan: Plan, params: Params, qparams: QParams, *inputs: Array) ->
     """
     check_params(plan.graph, params)
     check_qparams(plan, qparams)
+    plan, params, qparams = fold_kept(plan, params, qparams)
     values = apply_with_taps(plan, params, qparams, *inputs)[1]
     scales, first = value_scales(plan, qparams), plan.graph.outputs[0]
     bound = {entry.name: x for entry, x in zip(plan.graph.inputs, inputs, strict=True)}

@@ -9,6 +9,7 @@ import numpy as np
 
 from jquant.analysis.findings import Finding
 from jquant.apply import apply_with_taps
+from jquant.batch_norm import fold_kept
 from jquant.ir.evaluate import evaluate
 from jquant.ir.graph import is_finite
 from jquant.simulate import fake_quant_rule, fake_quant_tap, float_rule
@@ -81,6 +82,7 @@ def _overfit(where: str, message: str, numbers: Mapping[str, float]) -> Finding:
 
 def find_nan(plan: Plan, params: Params, qparams: QParams, *inputs: Array, quantized: bool = True) -> str | None:
     """The first value of the forward pass that is not finite, in graph order; None where all are."""
+    plan, params, qparams = fold_kept(plan, params, qparams)
     bound = {entry.name: x for entry, x in zip(plan.graph.inputs, inputs, strict=True)}
     rule = fake_quant_rule(plan, params, qparams) if quantized else float_rule(plan.graph, params)
     values = evaluate(plan.graph, bound, rule, fake_quant_tap(plan, qparams) if quantized else None)
