@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow conformance lint format wheel clean
+.PHONY: help venv demo test test-slow conformance support lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-slow: $(STAMP)  ## run only the tests marked slow
 
 conformance: $(STAMP)  ## compare every operator with the reference in bulk, write tests/conformance/RESULTS.md
 	@$(BIN)/python tests/conformance/run.py
+
+support: $(STAMP)  ## write the table of operators, docs/operators.md
+	@$(BIN)/python -m jquant_converters.support > docs/operators.md
 
 lint: $(STAMP)  ## check style, format and types
 	@$(BIN)/ruff check .

@@ -2,8 +2,7 @@
 
 import torch
 
-import jquant.ops as ops
-from jquant.types import Op
+from .exact_values import takes_exact
 
 # Of values in the graph. Integers of any width are int32 there.
 DTYPES = {
@@ -16,25 +15,4 @@ DTYPES = {
     torch.int64: "int32",
 }
 
-_MOVES = (
-    ops.Cat, ops.ChannelShuffle, ops.Expand, ops.Flatten, ops.Flip, ops.Gather, ops.IndexSelect, ops.Pad, ops.Permute,
-    ops.PixelShuffle, ops.PixelUnshuffle, ops.Reshape, ops.Roll, ops.Slice, ops.Stack, ops.Tile,
-)  # fmt: skip
-_COMPARES = (
-    ops.ArgMax, ops.ArgMin, ops.Equal, ops.Greater, ops.GreaterEqual, ops.Less, ops.LessEqual, ops.LogicalAnd,
-    ops.LogicalNot, ops.LogicalOr, ops.LogicalXor, ops.MaskedFill, ops.NotEqual, ops.ReduceAll, ops.ReduceAny,
-    ops.Where,
-)  # fmt: skip
-_ORDERS = (
-    ops.Clamp, ops.Maximum, ops.Minimum, ops.ReduceMax, ops.ReduceMin, ops.Sort, ops.SortIndices, ops.TopK,
-    ops.TopKIndices,
-)  # fmt: skip
-_ARITHMETIC = (ops.Abs, ops.Add, ops.CumSum, ops.Mod, ops.Mul, ops.Neg, ops.Sub, ops.Sum)
-_BITS = (ops.BitwiseAnd, ops.BitwiseNot, ops.BitwiseOr, ops.BitwiseXor)
-_MASKED = (ops.Attention, ops.Softmax)  # their mask
-_TAKES_EXACT = (*_MOVES, *_COMPARES, *_ORDERS, *_ARITHMETIC, *_BITS, *_MASKED, ops.Embedding)
-
-
-def takes_exact(op: Op) -> bool:
-    """Whether an operator has a meaning, in float and in integers, on an exact operand."""
-    return isinstance(op, _TAKES_EXACT)
+__all__ = ["DTYPES", "takes_exact"]

@@ -158,17 +158,18 @@ class _Float:
     """Every number as it is."""
 
     params: dict[str, Array]
-    written: dict[str, str] = field(default_factory=dict)  # {parameter: its value in the file}
+    # {(parameter, whether as a weight): its value in the file}. An embedding may share its table with a linear layer.
+    written: dict[tuple[str, bool], str] = field(default_factory=dict)
 
     def param(self, writer: Writer, node: Node, role: str) -> str:
         """The value of a parameter, written once."""
-        key = node.params[role]
-        if key not in self.written:
-            self.written[key] = writer.initializer(key, np.asarray(self.array(key)))
-        return self.written[key]
+        at = node.params[role], role in node.op.weight_roles
+        if at not in self.written:
+            self.written[at] = writer.initializer(at[0], np.asarray(self.array(node, role)))
+        return self.written[at]
 
-    def array(self, key: str) -> Array:
-        return self.params[key]
+    def array(self, node: Node, role: str) -> Array:
+        return self.params[node.params[role]]
 
     def keep(self, writer: Writer, name: str, op: Op | None) -> Callable[[str], str] | None:
         """How the real result of a node becomes the value `name`: None where it is that."""
@@ -199,8 +200,9 @@ class _Snapped(_Float):
         super().__init__(params)
         self.plan, self.qparams = plan, qparams
 
-    def array(self, key: str) -> Array:
-        if key not in self.plan.weights:
+    def array(self, node: Node, role: str) -> Array:
+        key = node.params[role]
+        if key not in self.plan.weights or role not in node.op.weight_roles:
             return self.params[key]
         integers, scale = self.quantized_weight(key)
         return dequantize(integers, expand(scale, self.plan.weight_axis.get(key), integers.ndim))
@@ -228,10 +230,10 @@ class _Qdq(_Snapped):
 
     def param(self, writer: Writer, node: Node, role: str) -> str:
         key = node.params[role]
-        if key in self.plan.weights:
-            if key not in self.written:
-                self.written[key] = self.write_weight(writer, key)
-            return self.written[key]
+        if key in self.plan.weights and role in node.op.weight_roles:
+            if (key, True) not in self.written:
+                self.written[key, True] = self.write_weight(writer, key)
+            return self.written[key, True]
         x_scale = self.value_scales[node.inputs[0]] if node.inputs else None
         weight = node.params.get("weight")
         if role == "bias" and weight in self.plan.weights and weight is not None and x_scale is not None:
@@ -363,7 +365,7 @@ class _Exporter:
                 Operand(result, self.types[node.name][0], str(dtype)),
                 params={role: self.numbers.param(self.writer, node, role) for role in self.written_roles(node)},
                 param_shapes={role: self.params[key].shape for role, key in node.params.items()},
-                arrays={role: np.asarray(self.numbers.array(key)) for role, key in node.params.items()},
+                arrays={role: np.asarray(self.numbers.array(node, role)) for role in node.params},
                 snap=lambda value: self.numbers.snap(node.name, value),
                 scales=self.numbers.scales(node.inputs),
                 dtype=self.numbers.dtype(node.inputs[0]) if node.inputs else "",

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx.reference
 import onnxruntime
+from onnx import TensorProto, helper
 
 import jquant as jq
 from jquant import ops
@@ -294,3 +295,53 @@ def graph_of(case: Case) -> tuple[jq.Graph, dict[str, jnp.ndarray]]:
     params = {f"layer.{role}": jnp.asarray(value) for role, value in roles.items()}
     node = jq.Node("layer", op, tuple(i.name for i in inputs), jq.FrozenMap({r: f"layer.{r}" for r in roles}))
     return jq.Graph(inputs, (node,), ("layer",)), params
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models by hand
+
+
+def model_of(nodes, inputs, outputs, *, opset=21, initializers=None):
+    types = {np.dtype(np.float32): 1, np.dtype(np.int64): 7, np.dtype(bool): 9, np.dtype(np.int32): 6}
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(n, types[v.dtype], v.shape) for n, v in inputs.items()],
+        [helper.make_tensor_value_info(n, t, None) for n, t in outputs.items()],
+        [onnx.numpy_helper.from_array(v, n) for n, v in (initializers or {}).items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=min(10, opset))
+
+
+def draw(*shape):
+    return np.random.default_rng([3, *shape]).normal(size=shape).astype(np.float32)
+
+
+def quantized_conv(*, x_zero=None, w_zero=None, x_dtype=np.int8, outputs_on_grid=True, relu=True, raw=False):
+    """x -> Q, DQ -> Conv of a dequantized weight and bias -> Relu -> Q, DQ -> y."""
+    weight = np.random.default_rng(1).integers(-128, 128, (4, 3, 3, 3)).astype(np.int8)
+    scales = np.float32([0.01, 0.02, 0.015, 0.03])
+    constants = {
+        "s_x": np.float32(0.05), "z_x": np.asarray(x_zero or 0, x_dtype), "w": weight, "s_w": scales,
+        "z_w": np.full(4, w_zero or 0, np.int8), "b": np.int32([100, -200, 300, 4]),
+        "s_b": np.float32(0.05) * scales, "s_y": np.float32(0.25),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s_x", "z_x"], ["x_q"]),
+        helper.make_node("DequantizeLinear", ["x_q", "s_x", "z_x"], ["x_d"]),
+        helper.make_node("DequantizeLinear", ["w", "s_w", "z_w"], ["w_d"], axis=0),
+        helper.make_node("DequantizeLinear", ["b", "s_b"], ["b_d"], axis=0),
+        helper.make_node("Conv", ["x_d", "w_d", "b_d"], ["c"], "conv", pads=[1, 1, 1, 1]),
+    ]
+    last = "c"
+    if relu:
+        nodes.append(helper.make_node("Relu", ["c"], ["r"], "relu"))
+        last = "r"
+    if outputs_on_grid:
+        nodes += [
+            helper.make_node("QuantizeLinear", [last, "s_y", "z_x"], ["y_q"]),
+            helper.make_node("DequantizeLinear", ["y_q", "s_y", "z_x"], ["y"]),
+        ]
+        last = "y"
+    outputs = {last: TensorProto.FLOAT} | ({"c": TensorProto.FLOAT} if raw else {})
+    return model_of(nodes, {"x": draw(2, 3, 5, 5)}, outputs, initializers=constants), constants

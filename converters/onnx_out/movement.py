@@ -20,6 +20,9 @@ def _(op: ops.Reshape, call: Call) -> None:
 
 @emit.register
 def _(op: ops.Flatten, call: Call) -> None:
+    if (op.start, op.end) == (1, -1) and len(call.inputs[0].shape) > 2:
+        call.add("Flatten", call.inputs[0], axis=1)
+        return
     call.reshape_to(call.output.shape, call.inputs[0])
 
 

@@ -1,0 +1,404 @@
+"""`from_onnx`: a float ONNX model as a graph and its params. `plan_from_onnx`: a QDQ model as a calibrated plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import onnx
+
+import jquant.ops as ops
+from jquant.ir.graph import validate
+from jquant.ir.passes import prune
+from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, JQuantError, Node, Op
+
+from .onnx_in import (
+    BATCHES,
+    INPUT_TYPES,
+    MAX_ELEMENTS,
+    TABLE,
+    TYPES,
+    Call,
+    Grid,
+    Integers,
+    Known,
+    Refused,
+    Result,
+    Unsupported,
+    Value,
+    array_of,
+    fold,
+    load_model,
+    result_of,
+)
+
+MAX_EXACT = 2**20  # elements of an exact constant, which is part of the graph
+# What damaged numbers make numpy and jax raise. Their text becomes the reason.
+_DAMAGE = (TypeError, ValueError, IndexError, KeyError, OverflowError, ZeroDivisionError, MemoryError, RecursionError)
+
+
+def from_onnx(
+    source: Any, *, shapes: Mapping[str, Sequence[int | None]] | None = None
+) -> tuple[Graph, dict[str, Array]]:
+    """Imports a float ONNX model of opset 10 to 21.
+
+    Args:
+      source: a path, the bytes of a file, or an `onnx.ModelProto`.
+      shapes: {input: shape}, for inputs whose shape is not in the file; None is the free batch, on axis 0.
+
+    Returns:
+      The graph and {initializer: float32 array}. Nodes have the names of the ONNX nodes, or of their first results;
+      int64 values are int32. What follows only from constants and shapes is computed now.
+
+    Raises:
+      ConversionError: a damaged file, or operators jquant lacks (all are listed). FileNotFoundError: no file.
+
+    Example:
+      >>> import jquant as jq
+      >>> from jquant_converters import from_onnx, to_onnx
+      >>> graph = jq.Graph((jq.Input("x", (None, 3)),), (jq.Node("y", jq.ops.Relu(), ("x",)),), ("y",))
+      >>> from_onnx(to_onnx(graph, {}))[0] == graph
+      True
+    """
+    imported = read(source, shapes)
+    if imported.grids or imported.weights:
+        raise ConversionError(
+            "the model has QuantizeLinear or DequantizeLinear: jquant_converters.plan_from_onnx(model, target=...) "
+            "reads it as a calibrated plan"
+        )
+    return imported.graph, imported.params
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A QuantizeLinear and DequantizeLinear around a value: what is read behind them."""
+
+    source: str
+    dtype: str
+    scale: float
+    result: str  # the ONNX name of it
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model as it was read. Values of `grids` are operands that are not made by a node: see `OnGrid`.
+
+    `weights` {parameter: the grid it was dequantized from}; `constants` the same by node, of operands
+    """
+
+    graph: Graph
+    params: dict[str, Array]
+    grids: dict[str, OnGrid]
+    weights: dict[str, Grid]
+
+
+def read(source: Any, shapes: Mapping[str, Sequence[int | None]] | None = None) -> Imported:
+    """Reads a model with its quantization."""
+    model, folder = load_model(source)
+    try:
+        reader = _Reader(model, folder, dict(shapes or {}))
+        reader.read()
+        return reader.build()
+    except Unsupported as reason:
+        raise ConversionError(f"an output or initializer of the model: {reason}") from reason
+    except _DAMAGE as error:
+        raise ConversionError(f"the model is damaged: {type(error).__name__}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the nodes
+
+
+@dataclass
+class _Reader:
+    """Resolves names, calls the handlers, and collects nodes. It is the graph that handlers see."""
+
+    model: onnx.ModelProto
+    folder: Path | None
+    shapes: dict[str, Sequence[int | None]]
+    results: dict[str, Result] = field(default_factory=dict)  # by ONNX name
+    nodes: dict[str, Node] = field(default_factory=dict)
+    made: dict[str, Value] = field(default_factory=dict)  # {node or input: its value}
+    inputs: list[Input] = field(default_factory=list)
+    params: dict[str, np.ndarray] = field(default_factory=dict)
+    keys: dict[int, str] = field(default_factory=dict)  # {id of a Known: its parameter}
+    kept: list[Any] = field(default_factory=list)  # keeps those ids alive
+    weights: dict[str, Grid] = field(default_factory=dict)
+    grids: dict[str, OnGrid] = field(default_factory=dict)
+    readers: dict[str, int] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+    batch: Value | None = None
+    opset: int = 0
+
+    def read(self) -> None:
+        graph = self.model.graph
+        self.opset = next(e.version for e in self.model.opset_import if e.domain in ("", "ai.onnx"))
+        if self.model.functions:
+            raise ConversionError(
+                "the model has functions of its own; onnx.inliner.inline_local_functions takes them out"
+            )
+        if graph.sparse_initializer:
+            raise ConversionError("the model has sparse initializers; make them dense")
+        for node in graph.node:
+            for name in node.input:
+                self.readers[name] = self.readers.get(name, 0) + 1
+        stored = {tensor.name for tensor in graph.initializer}
+        for entry in graph.input:
+            if entry.name not in stored:
+                self.read_input(entry)
+        for tensor in graph.initializer:
+            self.define(tensor.name, self.read_tensor(tensor))
+        for node in graph.node:
+            self.read_node(node)
+        if self.problems:
+            raise ConversionError(
+                "jquant cannot import:\n  "
+                + "\n  ".join(self.problems[:50])
+                + (f"\n  and {len(self.problems) - 50} more" if len(self.problems) > 50 else "")
+                + "\nReplace them in the model, cut it before them (onnx.utils.extract_model), or add a handler to "
+                "jquant_converters.onnx_in.TABLE"
+            )
+
+    def define(self, name: str, result: Result) -> None:
+        if not name or name in self.results:
+            raise ConversionError(f"the value {name!r} is {'made twice' if name else 'without a name'}")
+        if isinstance(result, Known) and not result.label:
+            result = replace(result, label=name)
+        self.results[name] = result
+
+    def read_tensor(self, tensor: onnx.TensorProto) -> Known:
+        array = array_of(tensor, self.folder)
+        narrow = Grid("int4", np.ones((), np.float32), None) if TYPES[tensor.data_type] == "int4" else None
+        return Known((array, array), tensor.name, narrow)
+
+    def read_input(self, entry: onnx.ValueInfoProto) -> None:
+        name, kind = entry.name, entry.type.tensor_type
+        dtype = INPUT_TYPES.get(TYPES.get(kind.elem_type, ""))
+        if not entry.type.HasField("tensor_type") or dtype is None:
+            raise ConversionError(
+                f"input {name!r} is no tensor of {', '.join(INPUT_TYPES)}; convert it before the model"
+            )
+        if name in self.shapes:
+            shape = tuple(self.shapes[name])
+        elif kind.HasField("shape"):
+            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+        else:
+            raise ConversionError(
+                f"input {name!r} has no shape in the file; give it: shapes={{{name!r}: (None, 3, 32, 32)}}"
+            )
+        if None in shape[1:]:
+            at = shape.index(None, 1)
+            raise ConversionError(
+                f"axis {at} of input {name!r} is free, and only axis 0, the batch, can be; give its shape: "
+                f"shapes={{{name!r}: {shape}}} with numbers"
+            )
+        sizes = [math.prod(b if n is None else n for n in shape) for b in BATCHES]
+        if any(n is not None and n < 1 for n in shape) or max(sizes) >= MAX_ELEMENTS or len(shape) > 16:
+            raise ConversionError(f"input {name!r} has the shape {list(shape)[:16]}")
+        self.inputs.append(Input(self.unique(name), shape, dtype))
+        small, large = (tuple(b if n is None else n for n in shape) for b in BATCHES)
+        value = self.made[self.inputs[-1].name] = Value(self.inputs[-1].name, (small, large), dtype)
+        self.define(name, value)
+        if self.batch is None and shape and shape[0] is None:
+            self.batch = value
+
+    def read_node(self, node: onnx.NodeProto) -> None:
+        name = self.unique(node.name or next((o for o in node.output if o), node.op_type))
+        self.taken.discard(name)  # `add` takes it
+        try:
+            results = self.convert(node, name)
+        except Unsupported as reason:
+            self.fail(node, str(reason))
+            results = [Refused("")] * len(node.output)
+        except ConversionError as error:
+            self.fail(node, str(error))
+            results = [Refused("")] * len(node.output)
+        except (*_DAMAGE, JQuantError) as error:
+            self.fail(node, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            results = [Refused("")] * len(node.output)
+        for output, result in zip(node.output, results, strict=False):
+            if output:
+                self.define(output, result)
+
+    def fail(self, node: onnx.NodeProto, reason: str) -> None:
+        """Lists a node that cannot be read; not one that only reads what failed already."""
+        if reason:
+            self.problems.append(f"{node.op_type} {node.name!r} making {list(node.output)[:4]}: {reason}")
+
+    def convert(self, node: onnx.NodeProto, name: str) -> list[Result]:
+        if node.domain not in ("", "ai.onnx"):
+            raise Unsupported(f"domain {node.domain!r}; only ONNX's own operators are known")
+        if node.op_type not in TABLE and node.op_type not in ("Shape", "Size", "Range", "ReduceProd"):
+            raise Unsupported("there is no such operator in jquant")
+        inputs = tuple(self.resolve(i) if i else None for i in node.input)
+        if any(isinstance(x, Refused) and not x.reason for x in inputs):
+            raise Unsupported("")
+        call = Call(node, name, self.opset, inputs, self)
+        folded = fold(call)
+        if folded is not None:
+            return folded
+        if node.op_type not in TABLE:
+            raise Unsupported("it is known for constants and shapes only")
+        found = TABLE[node.op_type](call)
+        return list(found) if isinstance(found, list) else [found]
+
+    def resolve(self, name: str) -> Result:
+        if name not in self.results:
+            raise ConversionError(
+                f"it reads {name!r} before a node makes it: the graph has a cycle, or is not in order"
+            )
+        return self.results[name]
+
+    # -- what handlers use
+
+    def unique(self, name: str) -> str:
+        candidate, count = name, 0
+        while candidate in self.taken:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.taken.add(candidate)
+        return candidate
+
+    def add(self, name: str, op: Op, operands: tuple[Value, ...], params: dict[str, Known]) -> str:
+        name = self.unique(name)
+        roles = {role: self.key(value, f"{name}.{role}") for role, value in params.items()}
+        self.nodes[name] = Node(name, op, tuple(x.name for x in operands), FrozenMap(roles))
+        kinds = tuple((x.shapes, x.dtype) for x in operands)
+        shapes, dtype = result_of(op, kinds, tuple((role, v.at[0].shape) for role, v in params.items()))
+        self.made[name] = Value(name, shapes, dtype)
+        return name
+
+    def key(self, value: Known, name: str) -> str:
+        """The key of a parameter, stored once."""
+        found = self.keys.get(id(value))
+        if found is None:
+            array = value.at[0]
+            if not np.isfinite(array).all():
+                raise Unsupported(f"constant {value.name or name!r} has values that are not finite")
+            wanted, count = value.name or value.label or name, 0
+            found = wanted
+            while found in self.params:
+                count += 1
+                found = f"{wanted}_{count}"
+            self.params[found] = np.asarray(array, np.float32)
+            self.keys[id(value)] = found
+            self.kept.append(value)
+            if value.grid is not None:
+                self.weights[found] = value.grid
+        return found
+
+    def constant(self, value: Known, name: str) -> Value:
+        """A node for a constant that an operator reads; floats are parameters, integers part of the graph."""
+        if not value.fixed:
+            raise Unsupported("an operand computed from the batch size")
+        array = value.at[0]
+        for node in self.nodes.values():
+            if isinstance(node.op, ops.Constant) and self.keys.get(id(value)) == node.params["value"]:
+                return self.made[node.name]
+        if array.dtype == np.float32:
+            return self.made[self.add(value.label or name, ops.Constant(), (), {"value": value})]
+        if array.dtype == np.uint8:
+            raise Unsupported("a constant of uint8; make it int32 or float32")
+        if array.size > MAX_EXACT:
+            raise Unsupported(f"a constant of {array.size} integers")
+        if array.dtype != np.bool_ and array.size and (array.min() < -(2**31) or array.max() >= 2**31):
+            raise Unsupported("a constant beyond int32")
+        values = tuple(int(v) for v in array.reshape(-1))
+        op = ops.IntegerConstant(shape=array.shape, values=values, dtype="bool" if array.dtype == np.bool_ else "int32")
+        return self.made[self.add(value.label or name, op, (), {})]
+
+    def maker_of(self, name: str) -> Op | None:
+        node = self.nodes.get(name)
+        return None if node is None else node.op
+
+    def operands_of(self, name: str) -> tuple[str, ...]:
+        return self.nodes[name].inputs
+
+    def value_of(self, name: str) -> Value:
+        return self.made[name]
+
+    def known_of(self, name: str) -> np.ndarray | None:
+        node = self.nodes.get(name)
+        return self.params[node.params["value"]] if node is not None and isinstance(node.op, ops.Constant) else None
+
+    def takes_bias(self, name: str) -> bool:
+        """Whether a linear layer has no bias and one reader in the file."""
+        names = [o for o, r in self.results.items() if isinstance(r, Value) and r.name == name]
+        read_once = len(names) == 1 and self.readers.get(names[0]) == 1
+        outputs = {o.name for o in self.model.graph.output}
+        return read_once and not outputs & set(names) and "bias" not in self.nodes[name].params
+
+    def set_bias(self, name: str, bias: Known) -> None:
+        node = self.nodes[name]
+        self.nodes[name] = replace(node, params=FrozenMap({**node.params, "bias": self.key(bias, f"{name}.bias")}))
+
+    def on_grid(self, integers: Integers, result: str) -> Value:
+        """The value behind a QuantizeLinear and DequantizeLinear: which node makes it is decided when all is read."""
+        source = integers.value
+        if source.name in self.grids:  # a pair behind a pair: nothing, or another format
+            before = self.grids[source.name]
+            if (before.dtype, before.scale) == (integers.dtype, integers.scale):
+                return source
+            source = self.made[self.add(result, ops.Requantize(), (source,), {})]
+        for name, found in self.grids.items():
+            if (found.source, found.dtype, found.scale) == (source.name, integers.dtype, integers.scale):
+                return self.made[name]
+        name = self.unique(f"{source.name}@{integers.dtype}")
+        self.grids[name] = OnGrid(source.name, integers.dtype, integers.scale, result)
+        self.made[name] = replace(source, name=name)
+        return self.made[name]
+
+    # -- the end
+
+    def build(self) -> Imported:
+        outputs: list[str] = []
+        for entry in self.model.graph.output:
+            result = self.results.get(entry.name)
+            if isinstance(result, Refused):
+                raise ConversionError(f"output {entry.name!r}: {result.reason}")
+            if isinstance(result, Integers) or result is None:
+                what = "integers; put a DequantizeLinear before it" if result is not None else "made by no node"
+                raise ConversionError(f"output {entry.name!r} is {what}")
+            value = self.constant(result, entry.name) if isinstance(result, Known) else result
+            outputs.append(self.output_of(value, entry.name, outputs))
+        if not outputs:
+            raise ConversionError("the model has no outputs")
+        return finish(Graph(tuple(self.inputs), tuple(self.nodes.values()), tuple(outputs)), self)
+
+    def output_of(self, value: Value, name: str, others: list[str]) -> str:
+        """The node of an output; an input that is passed on gets one of its own."""
+        if value.name not in {i.name for i in self.inputs} and value.name not in others:
+            return value.name
+        if value.dtype != "float32":
+            raise ConversionError(f"output {name!r} is {value.name!r} itself; leave it out of the outputs")
+        return self.add(name, ops.Requantize(), (value,), {})
+
+
+def finish(graph: Graph, reader: _Reader) -> Imported:
+    """Drops what reaches no output, and checks the rest."""
+    wanted = set(graph.outputs)
+    nodes = []
+    for node in reversed(graph.nodes):
+        if node.name in wanted:
+            nodes.append(node)
+            for operand in node.inputs:
+                wanted |= {operand, reader.grids[operand].source} if operand in reader.grids else {operand}
+        elif any(g.source == node.name and n in wanted for n, g in reader.grids.items()):
+            nodes.append(node)
+            wanted |= set(node.inputs)
+    graph = replace(graph, nodes=tuple(reversed(nodes)))
+    grids = {name: found for name, found in reader.grids.items() if name in wanted}
+    params = {key: jnp.asarray(reader.params[key]) for key in graph.param_names}
+    weights = {key: grid for key, grid in reader.weights.items() if key in params}
+    if not grids:
+        try:
+            validate(prune(graph), params)
+        except JQuantError as error:
+            raise ConversionError(f"the model is not well formed: {error}") from error
+    return Imported(graph, params, grids, weights)
