@@ -26,7 +26,8 @@ What each operator of `jquant.ops` can do. This page is written by `make support
 - **scale**: `own` is calibrated; `kept` is that of the operand; `derived` follows from the operands.
 - **fake-quant**: in calibration and training. A mask, an index or a pixel is exact, and never quantized.
 - **integers**: the formats of values in an integer program. A `chain` is replaced by int16 operators in `jq.prepare`.
-- **torch in**, **ONNX in**: `from_torch`, `from_onnx` and `plan_from_onnx` make it. **ONNX out**: `to_onnx` writes it.
+- **torch in**, **ONNX in**: `from_torch`, `from_onnx` and `plan_from_onnx` make it. **torch out**,
+  **ONNX out**: `to_torch` and `to_onnx` write it.
 
 """
 
@@ -72,6 +73,7 @@ COLUMNS: Mapping[str, Column] = {
     "integers": integers,
     "torch in": lambda cls: _yes(cls.__name__ in named_in("aten")),
     "ONNX in": lambda cls: _yes(cls.__name__ in named_in("onnx_in")),
+    "torch out": lambda cls: _yes(cls.__name__ in named_in("torch_out")),
     "ONNX out": lambda cls: _yes(cls.__name__ in named_in("onnx_out")),
 }
 

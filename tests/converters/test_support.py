@@ -8,6 +8,7 @@ from onnx_helpers import CASES
 from jquant import ops
 from jquant_converters import support
 from jquant_converters.onnx_out import emit
+from jquant_converters.torch_out import torch_rule
 
 PAGE = Path(__file__).parents[2] / "docs" / "operators.md"
 
@@ -23,9 +24,10 @@ def test_every_operator_has_a_row():
     assert {type(op).__name__ for op, *_ in CASES.values()} <= set(rows)
 
 
-def test_what_is_said_of_the_export_is_what_is_registered():
-    said = {cls for cls in support.operators() if support.COLUMNS["ONNX out"](cls) == "yes"}
-    assert said == {cls for cls in support.operators() if cls in emit.registry}
+@pytest.mark.parametrize(("column", "rules"), [("ONNX out", emit), ("torch out", torch_rule)])
+def test_what_is_said_of_an_export_is_what_is_registered(column, rules):
+    said = {cls for cls in support.operators() if support.COLUMNS[column](cls) == "yes"}
+    assert said == {cls for cls in support.operators() if cls in rules.registry}
 
 
 @pytest.mark.parametrize(

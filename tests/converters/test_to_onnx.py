@@ -356,6 +356,13 @@ def test_a_format_without_an_onnx_one():
         to_onnx(plan, params, qparams)
 
 
+def test_a_kept_batch_norm_is_not_left_out():
+    graph, params = imported("video")
+    plan, params = jq.prepare(graph, params, jq.QConfig({"*": None}), target=EXACT, batch_norm="live")
+    with pytest.raises(jq.ConversionError, match=r"jq\.fold_batch_norm puts it into the weights"):
+        to_onnx(plan, params, {})
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "net.onnx"
     plan, params, qparams = calibrated(*small(), [example()])
