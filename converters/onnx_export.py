@@ -82,13 +82,9 @@ def to_onnx(
         )
     if isinstance(model, Plan) and kept_nodes(model):
         model, params, qparams = fold_batch_norm(model, params, qparams or {})
+    if isinstance(model, Plan) and any(getattr(n.op, "batch_norm", None) is not None for n in model.graph.nodes):
+        model, params, qparams = fold_batch_norm(model, params, qparams or {})
     graph = model.graph if isinstance(model, Plan) else validate(model)
-    kept = [n.name for n in graph.nodes if getattr(n.op, "batch_norm", None) is not None]
-    if kept:
-        raise ConversionError(
-            f"node {kept[0]!r} and {len(kept) - 1} others keep their batch norm for training; jq.fold_batch_norm puts "
-            "it into the weights"
-        )
     check_params(graph, params)
     table = None
     if isinstance(model, Plan):

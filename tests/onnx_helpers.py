@@ -112,7 +112,7 @@ def _elementwise() -> dict[str, Case]:
         cls.__name__: (cls(), (X,), {})
         for cls in (ops.Relu, ops.Relu6, ops.Abs, ops.Neg, ops.Floor, ops.Ceil, ops.Round, ops.Dropout, ops.Requantize)
     }
-    found |= {cls.__name__: (cls(), (X,), {}) for cls in (ops.QuantStub, ops.DeQuantStub)}
+    found |= {cls.__name__: (cls(), (X,), {}) for cls in (ops.QuantStub, ops.DeQuantStub, ops.StopGradient)}
     pairs = (ops.Add, ops.Sub, ops.Mul, ops.Div, ops.Minimum, ops.Maximum, ops.Mod)
     pairs += (ops.Equal, ops.NotEqual, ops.Greater, ops.GreaterEqual, ops.Less, ops.LessEqual)
     found |= {cls.__name__: (cls(), (X, Y), {}) for cls in pairs}

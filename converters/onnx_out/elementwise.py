@@ -41,6 +41,7 @@ PLAIN: dict[type[Op], str] = {
     ops.Sin: "Sin",
     ops.Sinh: "Sinh",
     ops.Softsign: "Softsign",
+    ops.StopGradient: "Identity",
     ops.Tan: "Tan",
     ops.Tanh: "Tanh",
 }

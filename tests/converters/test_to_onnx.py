@@ -356,11 +356,15 @@ def test_a_format_without_an_onnx_one():
         to_onnx(plan, params, qparams)
 
 
-def test_a_kept_batch_norm_is_not_left_out():
+def test_a_kept_batch_norm_is_folded():
     graph, params = imported("video")
-    plan, params = jq.prepare(graph, params, jq.QConfig({"*": None}), target=EXACT, batch_norm="live")
-    with pytest.raises(jq.ConversionError, match=r"jq\.fold_batch_norm puts it into the weights"):
-        to_onnx(plan, params, {})
+    policy = jq.Policy(output=jq.int8(), weight=jq.int8(axis="out"))
+    plan, params = jq.prepare(graph, params, jq.QConfig({"*": policy}), target=EXACT, batch_norm="live")
+    x = to_numpy(architectures.inputs("video", 4, seed=0))
+    qparams = jq.calibrate(plan, params, [tuple(map(jnp.asarray, x))])
+    folded = to_onnx(*jq.fold_batch_norm(plan, params, qparams))
+    assert to_onnx(plan, params, qparams).SerializeToString() == folded.SerializeToString()
+    assert "BatchNormalization" not in {n.op_type for n in folded.graph.node}
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
