@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -210,6 +211,7 @@ def measure(task: Task, data: Path, seeds: list[int], wanted: str, steps: int, c
             right = labels[measuring]
             found.append((100 * float((baseline[measuring] == right).mean()), 100 * float((got == right).mean())))
         rows.append(Row(task.title, recipe, *zip(*found, strict=True)))
+        jax.clear_caches()  # no recipe runs what another one compiled
         console.print(*rows[-1].cells, sep=" | ")
     return rows
 
@@ -220,9 +222,10 @@ def markdown(rows: list[Row], seeds: list[int], steps: int) -> str:
         "",
         "Written by `python benchmarks/ptq_accuracy.py --data DIR`. Mean over the seeds",
         f"{', '.join(map(str, seeds))} (smallest to largest); a seed decides which images calibrate. Float is measured",
-        "on the same images as the quantized net. Weights have a scale per output channel where nothing else is said,",
-        f"the first and the last layer 8 bits; values take the scale of least squared error; AdaRound {steps} steps.",
-        "The chip has no 4-bit values: W4A4 is fake-quant, with signed values behind a relu as well.",
+        "on the images of the quantized net. Weights have a scale per output channel where nothing else is said, the",
+        "first and the last layer 8 bits; values take the scale of least squared error;",
+        f"AdaRound takes {steps} steps. The chip has no 4-bit values: W4A4 is fake-quant, with signed values behind a",
+        "relu as well.",
         "Integers are the simulated nash-e program; nothing here was compared with a board.",
     ]
     for title in dict.fromkeys(row.task for row in rows):
