@@ -136,10 +136,11 @@ def test_grad_and_jvp(outer, name: str, framework: str) -> None:
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_gradient_of_fake_quant_is_near_that_of_the_function(framework: str) -> None:
     fn, qfn, variables, _ = quantized(framework)
-    expected = jax.grad(lambda p: (fn(p, X) ** 2).sum())(variables["params"])
-    found = jax.grad(lambda p: (qfn({**variables, "params": p}, X) ** 2).sum())(variables["params"])
+    inside = 0.8 * X  # of the range that X calibrated: at its ends the gradient is cut off
+    expected = jax.grad(lambda p: (fn(p, inside) ** 2).sum())(variables["params"])
+    found = jax.grad(lambda p: (qfn({**variables, "params": p}, inside) ** 2).sum())(variables["params"])
     a, b = (jnp.concatenate([g.ravel() for g in jax.tree.leaves(tree)]) for tree in (expected, found))
-    passed = b != 0  # it is 0 where a weight or value leaves the range
+    passed = b != 0  # it is 0 where a weight is at the end of its range
     assert float(passed.mean()) > 0.5
     assert float(jnp.abs(jnp.where(passed, a - b, 0.0)).max()) <= 0.3 * float(jnp.abs(a).max())
 
