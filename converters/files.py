@@ -23,9 +23,8 @@ import torch
 from jquant.types import FormatError
 
 _ENTRIES = (
-    "archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id", "version",
-    ".format_version", ".storage_alignment", "models/*.json", "data/weights/*", "data/constants/*",
-    "data/sample_inputs/*.pt",
+    "archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id", ".format_version",
+    ".storage_alignment", "models/*.json", "data/weights/*", "data/constants/*", "data/sample_inputs/*.pt",
 )  # fmt: skip
 _TARGET = re.compile(r"torch\.ops\.[a-z_]\w*\.\w+(\.\w+)?|torch\._ops\.[a-z_]\w*\.\w+(\.\w+)?|_operator\.\w+|math\.\w+")
 _SYMBOLIC = {"sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sqrt", "sym_sum"}
@@ -47,7 +46,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
       FileNotFoundError: no file.
     """
     path = _existing(path)
-    if zipfile.is_zipfile(path):
+    if _is_archive(path):
         with _archive(path) as archive:
             _check_sizes(archive, path)
     try:
@@ -78,13 +77,15 @@ def read_exported(path: str | os.PathLike[str]) -> Any:
       FileNotFoundError: no file.
     """
     path = _existing(path)
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         raise FormatError(f"{path}: not an archive of torch.export.save")
     with _archive(path) as archive:
         _check_sizes(archive, path)
         try:
             _check_content(archive, path)
-        except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except FormatError:
+            raise
+        except Exception as error:  # whatever a damaged archive makes zipfile and json raise
             raise FormatError(f"{path}: not a readable exported program: {_first_line(error)}") from error
     try:
         with warnings.catch_warnings():
@@ -103,6 +104,11 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     return path
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _archive(path: Path) -> zipfile.ZipFile:

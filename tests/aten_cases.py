@@ -350,6 +350,8 @@ MOVE: dict[str, Callable[[Any], Any]] = {
     "aten.detach_.default": lambda v: A.detach_.default(v.x * 2) + v.y,
     "aten.resolve_conj.default": lambda v: A.resolve_conj.default(v.x) + v.y,
     "aten.resolve_neg.default": lambda v: A.resolve_neg.default(v.x) + v.y,
+    "aten.unfold.default": lambda v: A.unfold.default(v.im, 2, 2, 2),
+    "aten.unfold.default/overlap": lambda v: A.unfold.default(v.x, -1, 3, 2),
     "aten.index_select.default": lambda v: A.index_select.default(v.x, 1, torch.tensor([3, 0, 0])),
     "aten.index.Tensor": lambda v: v.x[:, [3, 1]],
     "aten.index.Tensor/table": lambda v: v.wl[torch.tensor([[0, -1], [2, 3]])] * v.x.mean(),

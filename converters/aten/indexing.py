@@ -82,6 +82,21 @@ def topk(out: Any, x: Node, k: Any, axis: int = -1, largest: bool = True, is_sor
     return [Call(first, (x,)), Call(ops.TopKIndices(**at), (x,))]
 
 
+def windows(out: Shape, x: Node, axis: int, size: int, step: int) -> Any:
+    """Windows of an axis, which may overlap; their elements become the last axis."""
+    require(rank_of(x) > 0, "a number has no axis")
+    axis, shape = axis_of(axis, rank_of(x)), shape_of(x)
+    require(isinstance(shape[axis], int), "it takes windows of the batch")
+    count = (shape[axis] - size) // step + 1
+    indices = tuple(i * step + j for i in range(count) for j in range(size))
+    source: Any = x
+    if indices != tuple(range(shape[axis])):
+        source = Call(ops.IndexSelect(axis=axis, indices=indices), (x,), label="select")
+    split = reshaped((*shape[:axis], count, size, *shape[axis + 1 :]), source, label="split")
+    axes = (*range(axis + 1), *range(axis + 2, len(shape) + 1), axis + 1)
+    return Call(ops.Permute(axes=axes), (split,))
+
+
 TABLE: dict[Any, Handler] = {
     aten.index_select.default: picked,
     aten.index.Tensor: index,
@@ -91,4 +106,5 @@ TABLE: dict[Any, Handler] = {
     aten.argsort.default: argsort,
     aten.argsort.stable: stable(argsort),
     aten.topk.default: topk,
+    aten.unfold.default: windows,
 }

@@ -1,0 +1,90 @@
+"""StableHLO: written, read in a process without jquant, and equal."""
+
+import os
+import subprocess
+import sys
+
+import graphs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jquant as jq
+from jquant.types import FormatError
+
+QCONFIG = jq.QConfig({"*": jq.Policy(output=jq.int8(), weight=jq.int8(axis="out"))})
+
+
+@pytest.fixture(scope="module")
+def network():
+    build = graphs.Builder(3)
+    build.shapes["x"] = (3, 8, 8)
+    x = build.add(jq.ops.Relu(), (build.conv("x", 6, 3, 2),), (6, 4, 4))
+    x = build.add(jq.ops.Add(), (build.conv(x, 6, 3, groups=6), x), (6, 4, 4))
+    x = build.add(jq.ops.Sigmoid(), (build.pool(jq.ops.AvgPool, x, 3, 1, 1),), (6, 4, 4))
+    x = build.add(jq.ops.Mean(axes=(2, 3)), (x,), (6,))
+    head = build.add(
+        jq.ops.Linear(), (x,), (5,), weight=build.array("head.weight", 5, 6), bias=build.array("head.bias", 5)
+    )
+    graph = build.graph(head, size=8)
+    plan, params = jq.prepare(graph, build.params, QCONFIG, target=jq.targets.NASH_E)
+    qparams = jq.calibrate(plan, params, [graphs.images(s, graph) for s in range(2)])
+    return plan, params, qparams, jq.lower(plan, params, qparams)
+
+
+def test_a_program_serves_any_batch_and_gives_its_bits(network, tmp_path):
+    plan, _, _, program = network
+    jq.to_stablehlo(tmp_path / "net.stablehlo", program)
+    call = jq.from_stablehlo(tmp_path / "net.stablehlo")
+    for batch in (1, 5):
+        x = graphs.images(batch, plan.graph, batch)
+        np.testing.assert_array_equal(np.asarray(call(x)), np.asarray(jq.run(program, x)))
+    assert os.listdir(tmp_path) == ["net.stablehlo"]
+
+
+def test_raw_is_integers_and_has_no_float(network, tmp_path):
+    program = network[-1]
+    jq.to_stablehlo(tmp_path / "raw", program, raw=True, batch=2)
+    x = jnp.asarray(np.random.default_rng(0).integers(-128, 128, (2, 3, 8, 8)), jnp.int8)
+    call = jq.from_stablehlo(tmp_path / "raw")
+    np.testing.assert_array_equal(np.asarray(call(x)), np.asarray(jq.run(program, x, raw=True)))
+    text = jax.export.deserialize(bytearray((tmp_path / "raw").read_bytes())).mlir_module()
+    assert "stablehlo" in text
+    assert "f32" not in text
+
+
+def test_fake_quant_is_what_apply_computes(network, tmp_path):
+    plan, params, qparams, _ = network
+    jq.to_stablehlo(tmp_path / "fake", plan, params, qparams)
+    x = graphs.images(7, plan.graph, 4)
+    expected = np.asarray(jq.apply(plan, params, qparams, x))
+    np.testing.assert_array_equal(np.asarray(jq.from_stablehlo(tmp_path / "fake")(x)), expected)
+
+
+def test_a_process_without_jquant_runs_it(network, tmp_path):
+    plan, _, _, program = network
+    jq.to_stablehlo(tmp_path / "net", program)
+    x = graphs.images(1, plan.graph, 2)
+    np.save(tmp_path / "x.npy", np.asarray(x))
+    code = (
+        "import sys, jax, jax.export, numpy as np\n"
+        f"call = jax.export.deserialize(bytearray(open({str(tmp_path / 'net')!r}, 'rb').read())).call\n"
+        f"np.save({str(tmp_path / 'y.npy')!r}, np.asarray(call(np.load({str(tmp_path / 'x.npy')!r}))))\n"
+        "assert 'jquant' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=300)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), np.asarray(jq.run(program, x)))
+
+
+def test_what_is_refused(network, tmp_path):
+    plan, params, qparams, _ = network
+    with pytest.raises(FormatError, match="takes a Program, or a Plan with params and qparams, not Plan"):
+        jq.to_stablehlo(tmp_path / "a", plan)
+    with pytest.raises(FormatError, match="raw is for programs"):
+        jq.to_stablehlo(tmp_path / "a", plan, params, qparams, raw=True)
+    with pytest.raises(FileNotFoundError):
+        jq.from_stablehlo(tmp_path / "a")
+    (tmp_path / "a").write_bytes(b"no module")
+    with pytest.raises(FormatError, match="not a StableHLO module"):
+        jq.from_stablehlo(tmp_path / "a")
