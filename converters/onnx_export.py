@@ -25,7 +25,17 @@ from jquant.ops.base import derived_scale
 from jquant.simulate import check_qparams, scale_of, value_scales, value_types
 from jquant.types import Array, ConversionError, Graph, Node, Op, Params, Plan, QParams, QuantSpec
 
-from .onnx_out import TYPES, Call, Operand, Unsupported, Writer, emit, framework_layout, refuse
+from .onnx_out import (
+    TYPES,
+    Call,
+    Operand,
+    Unsupported,
+    Writer,
+    channels_first,
+    emit,
+    framework_layout,
+    refuse,
+)
 
 Form = Literal["qdq", "float"]
 QDQ_OPSET, FLOAT_OPSET = 21, 19
@@ -92,7 +102,14 @@ def to_onnx(
         check_offsets(model, qparams or {})
         shapes = {name: kind.shape for name, kind in value_types(graph, params).items()}
         graph = framework_layout(graph, shapes)
+        if own := [node.name for node in graph.nodes if getattr(node.op, "channels_last", False)]:
+            raise ConversionError(
+                f"node {own[0]!r} runs channels-last in the traced function itself; ONNX has channels first. Export "
+                "the float graph that jq.trace returned, or a function in the layout [N, C, H, W]"
+            )
         table = quantization_table(model, params, qparams or {}) if form == "float" else None
+    else:
+        graph = channels_first(graph, {name: kind.shape for name, kind in value_types(graph, params).items()})
     numbers: _Numbers = _Float(dict(params))
     if isinstance(model, Plan):
         numbers = (_Qdq if form == "qdq" else _Snapped)(dict(params), model, dict(qparams or {}))

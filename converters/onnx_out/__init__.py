@@ -1,7 +1,7 @@
 """How a graph becomes ONNX nodes: one rule an operator, a family a file. `emit.register` adds a rule of one's own."""
 
 from . import elementwise, images, layers, movement, recurrent, reduce
-from .layout import channels_last_values, framework_layout
+from .layout import channels_first, channels_last_values, framework_layout
 from .writer import TYPES, Call, Operand, Unsupported, Writer, emit, format_shape, refuse
 
 _FAMILIES = (elementwise, images, layers, movement, recurrent, reduce)
@@ -12,6 +12,7 @@ __all__ = [
     "Operand",
     "Unsupported",
     "Writer",
+    "channels_first",
     "channels_last_values",
     "emit",
     "format_shape",

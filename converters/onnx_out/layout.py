@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from jquant.ops.base import to_channels_last
+from jquant.ops.grid_sample import GridSample
 from jquant.ops.movement import Permute
 from jquant.types import ConversionError, Graph, Node, Op
 
@@ -36,6 +37,34 @@ def framework_layout(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> Gra
             last.add(node.name)
         nodes.append(replace(node, op=op, inputs=tuple(same.get(value, value) for value in node.inputs)))
     return Graph(graph.inputs, tuple(nodes), tuple(same.get(value, value) for value in graph.outputs))
+
+
+def channels_first(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
+    """A float graph whose operators all run on [N, C, *S]: those that a traced function has channels-last are permuted.
+
+    A value keeps its name and its order.
+    """
+    nodes = []
+    for node in graph.nodes:
+        if not getattr(node.op, "channels_last", False):
+            nodes.append(node)
+            continue
+        operands = list(node.inputs)
+        moved = operands[:1] if isinstance(node.op, GridSample) else operands  # a grid keeps its order
+        for i, value in enumerate(moved):
+            rank = len(shapes[value])
+            if rank >= 3:
+                operands[i] = f"{node.name}.{i}.to_first"
+                nodes.append(Node(operands[i], Permute(axes=(0, rank - 1, *range(1, rank - 1))), (value,)))
+        op: Any = replace(node.op, channels_last=False)  # type: ignore[call-arg]
+        rank = len(shapes[node.name])
+        if rank < 3:
+            nodes.append(replace(node, op=op, inputs=tuple(operands)))
+            continue
+        inner = f"{node.name}.first"
+        nodes.append(replace(node, name=inner, op=op, inputs=tuple(operands)))
+        nodes.append(Node(node.name, Permute(axes=(0, *range(2, rank), 1)), (inner,)))
+    return replace(graph, nodes=tuple(nodes))
 
 
 def channels_last_values(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:

@@ -93,3 +93,19 @@ def test_a_tied_embedding_stays_one_parameter() -> None:
     readers = [node for node in graph.nodes if "embed.embedding" in node.params.values()]
     assert [type(node.op).__name__ for node in readers] == ["Embedding", "Linear"]
     assert params["embed.embedding"].shape == (17, 12)
+
+
+def test_a_traced_graph_goes_out_to_onnx() -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    from jquant_converters import to_onnx
+
+    net = jax_nets.NETS["resnet"]()  # channels last, which ONNX does not have
+    graph, params = jq.trace(net.fn, net.params, *net.inputs)
+    model = to_onnx(graph, params)
+    (found,) = ReferenceEvaluator(model).run(None, {"x": np.asarray(net.inputs[0])})
+    expected = np.asarray(net.fn(net.params, *net.inputs))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    plan, params = jq.prepare(graph, params, QCONFIG, target=jq.targets.NASH_E)
+    with pytest.raises(jq.ConversionError, match="channels-last in the traced function"):
+        to_onnx(plan, params, jq.calibrate(plan, params, [net.inputs]))
