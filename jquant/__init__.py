@@ -4,7 +4,7 @@ The way of a model: a float `Graph` (imported by `jquant_converters.from_torch`)
 `apply_train` (fake-quant), `lower`, `run` (integers). Every step is a pure function of pytrees.
 """
 
-from jquant import analysis, images, ops, ptq, quantizers, reference, targets, templates
+from jquant import analysis, flax, images, ops, ptq, quantizers, reference, targets, templates
 from jquant.apply import apply, apply_with_taps
 from jquant.batch_norm import fold_batch_norm, set_batch_statistics, split_batch_stats
 from jquant.calibrate import (
@@ -31,7 +31,8 @@ from jquant.prepare import explain, prepare
 from jquant.qat import Trainable, TrainState, apply_train, labels
 from jquant.qconfig import QConfig, consistency, float16, high_precision, int2, int3, int4, int8, int16, uint4, uint8
 from jquant.qconfig_file import qconfig_from_json, qconfig_from_toml, qconfig_to_json, qconfig_to_toml
-from jquant.quantize import quantize_params, weight_qparams
+from jquant.quantize import QuantizedFunction, quantize
+from jquant.quantize_params import quantize_params, weight_qparams
 from jquant.quantizers import adaround, fake_quant, float16_cast, forward_mode, lsq, lsq_plus, pact
 from jquant.simulate import evaluate_float
 from jquant.stablehlo import from_stablehlo, to_stablehlo
@@ -84,6 +85,7 @@ __all__ = [
     "QConfig",
     "QConfigError",
     "QuantSpec",
+    "QuantizedFunction",
     "Quantizer",
     "States",
     "Target",
@@ -111,6 +113,7 @@ __all__ = [
     "fake_quant",
     "finalize_stats",
     "find_states",
+    "flax",
     "float16",
     "float16_cast",
     "fold_batch_norm",
@@ -156,6 +159,7 @@ __all__ = [
     "qconfig_from_toml",
     "qconfig_to_json",
     "qconfig_to_toml",
+    "quantize",
     "quantize_params",
     "quantizers",
     "reference",

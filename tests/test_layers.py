@@ -31,7 +31,7 @@ LAYERS = (
         "optimizer_state",
         "prepare",
     }
-    | {"ptq", "qat", "quantize", "region", "simulate", "stablehlo", "states", "trace"},
+    | {"flax", "ptq", "qat", "quantize", "quantize_params", "region", "simulate", "stablehlo", "states", "trace"},
     {"analysis", "reference"},
     {"cli", "__main__"},
 )

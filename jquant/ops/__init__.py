@@ -39,6 +39,17 @@ from jquant.ops.compare import (
 from jquant.ops.composite import Div, GroupNorm, InstanceNorm, LayerNorm, LogSoftmax, Norm, RmsNorm, Softmax, Variance
 from jquant.ops.conv import Conv, ConvTranspose, Linear
 from jquant.ops.elementwise import Abs, Add, Clamp, Constant, IntegerConstant, Mul, Neg, Requantize, Scale, Sub
+from jquant.ops.functional import (
+    affine_grid,
+    channel_shuffle,
+    grid_sample,
+    interpolate,
+    nv12_to_centred_yuv444,
+    pixel_shuffle,
+    pixel_unshuffle,
+    roi_align,
+    warp,
+)
 from jquant.ops.grid import AffineGrid, base_grid, denormalize_grid, grid_scale, normalize_grid
 from jquant.ops.grid_sample import GridSample, Warp
 from jquant.ops.image import CentrePixels, Nv12ToCentredYuv444, RoiResize, SwapChannels
@@ -240,18 +251,27 @@ __all__ = [
     "Variance",
     "Warp",
     "Where",
+    "affine_grid",
     "as_table",
     "base_grid",
+    "channel_shuffle",
     "constraints",
     "decompose",
     "denormalize_grid",
     "derived_scale",
     "eval_float",
     "eval_integer",
+    "grid_sample",
     "grid_scale",
+    "interpolate",
     "lower_op",
     "normalize_grid",
+    "nv12_to_centred_yuv444",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "roi_align",
     "table_float",
     "to_channels_last",
     "traits",
+    "warp",
 ]

@@ -61,6 +61,13 @@ def source_of(known: Known) -> tuple[str, tuple[int, ...]] | None:
     return known.path, index
 
 
+def only_moves(known: Known) -> bool:
+    """Whether a known value is made of elements of leaves, none of them changed."""
+    return bool(known.path) or (
+        known.primitive in (*_MOVES, "concatenate") and all(only_moves(operand) for operand in known.operands)
+    )
+
+
 def leaves_of(known: Known) -> list[str]:
     """The paths of all leaves that a known value is computed from."""
     found, pending, seen = [], [known], set()
