@@ -250,6 +250,8 @@ class _Reader:
         """Whether a call depends on no input and on no trained parameter, so that its value is known now."""
         if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
             return False
+        if node.target in _MAKES_NEW and not any(n for n in node.all_input_nodes[1:]):
+            return all(isinstance(n, int) for n in shape_of(node))  # the first operand only lends its dtype
         return all(self.is_known(n) for n in node.all_input_nodes)
 
     def is_known(self, node: FxNode) -> bool:
@@ -272,7 +274,11 @@ class _Reader:
         return tensor
 
     def run(self, node: FxNode) -> Any:
-        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), self.constant_tensor)
+        arguments = (node.args, dict(node.kwargs))
+        if node.target in _MAKES_NEW:
+            like = torch.empty(0, dtype=node.args[0].meta["val"].dtype)
+            arguments = ((like, *node.args[1:]), dict(node.kwargs))
+        args, kwargs = torch.fx.map_arg(arguments, self.constant_tensor)
         with torch.no_grad():
             try:
                 return node.target(*args, **kwargs)
@@ -494,6 +500,11 @@ class _Reader:
 
 
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default}
+_MAKES_NEW = {
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_full.default,
+}
 _MAY_ALIAS = {torch.ops.aten.dropout.default}  # returns its input in eval mode, though the schema says otherwise
 
 

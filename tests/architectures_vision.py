@@ -521,6 +521,7 @@ IMAGE = ((3, 16, 16),)
 VISION = {
     "resnet50": (bottlenecks, ((3, 32, 32),)),
     "resnext": (lambda: bottlenecks(4), ((3, 32, 32),)),
+    "deep_residual": (deep_residual, IMAGE),
     "vgg": (vgg, IMAGE),
     "vgg_bn": (lambda: vgg(True), IMAGE),
     "alexnet": (alexnet, ((3, 24, 24),)),

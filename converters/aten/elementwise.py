@@ -319,6 +319,7 @@ TABLE: dict[Any, Handler] = {
     aten.threshold.default: threshold,
     # dropout
     aten.dropout.default: dropout,
+    aten.dropout_.default: dropout,
     aten.feature_dropout.default: refused_dropout,
     aten.alpha_dropout.default: refused_dropout,
     aten.feature_alpha_dropout.default: refused_dropout,
