@@ -176,3 +176,26 @@ def test_examples_of_the_three_depths_run() -> None:
     losses = three_depths.main(steps=2)
     assert set(losses) == {"by hand", "weights", "whole model"}
     assert all(np.isfinite(list(losses.values())))
+
+
+def test_a_dropout_that_is_on_is_read_as_dropout() -> None:
+    module, x = nn.Sequential([nn.Dense(8), nn.Dropout(0.25, deterministic=False)]), jax_nets.images(4, 6)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    fn, params = jq.flax.from_linen(module, module.init(keys, x), rngs={"dropout": jax.random.key(2)})
+    qfn, variables = jq.quantize(fn, params, INT8, [x])
+    (dropout,) = [node.op for node in qfn.plan.graph.nodes if isinstance(node.op, jq.ops.Dropout)]
+    assert dropout.rate == pytest.approx(0.25)
+    still, active = qfn(variables, x), qfn(variables, x, rngs=jax.random.key(3))
+    assert 0 < float((active == 0).mean()) < 0.6
+    np.testing.assert_allclose(jnp.where(active == 0, 0, active * 0.75), jnp.where(active == 0, 0, still), rtol=1e-5)
+
+
+def test_a_traced_plan_goes_out_to_torch() -> None:
+    import torch
+
+    from jquant_converters import to_torch
+
+    fn, params, x = small()
+    qfn, variables = jq.quantize(fn, params, INT8, [x])
+    module = to_torch(qfn.plan, qfn.params_of(variables["params"]), variables["qparams"])
+    np.testing.assert_allclose(module(torch.tensor(np.asarray(x))).detach(), qfn(variables, x), rtol=0, atol=1e-5)

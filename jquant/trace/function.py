@@ -53,7 +53,8 @@ def trace(
     refuses it.
 
     Args:
-      fn: `fn(params, *inputs)`, in its evaluation mode: running statistics, no dropout. Of flax: `jq.flax`.
+      fn: `fn(params, *inputs)`, with running statistics. A dropout whose key depends on no input becomes `Dropout`,
+        active where `apply_train` gets a key. Modules of flax: `jq.flax`.
       params: a pytree. Its floating-point leaves are float32 and become parameters, named by their path, such as
         "block1.conv.kernel", in the layout of the operator that reads them.
       *inputs: example arrays, float32, or int32, bool and uint8 for exact inputs; a pytree of them counts leaf by leaf.

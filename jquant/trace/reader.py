@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -43,7 +44,7 @@ class Reader:
         """The values of a jaxpr's results."""
         found: dict[Any, Value] = dict(zip(jaxpr.invars, operands, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
-            found[var] = const if isinstance(const, Known | Draft | Entry) else values.constant(np.asarray(const))
+            found[var] = const if isinstance(const, Known | Draft | Entry) else values.constant(_as_array(const))
 
         def value_of(atom: Any) -> Value:
             return values.constant(np.asarray(atom.val)) if isinstance(atom, core.Literal) else found[atom]
@@ -199,6 +200,12 @@ class Reader:
         ]
 
 
+def _as_array(constant: Any) -> Any:
+    """A constant of a jaxpr; a key of random numbers is no array of numpy."""
+    is_key = isinstance(constant, jax.Array) and jnp.issubdtype(constant.dtype, jax.dtypes.prng_key)
+    return constant if is_key else np.asarray(constant)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Calls
 
@@ -261,7 +268,7 @@ def _part(reader: Reader, stack: Value, i: int) -> Value:
 def _stacked(reader: Reader, parts: list[Value]) -> Value:
     if all(isinstance(part, Known) for part in parts):
         known = [cast(Known, part) for part in parts]
-        return values.known_from("stack", lambda *arrays: jax.numpy.stack(arrays), [values.full(k) for k in known])
+        return values.known_from("stack", lambda *arrays: jnp.stack(arrays), [values.full(k) for k in known])
     if len(parts) == 1:
         return reader.reshape(parts[0], (1, *parts[0].shape))
     return reader.draft(Stack(axis=0), *parts, shape=(len(parts), *parts[0].shape), dtype=parts[0].dtype)
