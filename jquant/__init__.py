@@ -4,7 +4,7 @@ The way of a model: a float `Graph` (imported by `jquant_converters.from_torch`)
 `apply_train` (fake-quant), `lower`, `run` (integers). Every step is a pure function of pytrees.
 """
 
-from jquant import analysis, flax, images, ops, ptq, quantizers, reference, targets, templates
+from jquant import analysis, flax, images, ops, ptq, quantizers, reference, targets, templates, training
 from jquant.apply import apply, apply_with_taps
 from jquant.batch_norm import fold_batch_norm, set_batch_statistics, split_batch_stats
 from jquant.calibrate import (
@@ -27,6 +27,7 @@ from jquant.lower import lower
 from jquant.migrate import migrate_optimizer_state, parameter_sources
 from jquant.observers import clip_std, histogram, kl, min_max, mix, moving_average, mse, norm, percentile
 from jquant.ops.base import constraints, decompose, derived_scale, eval_float, eval_integer, lower_op, to_channels_last
+from jquant.plan_file import plan_from_json, plan_to_json
 from jquant.prepare import explain, prepare
 from jquant.qat import Trainable, TrainState, apply_train, labels
 from jquant.qconfig import QConfig, consistency, float16, high_precision, int2, int3, int4, int8, int16, uint4, uint8
@@ -153,6 +154,8 @@ __all__ = [
     "pact",
     "parameter_sources",
     "percentile",
+    "plan_from_json",
+    "plan_to_json",
     "prepare",
     "ptq",
     "qconfig_from_json",
@@ -174,6 +177,7 @@ __all__ = [
     "to_channels_last",
     "to_stablehlo",
     "trace",
+    "training",
     "uint4",
     "uint8",
     "update_stats",

@@ -29,9 +29,11 @@ LAYERS = (
         "lower",
         "migrate",
         "optimizer_state",
+        "plan_file",
         "prepare",
     }
-    | {"flax", "ptq", "qat", "quantize", "quantize_params", "region", "simulate", "stablehlo", "states", "trace"},
+    | {"flax", "ptq", "qat", "quantize", "quantize_params", "region", "simulate", "stablehlo", "states", "trace"}
+    | {"training"},
     {"analysis", "reference"},
     {"cli", "__main__"},
 )
