@@ -1,5 +1,8 @@
 """`jq.quantize` and the helpers for flax: training in anyone's loop, and the way back to the framework's variables."""
 
+import importlib
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import jax_nets
@@ -12,6 +15,7 @@ from flax.training.train_state import TrainState
 
 import jquant as jq
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 INT8 = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
 WEIGHTS = jq.QConfig({"*": jq.Policy(weight=jq.int4(axis="out"), output=None)})
 
@@ -170,8 +174,9 @@ def test_a_function_of_jquant_under_vmap_is_read_inside() -> None:
     np.testing.assert_array_equal(jq.evaluate_float(graph, params, x)[0], fn({}, x))
 
 
-def test_examples_of_the_three_depths_run() -> None:
-    from examples import three_depths
+def test_examples_of_the_three_depths_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    three_depths = importlib.import_module("three_depths")
 
     losses = three_depths.main(steps=2)
     assert set(losses) == {"by hand", "weights", "whole model"}
