@@ -19,8 +19,10 @@ from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, JQuant
 
 from .onnx_in import (
     BATCHES,
+    FOLDS,
     INPUT_TYPES,
     MAX_ELEMENTS,
+    OF_SHAPES,
     TABLE,
     TYPES,
     Call,
@@ -234,7 +236,7 @@ class _Reader:
     def convert(self, node: onnx.NodeProto, name: str) -> list[Result]:
         if node.domain not in ("", "ai.onnx"):
             raise Unsupported(f"domain {node.domain!r}; only ONNX's own operators are known")
-        if node.op_type not in TABLE and node.op_type not in ("Shape", "Size", "Range", "ReduceProd"):
+        if node.op_type not in TABLE and node.op_type not in FOLDS and node.op_type not in OF_SHAPES:
             raise Unsupported("there is no such operator in jquant")
         inputs = tuple(self.resolve(i) if i else None for i in node.input)
         if any(isinstance(x, Refused) and not x.reason for x in inputs):

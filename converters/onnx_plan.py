@@ -100,6 +100,7 @@ class _Placed:
     alias: dict[str, str] = field(default_factory=dict)  # {operand behind a pair: value}
     nodes: dict[str, Node] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    readers: dict[str, int] = field(default_factory=dict)
 
     def place(self) -> Graph:
         graph = self.imported.graph

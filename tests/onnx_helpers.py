@@ -12,6 +12,11 @@ from onnx import TensorProto, helper
 
 import jquant as jq
 from jquant import ops
+from jquant.integer import quantize_inputs
+from jquant.ir.evaluate import evaluate
+from jquant.simulate import value_shapes
+from jquant_converters import to_onnx
+from jquant_converters.onnx_out import channels_last_values
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -47,6 +52,32 @@ def integers(model: onnx.ModelProto, *inputs: Any) -> dict[str, np.ndarray]:
             copy.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], types[node.input[2]], None))
     found = session(copy).run([o.name for o in copy.graph.output][len(model.graph.output) :], feeds(model, inputs))
     return dict(zip(names, found, strict=True))
+
+
+def apart(plan: jq.Plan, params: Any, qparams: Any, x: Any) -> dict[str, np.ndarray]:
+    """{value: distances in LSB} of a QDQ model from the program, where each node gets the operands of the QDQ model.
+
+    So one node is compared at a time; else a difference of one LSB would come out of the next layer as several.
+    """
+    program, model = jq.lower(plan, params, qparams), to_onnx(plan, params, qparams)
+    theirs = integers(model, *x)
+    last = channels_last_values(plan.graph, value_shapes(plan.graph, params))
+    found: dict[str, np.ndarray] = {}
+
+    def tap(name: str, value: Any) -> Any:
+        if name not in theirs:
+            return value
+        given = np.moveaxis(theirs[name], 1, -1) if name in last else theirs[name]
+        found[name] = np.abs(given.astype(np.int64) - np.asarray(value))
+        return jnp.asarray(given, value.dtype)
+
+    def rule(node: jq.Node, *operands: Any) -> Any:
+        constants = program.constants[node.name]
+        return jq.eval_integer(node.op, program.formats[node.name], program.target, *operands, **constants)
+
+    named = {entry.name: jnp.asarray(v) for entry, v in zip(plan.graph.inputs, x, strict=True)}
+    evaluate(program.graph, quantize_inputs(program, named), rule, tap)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

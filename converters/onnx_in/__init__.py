@@ -5,7 +5,7 @@ A handler takes a `Call` and returns what its node makes: values, constants, or 
 
 from . import elementwise, images, layers, movement, quantize, recurrent, reduce
 from .call import Call, Handler, result_of
-from .fold import FOLDS, fold
+from .fold import FOLDS, OF_SHAPES, fold
 from .load import INPUT_TYPES, MAX_ELEMENTS, OPSETS, TYPES, array_of, load_model
 from .values import BATCHES, Grid, Integers, Known, Refused, Result, Unsupported, Value, known
 
@@ -23,6 +23,7 @@ __all__ = [
     "Integers",
     "Known",
     "MAX_ELEMENTS",
+    "OF_SHAPES",
     "OPSETS",
     "Refused",
     "Result",

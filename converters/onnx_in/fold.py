@@ -13,6 +13,9 @@ from .call import Call, axes_of, axis_of
 from .load import INPUT_TYPES, TYPES
 from .values import Known, Result, Value, require
 
+OF_SHAPES = ("Shape", "Size")
+# How many operands cannot be left out; of the others, all.
+_NEEDED = {"Slice": 3, "Squeeze": 1, "ReduceMax": 1, "ReduceMin": 1, "ReduceProd": 1, "ReduceSum": 1}
 MAX_FOLDED = 2**22  # elements of what is computed
 Arrays = Sequence[np.ndarray]
 
@@ -20,7 +23,7 @@ Arrays = Sequence[np.ndarray]
 def fold(call: Call) -> list[Result] | None:
     """The results of a node that depends on constants and shapes alone; None where it is no such node."""
     kind = call.node.op_type
-    if kind in ("Shape", "Size"):
+    if kind in OF_SHAPES:
         return [_shape(call)]
     present = [x for x in call.inputs if x is not None]
     if kind not in FOLDS or not present or not all(isinstance(x, Known) for x in present):
@@ -28,6 +31,8 @@ def fold(call: Call) -> list[Result] | None:
     if kind == "Transpose":
         return [_transpose(call)]
     arguments = [x if isinstance(x, Known) else None for x in call.inputs]
+    needed = arguments[: _NEEDED.get(kind, len(arguments))]
+    require(all(x is not None for x in needed), "an operand is missing")
     same = all(x is None or x.at[0] is x.at[1] for x in arguments)
     found = []
     for i in (0,) if same else (0, 1):

@@ -194,7 +194,14 @@ def nested(depth):
     return helper.make_model(inner, opset_imports=[helper.make_opsetid("", 21)])
 
 
+def operand_left_out():
+    """Only the axes of a squeeze of constants."""
+    nodes = [helper.make_node("Squeeze", ["", "axes"], ["c"]), helper.make_node("Add", ["x", "c"], ["y"])]
+    return model_of(nodes, {"x": draw(1, 3)}, {"y": 1}, initializers={"axes": np.asarray([0], np.int64)})
+
+
 ATTACKS = {
+    "operand left out": (operand_left_out, "an operand is missing"),
     "claims more than it has": (lambda: claims([3, HUGE]), "claims"),
     "negative size": (lambda: claims([-3]), "has the shape"),
     "overflowing size": (lambda: claims([2**33, 2**33]), "claims"),

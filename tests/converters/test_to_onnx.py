@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 
 import jquant as jq
 from jquant import ops
-from jquant.ir.evaluate import evaluate
 from jquant.simulate import evaluate_float, value_shapes
 from jquant_converters import from_torch, to_onnx
 from jquant_converters.onnx_export import METADATA, quantization_table
-from jquant_converters.onnx_out import channels_last_values, emit, framework_layout
+from jquant_converters.onnx_out import emit, framework_layout
 
 # ONNX rounds the float quotient half to even, from the whole product.
 EXACT = replace(jq.targets.NASH_E, post_rounding="half_even", high_precision_rescale=True)
@@ -130,35 +129,8 @@ def test_powers_of_two_are_exact_in_larger_networks(name):
 
 
 def steps_apart(quantized, x):
-    """{node: largest distance in LSB} where each node of the program gets the operands that the QDQ model has.
-
-    So one node is compared at a time; else a difference of one LSB would come out of the next layer as several.
-    """
-    plan, params, _ = quantized
-    program, model = jq.lower(*quantized), to_onnx(*quantized)
-    theirs = helpers.integers(model, *x)
-    shapes = value_shapes(plan.graph, params)
-    last = channels_last_values(plan.graph, shapes)
-    found = {}
-
-    def tap(name, value):
-        if name not in theirs:
-            return value
-        given = np.moveaxis(theirs[name], 1, -1) if name in last else theirs[name]
-        found[name] = int(np.abs(given.astype(np.int64) - np.asarray(value)).max())
-        return jnp.asarray(given, value.dtype)
-
-    def rule(node, *operands):
-        return jq.eval_integer(
-            node.op, program.formats[node.name], program.target, *operands, **program.constants[node.name]
-        )
-
-    start = {
-        entry.name: jnp.asarray(v) if entry.name not in theirs else jnp.asarray(theirs[entry.name])
-        for entry, v in zip(plan.graph.inputs, x, strict=True)
-    }
-    evaluate(program.graph, start, rule, tap)
-    return found
+    """{node: largest distance in LSB}, one node at a time."""
+    return {name: int(d.max()) for name, d in helpers.apart(*quantized, x).items()}
 
 
 @pytest.mark.parametrize(
