@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jquant.types import Array, ConversionError, FormatError, Graph
+from jquant.types import Array, ConversionError, FormatError, Graph, Plan
 
 from .torch_import import from_torch
+from .torch_out.module import to_torch
 
 
 def import_module(
@@ -50,3 +52,33 @@ def _load(module: torch.nn.Module, path: Path) -> None:
         module.load_state_dict(found, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise FormatError(f"{path}: {error}") from error
+
+
+def torch_archive(plan: Plan | Graph, params: Mapping[str, Array], qparams: Mapping[str, Array] | None = None) -> bytes:
+    """`to_torch` as the bytes of a .pt2 archive, with a symbolic batch.
+
+    `torch.export.load` reads it once `import torch.ao.quantization.fx._decomposed` has defined the operators.
+
+    Raises:
+      ConversionError: as `to_torch`.
+    """
+    graph = plan if isinstance(plan, Graph) else plan.graph
+    inputs = tuple(
+        torch.zeros([2 if n is None else n for n in entry.shape], dtype=getattr(torch, entry.dtype))
+        for entry in graph.inputs
+    )
+    batch = torch.export.Dim("batch", min=1)
+    dynamic = tuple({0: batch} if entry.shape[:1] == (None,) else None for entry in graph.inputs)
+    module = to_torch(plan, params, qparams)
+    program = torch.export.export(module, inputs, dynamic_shapes=(dynamic,) if _takes_any(module) else dynamic)
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    return stream.getvalue()
+
+
+def _takes_any(module: Any) -> bool:
+    """Whether forward is declared as *args, for which dynamic shapes go in one tuple."""
+    import inspect
+
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    return kinds == [inspect.Parameter.VAR_POSITIONAL]

@@ -100,5 +100,5 @@ def depth_picture(comparisons: Mapping[str, Comparison]) -> bytes:
         axes.plot(levels, "-o", color=color, linewidth=1, markersize=2.5, label=name)
     axes.set_xlabel("values in graph order", fontsize=8)
     axes.set_ylabel("signal to noise, dB (cut at 60)", fontsize=8)
-    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    axes.legend(fontsize=8, frameon=False, loc="upper right")
     return _png(figure)

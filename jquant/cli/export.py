@@ -11,7 +11,7 @@ from jquant.cli.models import Config, Model, Output, load_model
 from jquant.cli.settings import read_settings
 from jquant.cli.state import State
 from jquant.lower import lower
-from jquant.types import ConversionError, Program
+from jquant.types import Program
 
 FORMATS = ("stablehlo", "onnx", "torch")
 
@@ -20,28 +20,27 @@ FORMATS = ("stablehlo", "onnx", "torch")
 def export(
     model: Model,
     output: Output,
-    to: Annotated[str, typer.Option("--to", help="stablehlo or onnx.")] = "stablehlo",
+    to: Annotated[str, typer.Option("--to", help="stablehlo, onnx or torch.")] = "stablehlo",
     batch: Annotated[int, typer.Option(min=1, help="The batch size of a StableHLO file.")] = 1,
     config: Config = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a model for another tool: the integer program as StableHLO, or the quantized model as ONNX (QDQ).
+    """Write a model for another tool: the program as StableHLO, or the quantized model as ONNX (QDQ) or torch (.pt2).
 
     \b
     jquant export net.jq --to stablehlo --batch 8 -o net.stablehlo
     jquant export net.jqs --to onnx -o net.onnx
+    jquant export net.jqs --to torch -o net.pt2
     """
     console = Console(json, quiet, verbose)
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
     found = load_model(model)
     state = found if isinstance(found, Program) else found.under(read_settings(config))
-    if to == "torch":
-        raise ConversionError("export to torch is not available from the command line in this release; use onnx")
-    if to == "onnx":
-        data = _onnx(state)
+    if to in ("onnx", "torch"):
+        data = _foreign(state, to)
     else:
         data = stablehlo(state if isinstance(state, Program) else lower(*state.calibrated()), batch)
     with replacing(output) as partial:
@@ -67,11 +66,15 @@ def stablehlo(program: Program, batch: int) -> bytes:
     return bytes(jax_export.export(jax.jit(run))(*shapes).serialize())
 
 
-def _onnx(state: State | Program) -> bytes:
-    """The calibrated plan as a QDQ model; the float graph where there is no qconfig."""
+def _foreign(state: State | Program, to: str) -> bytes:
+    """The calibrated plan as a QDQ model or a .pt2 archive; the float graph where there is no qconfig."""
     if isinstance(state, Program):
-        raise UsageError("export to onnx needs the state that the program was made from")
+        raise UsageError(f"export to {to} needs the state that the program was made from")
+    model = (state.graph, state.params) if state.qconfig is None else state.calibrated()
+    if to == "torch":
+        from jquant_converters.command_line import torch_archive
+
+        return torch_archive(*model)
     from jquant_converters import to_onnx
 
-    model = to_onnx(state.graph, state.params) if state.qconfig is None else to_onnx(*state.calibrated())
-    return bytes(model.SerializeToString())
+    return bytes(to_onnx(*model).SerializeToString())

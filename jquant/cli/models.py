@@ -10,6 +10,7 @@ from jquant.cli.console import UsageError
 from jquant.cli.data import load_object
 from jquant.cli.settings import Settings, read_settings
 from jquant.cli.state import State, load_state, read_header
+from jquant.trace import trace
 from jquant.types import ConversionError, FormatError, Graph, Program
 
 Model = Annotated[
@@ -17,7 +18,8 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A state (.jqs) or program (.jq) of this tool, a .pt2 or .onnx file, or module:function or "
-        "file.py:function, which returns a torch module, (module, example inputs), or (graph, params).",
+        "file.py:function, which returns a torch module, (module, example inputs), (graph, params), or "
+        "(JAX function, params, example inputs).",
     ),
 ]
 Checkpoint = Annotated[
@@ -85,7 +87,7 @@ def _foreign(path: Path, kind: str) -> State:
 
     if not path.is_file():
         raise FileNotFoundError(f"no model at {path}")
-    name = {".pt2": "from_pt2", ".onnx": "from_onnx"}[kind]
+    name = {".pt2": "from_torch", ".onnx": "from_onnx"}[kind]
     convert = getattr(jquant_converters, name, None)
     if convert is None:
         raise ConversionError(f"{path}: reading {kind} files is not available in this release; use module:function")
@@ -97,6 +99,8 @@ def _called(source: str, checkpoint: Path | None, shapes: list[str] | None) -> S
 
     make = load_object(source)
     made: Any = make() if callable(make) and not hasattr(make, "state_dict") else make
+    if isinstance(made, tuple) and len(made) == 3 and callable(made[0]) and not hasattr(made[0], "state_dict"):
+        return State(*trace(made[0], made[1], *made[2]))
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Graph):
         if checkpoint is not None or shapes:
             raise UsageError("--checkpoint and --shape belong to a torch module; MODEL gave a graph")

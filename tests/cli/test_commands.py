@@ -52,6 +52,9 @@ def error(outputs, labels):
     return np.abs(outputs).max()
 def l2(a, b):
     return ((a - b) ** 2).mean()
+def function():
+    import jax.numpy as jnp
+    return (lambda p, x: jnp.maximum(x @ p["w"], 0)), {"w": jnp.ones((3, 2))}, (jnp.ones((2, 3)),)
 number = 3
 """
 
@@ -144,6 +147,8 @@ STEPS = {
     "export": "export c.jq --to stablehlo --batch 5 -o c.stablehlo",
     "export onnx": "export c.jqs --to onnx -o c.onnx --json",
     "export float onnx": "export d/float.jqs --to onnx -o f.onnx",
+    "export torch": "export c.jqs --to torch -o c.pt2",
+    "jax function": "inspect net.py:function",
     "torch module": "calibrate net.py:make --shape 1,3,8,10 -c p.toml -d pictures -o p.jqs",
     "agreement": "eval p.jqs -d pictures -c p.toml --json",
     "doctor": "doctor --json",
@@ -258,6 +263,22 @@ def test_onnx_export_writes_a_checked_model(done: dict, folder: Path) -> None:
     assert "QuantizeLinear" not in {node.op_type for node in onnx.load(folder / "f.onnx").graph.node}
 
 
+def test_torch_export_is_an_archive_that_torch_runs(done: dict, folder: Path) -> None:
+    import torch
+    import torch.ao.quantization.fx._decomposed  # defines the operators of the archive
+
+    ok(done["export torch"])
+    program = torch.export.load(folder / "c.pt2")
+    with np.load(folder / "d" / "test.npz") as data:
+        x = data["x"][:3]
+    outputs = program.module()(torch.from_numpy(x))
+    assert (outputs[0] if isinstance(outputs, tuple) else outputs).shape == (3, 6)
+
+
+def test_a_function_of_jax_is_a_model(done: dict) -> None:
+    assert "Relu" in ok(done["jax function"]).out
+
+
 def test_a_torch_module_and_a_folder_of_pictures(done: dict) -> None:
     ok(done["torch module"])
     modes = ok(done["agreement"]).json
@@ -306,7 +327,6 @@ def test_bad_arguments_are_named_in_one_line(folder: Path, done: dict) -> None:
         f"sensitivity c.jqs {TEST} --metric cosin": (1, "did you mean 'cosine'"),
         f"sensitivity c.jqs {TEST} --samples 4 --budget 0": (1, "below the cheapest"),
         "export c.jq --to onx -o x": (2, "unknown format 'onx'"),
-        "export c.jqs --to torch -o x": (1, "not available"),
         "export c.jq --to onnx -o x": (2, "needs the state"),
         "inspect nothing_here:make": (1, "No module named"),
         "inspect net.py:mak": (1, "has no 'mak'"),

@@ -1,0 +1,146 @@
+"""What comes in from files: settings, pictures, arrays and states, and what is wrong with them."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from small_nets import QCONFIG, small_graph
+
+import jquant as jq
+from jquant.cli.data import load_data, read_image
+from jquant.cli.settings import ImageSettings, read_settings
+from jquant.cli.state import State, load_state, save_state
+
+GRAPH = jq.Graph((jq.Input("x", (None, 3, 4, 6)),), (jq.Node("y", jq.ops.Relu(), ("x",)),), ("y",))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "7.png")
+    return tmp_path / "7.png", pixels
+
+
+def test_crop_colour_mean_std_and_layout(picture: tuple[Path, np.ndarray]) -> None:
+    path, pixels = picture
+    found = read_image(path, ImageSettings(crop=(4, 6), color="bgr", mean=(0.5, 0.4, 0.3), std=(0.2,)))
+    expected = (pixels[2:6, 2:8, ::-1] / 255 - [0.5, 0.4, 0.3]) / 0.2
+    np.testing.assert_allclose(found, expected.transpose(2, 0, 1), rtol=1e-5, atol=1e-6)
+    last = read_image(path, ImageSettings(crop=(4, 6), layout="nhwc", divisor=1.0))
+    np.testing.assert_array_equal(last, pixels[2:6, 2:8].astype(np.float32))
+
+
+@pytest.mark.parametrize("swing", ["full", "studio"])
+def test_yuv444_is_that_of_the_library(picture: tuple[Path, np.ndarray], swing: str) -> None:
+    path, pixels = picture
+    color = "yuv444" if swing == "full" else "yuv444_studio"
+    found = read_image(path, ImageSettings(color=color, divisor=128.0, layout="nhwc"))
+    expected = np.asarray(jq.images.rgb_to_centred_yuv444(jnp.asarray(pixels), swing=swing)) / np.float32(128)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_resize_keeps_the_aspect_for_one_number(picture: tuple[Path, np.ndarray]) -> None:
+    path, _ = picture
+    assert read_image(path, ImageSettings(resize=16)).shape == (3, 16, 20)
+    assert read_image(path, ImageSettings(resize=(5, 7))).shape == (3, 5, 7)
+    assert read_image(path, ImageSettings(color="gray")).shape == (1, 8, 10)
+    with pytest.raises(jq.FormatError, match=r"8x10 is smaller than the crop"):
+        read_image(path, ImageSettings(crop=9))
+    with pytest.raises(jq.FormatError, match=r"image.mean has 2 numbers for 3 channels"):
+        read_image(path, ImageSettings(mean=(0.1, 0.2)))
+    (path.parent / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(jq.FormatError, match=r"not a readable picture"):
+        read_image(path.parent / "bad.png", ImageSettings())
+
+
+def test_labels_come_from_folders_or_names(tmp_path: Path) -> None:
+    for folder, name in (("cat", "1"), ("ant", "2"), ("cat", "3")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / folder / f"{name}.png")
+    folders = load_data(str(tmp_path), GRAPH, ImageSettings())
+    (batch,) = folders.batches(8)
+    assert batch[1].tolist() == [0, 1, 1]  # ant, cat, cat
+    names = load_data(str(tmp_path), GRAPH, ImageSettings(labels="stem"))
+    assert [b[1].tolist() for b in names.batches(2)] == [[2, 1], [3]]
+    assert sum(len(x[0]) for x, _ in names.batches(2, limit=1)) == 1
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "loose.png")
+    assert not load_data(str(tmp_path), GRAPH, ImageSettings()).labelled
+    with pytest.raises(jq.FormatError, match=r"files named by class number"):
+        load_data(str(tmp_path), GRAPH, ImageSettings(labels="stem"))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros((2, 3, 4, 6), np.int64)}, "is int64, the graph takes float32"),
+        ({"x": np.zeros((2, 3, 4, 6)), "y": np.zeros(3)}, r"arrays of \[2, 3\] samples"),
+        ({"x": np.zeros((0, 3, 4, 6))}, "at least one"),
+    ],
+)
+def test_arrays_that_do_not_fit(tmp_path: Path, arrays: dict, message: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(jq.InputError, match=message):
+        load_data(str(tmp_path / "a.npz"), GRAPH, ImageSettings())
+
+
+def test_a_lone_array_and_objects(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((3, 3, 4, 6)))
+    (batch, labels), *_ = load_data(str(tmp_path / "a.npy"), GRAPH, ImageSettings()).batches(2)
+    assert batch[0].dtype == np.float32
+    assert labels is None
+    np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(jq.FormatError, match=r"not a readable file of arrays"):  # no pickle
+        load_data(str(tmp_path / "o.npy"), GRAPH, ImageSettings())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[image]\ncrop = 0", "image.crop must be a positive integer"),
+        ("[image]\ncolor = 'rbg'", "image.color must be one of rgb"),
+        ("[image]\nstd = [0.0]", "image.std must be a number or a list of numbers, not 0"),
+        ("[train]\nepochs = 1.5", "train.epochs must be a positive integer"),
+        ("[train]\nlearning_rate = -1", "train.learning_rate must be a number that is not negative"),
+        ("[target]\nmarch = 'nash-f'", "unknown march 'nash-f'.*did you mean 'nash-"),
+        ("[image", "not TOML"),
+        ("image = 3", "image must be a table"),
+    ],
+)
+def test_settings_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "q.toml").write_text(text)
+    with pytest.raises(jq.FormatError, match=f"q.toml: .*{message}"):
+        read_settings(tmp_path / "q.toml")
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    graph, params = small_graph()
+    plan, folded = jq.prepare(graph, params, QCONFIG, target=jq.targets.NASH_M)
+    qparams = {name: jnp.float32(0.5) if name in plan.owned else jnp.ones(4) for name in plan.trained}
+    for state in (
+        State(graph, params),
+        State(graph, params, QCONFIG, jq.targets.NASH_M),
+        State(graph, params, QCONFIG, jq.targets.NASH_M, qparams, folded),
+    ):
+        save_state(tmp_path / "s.jqs", state)
+        again = load_state(tmp_path / "s.jqs")
+        assert (again.graph, again.qconfig, again.target) == (state.graph, state.qconfig, state.target)
+        for kind in ("params", "qparams", "trained"):
+            before, after = getattr(state, kind), getattr(again, kind)
+            assert (before is None) == (after is None)
+            for name in before or ():
+                np.testing.assert_array_equal(before[name], after[name])
+                assert before[name].shape == after[name].shape
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.jqs"]
+
+
+def test_a_state_that_is_cut_off_or_another_file(tmp_path: Path) -> None:
+    save_state(tmp_path / "s.jqs", State(*small_graph()))
+    whole = (tmp_path / "s.jqs").read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.jqs").write_bytes(whole[:size])
+        with pytest.raises(jq.FormatError, match=r"cut.jqs"):
+            load_state(tmp_path / "cut.jqs")
+    with pytest.raises(FileNotFoundError):
+        load_state(tmp_path / "none.jqs")
