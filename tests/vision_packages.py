@@ -4,15 +4,23 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from functools import cache
 from types import ModuleType
 
-import torch
+from torch import library
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_libraries: list[torch.library.Library] = []  # a definition lives as long as its library
+
+
+@cache  # which keeps it: a definition lives as long as its library
+def _define_schemas() -> library.Library:
+    found = library.Library("torchvision", "DEF")
+    for schema in _SCHEMAS:
+        found.define(schema)
+    return found
 
 
 def load(name: str) -> ModuleType | None:
@@ -28,8 +36,5 @@ def load(name: str) -> ModuleType | None:
                 raise
         for loaded in [m for m in sys.modules if m.split(".")[0] in ("torchvision", name)]:
             del sys.modules[loaded]
-        library = torch.library.Library("torchvision", "DEF")
-        for schema in _SCHEMAS:
-            library.define(schema)
-        _libraries.append(library)
+        _define_schemas()
         return importlib.import_module(name)

@@ -14,7 +14,7 @@ _FAMILIES = (elementwise, compare, reduce, movement, indexing, layers, images, r
 
 
 def _in_place(table: dict[Any, Handler]) -> dict[Any, Handler]:
-    """`add_.Tensor` has the handler of `add.Tensor`: `torch_import` follows what a change in place changes."""
+    """`add_.Tensor` has the handler of `add.Tensor`: `Reader` follows what a change in place changes."""
     found = {}
     for overload, handler in table.items():
         name = overload._schema.name.split("::")[-1]

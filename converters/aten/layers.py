@@ -183,7 +183,7 @@ def group_norm(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Softmax and attention. `torch_import` makes the mask of a MaskedFill in front of a softmax an operand of it.
+# Softmax and attention. `drafts.join_mask` makes the mask of a MaskedFill in front of a softmax an operand of it.
 
 
 def softmax(out: Shape, x: Node, axis: int, dtype: Any = None) -> Call:

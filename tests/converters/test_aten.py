@@ -7,7 +7,7 @@ import torch
 from aten_cases import CASES, GROUPS, Values, difference, example
 
 from jquant.simulate import evaluate_float
-from jquant_converters import aten, from_torch, torch_import
+from jquant_converters import aten, from_torch, reader
 
 
 def compare(functions, batches=(1, 3), tolerance=1e-5):
@@ -52,7 +52,7 @@ def test_a_case_tests_its_overload(monkeypatch):
             seen.add(str(key))
             return super().__getitem__(key)
 
-    monkeypatch.setattr(torch_import, "TABLE", Recorder(aten.TABLE))
+    monkeypatch.setattr(reader, "TABLE", Recorder(aten.TABLE))
     for functions in GROUPS.values():
         from_torch(Values(functions).eval(), example(2))
     assert {name.split("/")[0] for name in CASES} - seen == set()
