@@ -1,12 +1,6 @@
 """Calibration on eight devices and on two processes: the same bits as on one device. In processes of their own."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
-TESTS = Path(__file__).parent
+from processes import finish, start, start_pair
 
 COMMON = """
 import sys, jax, jax.numpy as jnp, numpy as np
@@ -91,30 +85,9 @@ print("equal")
 """
 
 
-def start(script: str, devices: int, *arguments: str) -> subprocess.Popen:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-c", COMMON + script, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(*processes: subprocess.Popen) -> None:
-    try:
-        for process in processes:
-            out, error = process.communicate(timeout=600)
-            assert process.returncode == 0, error[-3000:]
-            assert out.splitlines()[-1:] == ["equal"]  # after what the collectives say
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def test_the_same_bits_on_eight_devices() -> None:
-    finish(start(EIGHT, 8))
+    finish(start(COMMON + EIGHT, 8))
 
 
 def test_the_same_bits_on_two_processes() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    finish(*(start(TWO, 2, str(rank), port) for rank in range(2)))
+    finish(*start_pair(COMMON + TWO, 2))

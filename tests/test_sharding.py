@@ -1,11 +1,6 @@
 """The same bits on eight devices as on one: a batch sharded over a mesh of host devices, in a process of its own."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-TESTS = Path(__file__).parent
+from processes import finish, start
 
 SCRIPT = """
 import jax, numpy as np
@@ -35,10 +30,4 @@ print("equal")
 
 
 def test_the_same_bits_on_eight_devices() -> None:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "equal"
+    finish(start(SCRIPT, 8))

@@ -40,8 +40,10 @@ def make_step(
 
     A batch is cut into `slices`, whose gradients are averaged in a fixed order: gradient accumulation on one device,
     data parallelism on a mesh. The slices decide what is computed, not the devices: the same slices give the same sum
-    in the same order on any number of devices. Two things see a slice and not the batch: live batch norm, whose moved
-    statistics are averaged, and the gradient factor 1 / sqrt(elements) of LSQ scales.
+    in the same order on any number of devices, and the same bits wherever XLA compiles a slice alike: so it was on
+    eight devices and on two processes, but for a slice of one image alone on its device (an ulp). Two things see a
+    slice and not the batch: live batch norm, whose moved statistics are averaged, and the gradient factor
+    1 / sqrt(elements) of LSQ scales.
 
     With `slices=1` and a batch that is sharded already, XLA divides the work and reduces in an order of its own.
 
