@@ -143,7 +143,7 @@ HUGE = pytest.param("lstm", marks=pytest.mark.xfail(run=False, reason="takes mor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", (*IMAGE, *SEQUENCE, HUGE))
+@pytest.mark.parametrize("name", [*IMAGE, *SEQUENCE, HUGE])
 def test_nothing_differs_for_imported_architectures(name: str) -> None:
     import architectures
     import torch
