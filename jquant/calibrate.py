@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jquant.accumulators import raise_collapsed_scales
-from jquant.batch_norm import fold_kept, weights_that_folding_rescales, weights_to_quantize
+from jquant.batch_norm import raise_shipped_scales, weights_to_quantize
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params, is_finite
 from jquant.observers import HistogramState, RangeState, min_max
@@ -142,9 +141,7 @@ def _finalize(plan: Plan, params: Params, stats: Stats, methods: tuple[tuple[str
             qparams[key] = quantizer_of(spec).init(
                 weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key)), spec
             )
-    raised = raise_collapsed_scales(*fold_kept(plan, params, qparams))
-    rescaled = weights_that_folding_rescales(plan)  # raised when they are folded
-    return {key: qparams[key] if key in rescaled else raised.get(key, qparams[key]) for key in qparams}
+    return raise_shipped_scales(plan, params, qparams)
 
 
 def weight_scale_from_data(weight: Array, spec: QuantSpec, axis: int | None) -> Array:

@@ -203,7 +203,8 @@ class TrainState:
         check_params(plan.graph, params)
         check_qparams(plan, qparams)
         trained, batch_stats = split_batch_stats(plan, params)
-        trainable = Trainable(trained, dict(qparams))
+        # Copies, so that a step which gives the memory of its state away takes nothing from the caller.
+        trainable, batch_stats = jax.tree.map(jnp.array, (Trainable(trained, dict(qparams)), batch_stats))
         if opt_state is None:
             opt_state = tx.init(trainable)
         else:

@@ -20,7 +20,8 @@ MODES = ("live", "frozen", "reverse_fold")
 
 
 def config(**options: object) -> jq.QConfig:
-    weight = jq.int8(**{"axis": "out", "quantizer": jq.lsq, **options})
+    dtype = {"int8": jq.int8, "int4": jq.int4}[options.pop("dtype", "int8")]
+    weight = dtype(**{"axis": "out", "quantizer": jq.lsq, **options})
     return jq.QConfig({"*": jq.Policy(weight=weight, output=jq.int8(quantizer=jq.lsq))})
 
 
@@ -77,6 +78,24 @@ def assert_same(a: object, b: object) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One integer form
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_search_finds_the_scales_of_fold(mode: str) -> None:
+    """Where scaling is exact, the best scale before the batch norm is the best one behind it."""
+    few = config(dtype="int4")
+    plan, params, observed, _ = prepared(mode, few, pow2=True)
+    wanted, wanted_params, wanted_observed, _ = prepared("fold", few, pow2=True)
+    observed = {key: wanted_observed[key] if key in plan.values else v for key, v in observed.items()}
+    found = jq.ptq.search_weight_scales(plan, params, observed)
+    best = jq.ptq.search_weight_scales(wanted, wanted_params, wanted_observed)
+    assert any((found[key] != observed[key]).any() for key in plan.weights)
+    program, wanted_program = jq.lower(plan, params, found), jq.lower(wanted, wanted_params, best)
+    layers = [node for node in plan.graph.nodes if "weight" in node.params]
+    for node in layers:
+        if node.op.batch_norm is None or not node.op.batch_norm.alone:  # one alone has a weight of its own making
+            assert_same(program.constants[node.name]["weight"], wanted_program.constants[node.name]["weight"])
+    assert len(layers) == 5
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -396,9 +415,8 @@ def test_what_cannot_be_kept_is_refused(mode: str | dict, qconfig: jq.QConfig, m
 
 def test_other_wrong_calls_are_refused(kept: tuple) -> None:
     plan, params, qparams, x = kept
-    for call in (jq.ptq.equalize, jq.ptq.search_weight_scales):
-        with pytest.raises(jq.JQuantError, match=r"works on folded weights, and node 'n0.conv' keeps its batch norm"):
-            call(plan, params) if call is jq.ptq.equalize else call(plan, params, qparams)
+    with pytest.raises(jq.JQuantError, match=r"works on folded weights, and node 'n0.conv' keeps its batch norm"):
+        jq.ptq.equalize(plan, params)
     with pytest.raises(jq.QConfigError, match="statistics must be 'batch' or 'running', not 'live'"):
         jq.set_batch_statistics(plan, "live")
     with pytest.raises(jq.QConfigError, match="'head' matches no node that keeps a batch norm"):

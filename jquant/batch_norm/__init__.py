@@ -12,9 +12,9 @@ from jquant.batch_norm.fold import (
     kept_batch_norm,
     kept_nodes,
     norm_params,
+    raise_shipped_scales,
     split_batch_stats,
     untrained,
-    weights_that_folding_rescales,
     weights_to_quantize,
 )
 from jquant.batch_norm.modes import (
@@ -36,11 +36,11 @@ __all__ = [
     "kept_batch_norms",
     "kept_nodes",
     "norm_params",
+    "raise_shipped_scales",
     "set_batch_statistics",
     "split_batch_stats",
     "statistics_rule",
     "untrained",
-    "weights_that_folding_rescales",
     "weights_to_quantize",
     "with_exact_ones",
 ]

@@ -82,13 +82,21 @@ def affine_of(node: Node, params: Params) -> tuple[Array, Array]:
 
 
 def weights_to_quantize(plan: Plan, params: Params) -> dict[str, Array]:
-    """{key: the weight that its spec quantizes}: as it is, or scaled by its batch norm for "reverse_fold"."""
+    """{key: what its spec quantizes}: the weight, scaled by its batch norm for "reverse_fold", else with its sign."""
     found = {key: params[key] for key in plan.weights}
     for node in kept_nodes(plan):
         kept, key = kept_batch_norm(node), node.params["weight"]
-        if kept is not None and kept.scaled and key in found:
-            found[key] = scale_outputs(node.op, params[key], affine_of(node, params)[0])
+        if kept is not None and key in found:
+            factor = affine_of(node, params)[0] if kept.scaled else orientation(node, params)
+            found[key] = params[key] if factor is None else scale_outputs(node.op, params[key], factor)
     return found
+
+
+def raise_shipped_scales(plan: Plan, params: Params, qparams: QParams) -> dict[str, Array]:
+    """`raise_collapsed_scales` of what ships; weights that folding rescales are raised when they are folded."""
+    raised = raise_collapsed_scales(*fold_kept(plan, params, qparams))
+    rescaled = weights_that_folding_rescales(plan)
+    return {key: v if key in rescaled else raised.get(key, v) for key, v in qparams.items()}
 
 
 def _rescales(node: Node) -> bool:

@@ -5,8 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jquant.accumulators import raise_collapsed_scales
-from jquant.batch_norm import check_folded
+from jquant.batch_norm import raise_shipped_scales, weights_to_quantize
 from jquant.ir.graph import check_params
 from jquant.numerics.rounding import dequantize, quantize
 from jquant.observers import min_max
@@ -34,16 +33,15 @@ def search_weight_scales(plan: Plan, params: Params, qparams: QParams, *, candid
     """
     if candidates < 1:
         raise QConfigError(f"candidates must be at least 1, not {candidates!r}")
-    check_folded(plan, "search_weight_scales")
     check_params(plan.graph, params)
     check_qparams(plan, qparams)
-    found = dict(qparams)
+    found, weights = dict(qparams), weights_to_quantize(plan, params)
     for key, spec in plan.weights.items():
         if spec.fixed_scale is None and not spec.is_float:
             axis = plan.weight_axis.get(key)
-            best = _search(params[key], scale_of(key, plan, qparams), spec, axis, candidates)
+            best = _search(weights[key], scale_of(key, plan, qparams), spec, axis, candidates)
             found[key] = quantizer_of(spec).init(best, spec)
-    return raise_collapsed_scales(plan, params, found)
+    return raise_shipped_scales(plan, params, found)
 
 
 @partial(jax.jit, static_argnames=("spec", "axis", "candidates"))
