@@ -8,7 +8,6 @@ A seed decides which images calibrate, the order of the batches, and how they ar
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from jquant_converters import from_torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
+from keeping import DOCS, keep, markdown_table, read_kept, spread  # noqa: E402
 from mobilenet_v2 import MEAN, STD  # noqa: E402
 from nets import load_cifar_resnet  # noqa: E402
 
@@ -39,8 +39,7 @@ RATE = 0.01  # a tenth of the rate of float training
 QUANTIZERS = {"fake_quant": jq.fake_quant, "pact": jq.pact, "lsq": jq.lsq, "lsq_plus": jq.lsq_plus}
 TITLES = {"fake_quant": "fake-quant", "pact": "PACT", "lsq": "LSQ", "lsq_plus": "LSQ+"}
 WIDTHS = (8, 4, 3, 2)
-KEPT = HERE.parent / "out" / "qat_cifar"
-DOCS = HERE.parent / "docs"
+KEPT = "qat_cifar"
 
 BatchNorm = Literal["fold", "live", "frozen", "reverse_fold"]
 Batch = tuple[jax.Array, jax.Array]
@@ -188,22 +187,6 @@ def train(graph: jq.Graph, float_params: dict, data: Data, run: Run) -> Outcome:
 # Keeping and showing
 
 
-def kept(run: Run) -> Outcome | None:
-    path = KEPT / f"{run.name}.json"
-    return Outcome(**json.loads(path.read_text())) if path.exists() else None
-
-
-def keep(run: Run, outcome: Outcome) -> None:
-    KEPT.mkdir(parents=True, exist_ok=True)
-    part = KEPT / f"{run.name}.part"
-    part.write_text(json.dumps(outcome._asdict()))
-    part.replace(KEPT / f"{run.name}.json")
-
-
-def spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "-"
-
-
 class Tables(NamedTuple):
     float_before: float
     float_after: str
@@ -232,11 +215,6 @@ def tables(outcomes: dict[Run, Outcome]) -> Tables:
         for name in ("fold", "live", "frozen", "reverse_fold")
     ]
     return Tables(of("calibrated", bits=0)[0], spread(of("trained", bits=0)), widths, batch_norms)
-
-
-def rows(columns: tuple[str, ...], cells: list[list[str]], left: int) -> str:
-    rule = "|".join("---" if i < left else "---:" for i in range(len(columns)))
-    return "\n".join([f"| {' | '.join(columns)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in cells)])
 
 
 WIDTH_COLUMNS = ("format", "quantizer", "calibrated, top-1 %", "after QAT, top-1 %", "as integers, top-1 %")
@@ -279,8 +257,8 @@ def markdown(found: Tables, seeds: list[int], epochs: int) -> str:
         rate=RATE,
         before=found.float_before,
         after=found.float_after,
-        widths=rows(WIDTH_COLUMNS, found.widths, 2),
-        batch_norms=rows(BATCH_NORM_COLUMNS, found.batch_norms, 1),
+        widths=markdown_table(WIDTH_COLUMNS, found.widths, left=2),
+        batch_norms=markdown_table(BATCH_NORM_COLUMNS, found.batch_norms),
     )
 
 
@@ -338,23 +316,24 @@ def main(argv: list[str] | None = None) -> dict[Run, Outcome]:
     outcomes: dict[Run, Outcome] = {}
     console = Console()
     for run in track(wanted, "QAT"):
-        outcome = kept(run)
-        if outcome is None:
+        if (found := read_kept(KEPT, run.name)) is not None:
+            outcome = Outcome(**found)
+        else:
             outcome = train(graph, params, data, run)
-            keep(run, outcome)
+            keep(KEPT, run.name, outcome._asdict())
             jax.clear_caches()  # no run uses what another one compiled
         outcomes[run] = outcome
         console.print(f"{run.name}: {outcome.calibrated:.2f} -> {outcome.trained:.2f}, integers {outcome.integer}")
     if options.runs or options.no_write:
         return outcomes
-    found = tables(outcomes)
-    for columns, cells in ((WIDTH_COLUMNS, found.widths), (BATCH_NORM_COLUMNS, found.batch_norms)):
+    both = tables(outcomes)
+    for columns, cells in ((WIDTH_COLUMNS, both.widths), (BATCH_NORM_COLUMNS, both.batch_norms)):
         table = Table(*columns)
         for row in cells:
             table.add_row(*row)
         console.print(table)
     draw(outcomes, DOCS / "pictures" / "qat-cifar.png")
-    (DOCS / "qat-cifar.md").write_text(markdown(found, options.seeds, options.epochs))
+    (DOCS / "qat-cifar.md").write_text(markdown(both, options.seeds, options.epochs))
     return outcomes
 
 

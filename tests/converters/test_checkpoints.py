@@ -18,6 +18,7 @@ from jquant.simulate import evaluate_float
 from jquant_converters import from_torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+import espnet
 import nets
 
 IMAGENET = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
@@ -73,15 +74,12 @@ def test_espnet():
     from skimage.io import imread
 
     folder = shared("camvid/test")
-    net = checkpoints.EspNet()
-    state = torch.load(shared("camvid_espnet.pth"), weights_only=True, map_location="cpu")
-    counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
-    net.load_state_dict(counters | state)
+    net = espnet.load_espnet(shared("camvid_espnet.pth"))
     files = sorted(folder.glob("*.jpg"))[::13]
     pictures = np.stack([imread(f)[..., ::-1] for f in files]).astype(np.float32)
     mean, deviation = np.float32([110.33, 108.41, 105.04]), np.float32([72.13, 72.69, 69.90])
     x = np.ascontiguousarray(((pictures - mean) / deviation / 255).transpose(0, 3, 1, 2))
-    (maps,) = compared(net.eval(), x)
+    (maps,) = compared(net, x)
     labels = np.stack([imread(f.with_suffix(".png")) for f in files])
     found, known = maps[:, :11].argmax(1), labels < 11
     assert (found == labels)[known].mean() > 0.8
