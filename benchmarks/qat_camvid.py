@@ -241,9 +241,9 @@ PAGE = """# ESPNet on CamVid, as integers
 Written by `python benchmarks/qat_camvid.py --data DIR`. Mean over the seeds {seeds} (smallest to largest); a seed
 decides which frames calibrate, and the order of training. Of each of the two sequences of the test set the
 first half ({trains} frames) calibrates and trains, the second half ({tests} frames) measures: mean IoU over 11 classes,
-void left out. {calibration} frames calibrate. Training takes {steps} steps of {batch} frames, mirrored by chance, AdamW,
-{rate} falling along half a cosine, gradients clipped at 1, scales trained by LSQ. "float, trained as long" is what QAT
-is to be compared with, since these frames are new to the checkpoint.
+void left out. {calibration} frames calibrate. Training takes {steps} steps of {batch} frames, mirrored by chance,
+AdamW, {rate} falling along half a cosine, gradients clipped at 1, scales trained by LSQ. "float, trained as long" is
+what QAT is to be compared with, since these frames are new to the checkpoint.
 
 All rows but the float ones are integers of the simulated nash-e program; nothing here was compared with a board. The
 values that are int16 were chosen by `sensitivity` and `search_mixed_precision`, within {budget} of the bytes
