@@ -2,13 +2,14 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
+DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow conformance support lint format wheel clean
+.PHONY: help venv demo test test-slow conformance support figures lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +40,11 @@ conformance: $(STAMP)  ## compare every operator with the reference in bulk, wri
 
 support: $(STAMP)  ## write the table of operators, docs/operators.md
 	@$(BIN)/python -m jquant_converters.support > docs/operators.md
+
+# Hours on two cores; a run that was finished before is not repeated.
+figures: $(STAMP)  ## measure QAT on the checkpoints and pictures in DATA, write docs/qat-*.md
+	@$(BIN)/python benchmarks/qat_cifar.py --data $(DATA)
+	@$(BIN)/python benchmarks/qat_camvid.py --data $(DATA)
 
 lint: $(STAMP)  ## check style, format and types
 	@$(BIN)/ruff check .

@@ -213,7 +213,7 @@ def quantized(net: Net, train: Frames, run: Run, mixed: Callable[[], dict]) -> t
 
 def calibrating(train: Frames, seed: int) -> list[jax.Array]:
     chosen = train.images[np.random.default_rng(seed).permutation(len(train.images))[:CALIBRATION]]
-    return [jnp.asarray(chosen[i : i + 4]) for i in range(0, CALIBRATION, 4)]
+    return [jnp.asarray(chosen[i : i + 4]) for i in range(0, len(chosen), 4)]
 
 
 def runner(plan: jq.Plan, params: dict, qparams: dict, values: Values) -> Callable[[jax.Array], jax.Array]:

@@ -147,7 +147,7 @@ def qconfig(graph: jq.Graph, run: Run) -> jq.QConfig:
 def calibrated(plan: jq.Plan, params: dict, data: Data, seed: int) -> dict:
     """Scales of least squared error, of values and of weights."""
     chosen = data.train[np.random.default_rng(seed).permutation(len(data.train))[:CALIBRATION]]
-    stats = jq.collect(plan, params, [jnp.asarray(chosen[i : i + BATCH]) for i in range(0, CALIBRATION, BATCH)])
+    stats = jq.collect(plan, params, [jnp.asarray(chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)])
     return jq.ptq.search_weight_scales(plan, params, jq.reset_scale(plan, params, stats, jq.mse()))
 
 

@@ -1,41 +1,23 @@
 """The figures of `benchmarks/PTQ.md` are made by a command that runs: here on a few pictures and random weights."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
-
-ROOT = Path(__file__).parents[1]
+from commands import load_benchmark, write_cifar
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    spec = importlib.util.spec_from_file_location("ptq_accuracy", ROOT / "benchmarks" / "ptq_accuracy.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ptq_accuracy", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("ptq_accuracy", monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("recipe", "seeds"), [("W8A8 min-max", "0"), pytest.param("W4A8 adaround, bias", "01", marks=pytest.mark.slow)]
 )
 def test_the_command_measures(benchmark: ModuleType, tmp_path: Path, recipe: str, seeds: str) -> None:
-    from nets import CifarResNet
-
-    rng = np.random.default_rng(0)
-    pictures = {f"{part}_x": rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for part, n in (("train", 12), ("test", 9))}
-    labels = {f"{part}_y": rng.integers(0, 10, n, np.uint8) for part, n in (("train", 12), ("test", 9))}
-    np.savez(tmp_path / "cifar10_jpeg.npz", **pictures, **labels)
-    torch.manual_seed(0)
-    torch.save(CifarResNet(20).state_dict(), tmp_path / "cifar10_resnet20.pth")
+    write_cifar(tmp_path, train=12, test=9)
     options = ["--data", str(tmp_path), "--tasks", "resnet20", "--seeds", *seeds, "--steps", "2", "--no-write"]
     rows = benchmark.main([*options, "--recipes", recipe])
     (row,) = rows
