@@ -1,12 +1,14 @@
 """Values of the integer program with the gradient of fake-quant: of all nodes, or of some."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from jax import numpy as jnp
 
 from jquant.integer import dequantize_values, quantize_inputs, run_integers, run_node
 from jquant.ir.evaluate import Rule, Tap
 from jquant.lower import dtype_of, lower_nodes
+from jquant.numerics.convolution import apart
 from jquant.numerics.rounding import dequantize, quantize, to_float16
 from jquant.qconfig import matches
 from jquant.simulate import fake_quant_tap, straight_through, value_scales
@@ -39,9 +41,15 @@ def select_nodes(plan: Plan, mode: str, patterns: str | Sequence[str]) -> tuple[
 
 def bit_true_values(program: Program, inputs: Mapping[str, Array], values: Mapping[str, Array]) -> dict[str, Array]:
     """Fake-quant values replaced by those of the integer program, with the gradient left as it was."""
+    program = replace(program, constants={name: _computed_first(v) for name, v in program.constants.items()})
     integers = run_integers(program, quantize_inputs(program, inputs))
     exact = dequantize_values(program, integers)
     return {name: replaced(value, exact[name]) if name in exact else value for name, value in values.items()}
+
+
+def _computed_first(constants: Mapping[str, Array]) -> dict[str, Array]:
+    """XLA hands a convolution to its fast library only where its weight is not computed inside: 4 times faster."""
+    return {role: apart(v) if role == "weight" else v for role, v in constants.items()}
 
 
 def replaced(value: Array, replacement: Array) -> Array:
@@ -70,7 +78,7 @@ def partly_bit_true(
     def with_integers(node: Node, *operands: Array) -> Array:
         if node.name in formats:
             integers = [stored(name, value) for name, value in zip(node.inputs, operands, strict=True)]
-            found = run_node(node, formats[node.name], plan.target, integers, constants[node.name])
+            found = run_node(node, formats[node.name], plan.target, integers, _computed_first(constants[node.name]))
             scale = scales[node.name]
             if node.name not in plan.exact:
                 found = found.astype(jnp.float32) if scale is None else dequantize(found, scale)

@@ -1,4 +1,4 @@
-"""From a calibrated plan to an integer program. Works inside jit as well: then accumulators are carried in limbs."""
+"""From a calibrated plan to an integer program. Works inside jit as well: accumulators are wider there."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -461,14 +461,15 @@ class Plan:
 class NodeFormat:
     """The integer formats around one node of a program, and how it accumulates.
 
-    `accumulator`  "int32" where the worst case fits; "limbs" where the sum is carried in base-2^16 limbs
+    `accumulator`  "int32" where the worst case fits; "pair" where all but the bias fits, and the two are kept apart;
+                   "limbs" where the sum is carried in base-2^16 limbs
     `worst_case`   bound on |accumulator| in acc, computed from the weights; None where lowered inside jit
     `kernel`       the implementation of a convolution or matrix product; "" where there is nothing to choose
     """
 
     inputs: tuple[str, ...]
     output: str
-    accumulator: Literal["int32", "limbs"] = "int32"
+    accumulator: Literal["int32", "pair", "limbs"] = "int32"
     worst_case: int | None = None
     kernel: str = ""
 

@@ -238,8 +238,8 @@ def accumulate_exactly(
     """The exact sum of at most 65,535 products: int32 for int8 x int8, limbs where one operand is int16.
 
     An int16 operand is two bytes, 256 * high + (low - 128) + 128 with low in [0, 255]: two int8 convolutions, and a
-    third term that is a sum over the other operand. `accumulator` "int32": the caller knows that the sum fits, and the
-    parts are joined modulo 2^32.
+    third term that is a sum over the other operand. `accumulator` "int32" or "pair": the caller knows that the sum
+    fits, and the parts are joined modulo 2^32.
     """
     if x.dtype == jnp.int8 and weight.dtype == jnp.int8:
         return convolve(x, weight, window, groups, kernel)
@@ -285,6 +285,6 @@ def split_bytes(v: Array) -> tuple[Array, Array]:
 
 def join_bytes(highs: Array, lows: Array, accumulator: str) -> Array | Limbs:
     """256 * highs + lows. Neither leaves int32: |highs| <= 65535 * 2^14, |lows| <= 65535 * 255 * 128 < 2^31."""
-    if accumulator == "int32":
+    if accumulator != "limbs":
         return (highs << 8) + lows
     return limbs.add(limbs.multiply(limbs.from_int32(highs), jnp.int32(256)), limbs.from_int32(lows))

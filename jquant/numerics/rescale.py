@@ -9,8 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jquant.numerics import limbs
+from jquant.numerics import limbs, pairs
 from jquant.numerics.limbs import Limbs
+from jquant.numerics.pairs import Pair
 from jquant.numerics.rounding import saturate, shift_right
 from jquant.types import Array, Target, bit_width
 
@@ -119,20 +120,25 @@ def multiplier_of(value: Ratio, max_shift: int | Array, *, exact_bound: bool = F
     return jnp.where(value.exponent > 15, 32767, jnp.minimum(factor, 32767)), shift
 
 
-def rescale(v: Array | Limbs, by: Rescale, dtype: str, target: Target, *, average: bool = False) -> Array:
+def rescale(v: Array | Limbs | Pair, by: Rescale, dtype: str, target: Target, *, average: bool = False) -> Array:
     """An accumulator in acc to an integer of `dtype`: y = sat(rsh(sat_16(v >> pre) * mantissa, post))."""
     return saturate(rescale_unsaturated(v, by, target, bits=bit_width(dtype), average=average), dtype)
 
 
-def rescale_unsaturated(v: Array | Limbs, by: Rescale, target: Target, *, bits: int, average: bool = False) -> Array:
+def rescale_unsaturated(
+    v: Array | Limbs | Pair, by: Rescale, target: Target, *, bits: int, average: bool = False
+) -> Array:
     """`rescale` before the last saturation, int32; with high precision it is saturated to int32 only."""
     pre_rounding = target.average_pre_rounding if average else target.pre_rounding
     if target.high_precision_rescale:
+        v = pairs.to_limbs(v) if isinstance(v, Pair) else v
         wide = v if isinstance(v, Limbs) else limbs.from_int32(v.astype(jnp.int32))
         product = limbs.multiply(wide, by.mantissa)
         return limbs.saturate(limbs.shift_right(product, by.pre + by.post, target.post_rounding), "int32")
     if isinstance(v, Limbs):
         head = limbs.saturate(limbs.shift_right(v, by.pre, pre_rounding), "int16")
+    elif isinstance(v, Pair):
+        head = jnp.clip(pairs.shift_right(v, by.pre, pre_rounding), -32768, 32767)
     else:
         head = jnp.clip(shift_right(v.astype(jnp.int32), by.pre, pre_rounding), -32768, 32767)
     return shift_right(head * by.mantissa, by.post, target.post_rounding)

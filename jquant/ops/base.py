@@ -28,7 +28,7 @@ class Lowered:
     """The integer form of a node: constants by role, and how it accumulates."""
 
     constants: dict[str, Array]
-    accumulator: Literal["int32", "limbs"] = "int32"
+    accumulator: Literal["int32", "pair", "limbs"] = "int32"
     worst_case: int | None = None
     kernel: str = ""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.numerics import limbs
+from jquant.numerics import limbs, pairs
 from jquant.numerics.convolution import NO_WINDOW, Window, accumulate_exactly, convolve, kernel_of, matmul
 from jquant.numerics.limbs import Limbs
+from jquant.numerics.pairs import Pair
 from jquant.numerics.rescale import Rescale, multiplier_of, ratio, rescale, rescale_of
 from jquant.numerics.rounding import quantize, shift_right
 from jquant.numerics.transposed import transpose_convolve
@@ -201,10 +202,10 @@ def _post_process(
     upper: Array | None = None,
     **by: Array,
 ) -> Array:
-    terms: list[Array | Limbs] = [products, bias]
+    terms = [products]
     if addend is not None and sumin_scale is not None and sumin_rshift is not None:
         terms.append(shift_right(addend.astype(jnp.int32) * sumin_scale, sumin_rshift, "half_up"))
-    total = _sum(terms, node_format.accumulator)
+    total = _sum(terms, bias, node_format.accumulator)
     y = finish_accumulator(total, node_format, target, **by)
     if activation == "none":
         return y
@@ -212,22 +213,21 @@ def _post_process(
     return y if upper is None else jnp.minimum(y, upper.astype(y.dtype))
 
 
-def finish_accumulator(total: Array | Limbs, node_format: NodeFormat, target: Target, **by: Array) -> Array:
+def finish_accumulator(total: Array | Limbs | Pair, node_format: NodeFormat, target: Target, **by: Array) -> Array:
     """The rescaled accumulator, or with high precision the accumulator itself."""
     if node_format.output != "int32":
         return rescale(total, Rescale(**by), node_format.output, target)
+    if isinstance(total, Pair):
+        return pairs.saturate(total)
     return limbs.saturate(total, "int32") if isinstance(total, Limbs) else total
 
 
-def _sum(terms: Sequence[Array | Limbs], accumulator: str) -> Array | Limbs:
-    if accumulator == "int32":
+def _sum(terms: Sequence[Array | Limbs], bias: Array, accumulator: str) -> Array | Limbs | Pair:
+    if accumulator != "limbs":
         narrow = [(t.middle << 16) | t.low if isinstance(t, Limbs) else t for t in terms]
-        return sum(narrow[1:], narrow[0])
-    wide = [t if isinstance(t, Limbs) else limbs.from_int32(t) for t in terms]
-    total = wide[0]
-    for term in wide[1:]:
-        total = limbs.add(total, term)
-    return total
+        total = sum(narrow[1:], narrow[0])
+        return Pair(total, bias) if accumulator == "pair" else total + bias
+    return reduce(limbs.add, (t if isinstance(t, Limbs) else limbs.from_int32(t) for t in (*terms, bias)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,7 +288,18 @@ def _lower(
         constants["upper"] = limit.astype(jnp.int32)
     worst = _worst_case(x, addends, constants)
     kernel = kernel_of(weight.shape, getattr(op, "groups", 1))
-    return Lowered(constants, "int32" if worst is not None and worst < 2**31 else "limbs", worst, kernel)
+    return Lowered(constants, _accumulator(worst, x, addends, weight), worst, kernel)
+
+
+def _accumulator(
+    worst: int | None, x: Operand, addends: Sequence[Operand], weight: Array
+) -> Literal["int32", "pair", "limbs"]:
+    """What holds the sum: int32 where the weights show that it fits; else a pair where all but the bias fits anyway."""
+    if worst is not None and worst < 2**31:
+        return "int32"
+    products = prod(weight.shape[:-1]) << (bit_width(x.dtype) + bit_width(str(weight.dtype)) - 2)
+    most = products + sum(2 ** (15 + bit_width(addend.dtype) - 1) for addend in addends)
+    return "pair" if most < 2**31 else "limbs"
 
 
 def channel_scale(op: Conv | ConvTranspose | Linear, scale: Array) -> Array:

@@ -210,6 +210,35 @@ def test_4608_products_of_extremes_with_scales_from_2_to_the_minus_20_to_10(kind
         assert (np.abs(flat[0, 1:]) >= 2**31 - 1).all()  # the weights of the first are 8: no scale is below 2^-23
 
 
+@pytest.mark.parametrize("rule", [{}, {"pre_rounding": "half_up"}, {"high_precision_rescale": True}], ids=str)
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("int16", "int16"), ("int8", "int32")], ids=" ".join)
+def test_a_bias_at_the_end_of_int32_takes_no_limbs(formats: tuple, rule: dict) -> None:
+    """Every pre-shift, with sums on both sides of the ends of int32."""
+    dtype, output = formats
+    x = rng().integers(np.iinfo(dtype).min, np.iinfo(dtype).max + 1, (20, 40)).astype(dtype)
+    params = {"weight": jnp.asarray(rng(1).normal(size=(64, 40)), jnp.float32), "bias": jnp.zeros(64)}
+    program = lowered(ops.Linear(), [x], params, output)
+    constants = dict(program.constants["y"])
+    ends = np.where(np.arange(64) < 32, 2**31 - 1, -(2**31))
+    ends = ends - rng(2).integers(-1, 2, 64) * rng(3).integers(0, 2**17, 64)
+    constants["bias"] = jnp.asarray(ends.clip(-(2**31), 2**31 - 1), jnp.int32)
+    if output != "int32":
+        constants["pre"] = jnp.arange(64, dtype=jnp.int32) % 32
+        constants["post"] = (22 if output == "int8" else 14) + jnp.arange(64, dtype=jnp.int32) % 7
+    found = {}
+    for accumulator in ("pair", "limbs"):
+        form = dataclasses.replace(program.formats["y"], accumulator=accumulator)
+        changed = dataclasses.replace(
+            program,
+            constants={**program.constants, "y": constants},
+            formats=jq.types.FrozenMap({**program.formats, "y": form}),
+            target=dataclasses.replace(program.target, **rule),
+        )
+        found[accumulator] = both(changed, [x])
+    np.testing.assert_array_equal(found["pair"], found["limbs"])
+    assert len(np.unique(found["pair"])) > 10
+
+
 @pytest.mark.parametrize("formats", [("int8", "int8"), ("int16", "int8"), ("int8", "int16")], ids=" ".join)
 @pytest.mark.parametrize("output", ["int8", "int16", "int32"])
 def test_4608_products_of_activations(formats: tuple, output: str) -> None:
