@@ -208,7 +208,7 @@ def quantized(net: Net, train: Frames, run: Run, mixed: Callable[[], dict]) -> t
     state = jq.TrainState.create(plan, params, qparams, tx=tx)
     step = jq.training.make_step(plan, loss_of(train.labels), mode="float" if run.values == "float" else "qat")
     state, _ = jq.training.fit(step, state, batches(train, run.steps, run.seed), total=run.steps, report_every=5)
-    return plan, state.params, state.qparams
+    return plan, state.params, jq.raise_collapsed_scales(plan, state.params, state.qparams)
 
 
 def calibrating(train: Frames, seed: int) -> list[jax.Array]:

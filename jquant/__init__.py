@@ -6,7 +6,7 @@ The way of a model: a float `Graph` (imported by `jquant_converters.from_torch`)
 
 from jquant import analysis, flax, images, ops, ptq, quantizers, reference, targets, templates, training
 from jquant.apply import apply, apply_with_taps
-from jquant.batch_norm import fold_batch_norm, set_batch_statistics, split_batch_stats
+from jquant.batch_norm import fold_batch_norm, raise_collapsed_scales, set_batch_statistics, split_batch_stats
 from jquant.calibrate import (
     calibrate,
     collect,
@@ -165,6 +165,7 @@ __all__ = [
     "quantize",
     "quantize_params",
     "quantizers",
+    "raise_collapsed_scales",
     "reference",
     "reset_scale",
     "run",

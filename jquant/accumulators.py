@@ -12,7 +12,7 @@ LARGEST_MULTIPLIER = 32767  # int16: what a fused addend is multiplied by to rea
 LARGEST_BIAS = 2**31 * (1 - 2**-20)  # int32, with room for the rounding of this file's own float arithmetic
 
 
-def raise_collapsed_scales(plan: Plan, params: Params, qparams: QParams) -> dict[str, Array]:
+def raise_folded_scales(plan: Plan, params: Params, qparams: QParams) -> dict[str, Array]:
     """Raises the weight scales of channels so near zero that their accumulator cannot hold bias or fused addend.
 
     A channel whose weights are almost zero (batch norm has learned to switch it off) has an accumulator of minute

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jquant.batch_norm import raise_shipped_scales, weights_to_quantize
+from jquant.batch_norm import raise_collapsed_scales, weights_to_quantize
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params, is_finite
 from jquant.observers import HistogramState, RangeState, min_max
@@ -141,7 +141,7 @@ def _finalize(plan: Plan, params: Params, stats: Stats, methods: tuple[tuple[str
             qparams[key] = quantizer_of(spec).init(
                 weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key)), spec
             )
-    return raise_shipped_scales(plan, params, qparams)
+    return raise_collapsed_scales(plan, params, qparams)
 
 
 def weight_scale_from_data(weight: Array, spec: QuantSpec, axis: int | None) -> Array:

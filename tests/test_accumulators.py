@@ -71,3 +71,31 @@ def test_healthy_scales_stay_bit_for_bit() -> None:
     np.testing.assert_array_equal(
         np.asarray(qparams["y.weight"]), np.abs(weight).reshape(8, -1).max(1) / np.float32(127.5)
     )
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_what_training_let_collapse_is_raised(batch_norm: bool) -> None:
+    graph, params = residual(add=True)
+    if batch_norm:
+        keys = {role: f"norm.{role}" for role in ("weight", "bias", "running_mean", "running_var")}
+        norm = jq.Node("norm", ops.BatchNorm(), ("y",), jq.FrozenMap(keys))
+        nodes = (graph.nodes[0], norm, jq.Node("sum", ops.Add(), ("norm", "x")))
+        graph = jq.Graph(graph.inputs, nodes, graph.outputs)
+        params |= {key: jnp.zeros(8) if role in ("bias", "running_mean") else jnp.ones(8) for role, key in keys.items()}
+    config = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out", quantizer=jq.lsq), output=jq.int8())})
+    how = "reverse_fold" if batch_norm else "fold"
+    plan, params = jq.prepare(graph, params, config, target=jq.targets.NASH_E, batch_norm=how)
+    x = graphs.images(1, graph, batch=8)
+    qparams = jq.calibrate(plan, params, [x])
+    trained = qparams | {"y.weight": qparams["y.weight"].at[3].set(2.0**-22)}
+    with pytest.raises(jq.LoweringError, match=r"node 'y'.*call jq.raise_collapsed_scales"):
+        jq.lower(plan, params, trained)
+    raised = jq.raise_collapsed_scales(plan, params, trained)
+    program = jq.lower(plan, params, raised)
+    assert float(raised["y.weight"][3]) > 2.0**-22
+    assert raised.keys() == trained.keys()
+    for key, value in trained.items():
+        others = [i for i in range(8) if i != 3] if key == "y.weight" else ...
+        np.testing.assert_array_equal(np.asarray(raised[key])[others], np.asarray(value)[others], err_msg=key)
+    outputs, _ = jq.reference.run(program, np.asarray(x))
+    np.testing.assert_array_equal(jq.run(program, x), outputs[0])

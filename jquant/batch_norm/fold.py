@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jquant.accumulators import raise_collapsed_scales
+from jquant.accumulators import raise_folded_scales
 from jquant.ir.graph import check_params
 from jquant.ir.passes import keep_used, param_uses
 from jquant.numerics.rounding import dequantize, expand, quantize
@@ -92,9 +92,24 @@ def weights_to_quantize(plan: Plan, params: Params) -> dict[str, Array]:
     return found
 
 
-def raise_shipped_scales(plan: Plan, params: Params, qparams: QParams) -> dict[str, Array]:
-    """`raise_collapsed_scales` of what ships; weights that folding rescales are raised when they are folded."""
-    raised = raise_collapsed_scales(*fold_kept(plan, params, qparams))
+def raise_collapsed_scales(plan: Plan, params: Params, qparams: QParams) -> dict[str, Array]:
+    """Raises the weight scales of channels so near zero that the accumulator of their layer cannot hold what is added.
+
+    `calibrate` does it, and training may undo it: a channel that it switches off takes its scale along, and `lower`
+    refuses a scale of which the fused addend is more than 32767 times as much. What is lost of such weights is below a
+    step of what is added. Weights whose scale folding changes (batch norm "live" or "frozen") are raised there.
+
+    Args:
+      plan, params, qparams: as for `jq.apply`.
+
+    Returns:
+      New qparams; scales that are large enough, fixed, or of values stay as they are.
+
+    Example:
+      qparams = jq.raise_collapsed_scales(plan, state.params, state.qparams)
+      program = jq.lower(plan, state.params, qparams)
+    """
+    raised = raise_folded_scales(*fold_kept(plan, params, qparams))
     rescaled = weights_that_folding_rescales(plan)
     return {key: v if key in rescaled else raised.get(key, v) for key, v in qparams.items()}
 
@@ -179,7 +194,7 @@ def fold_kept(
     plan = _with_weights(replace(plan, graph=replace(plan.graph, nodes=tuple(nodes))), specs)
     new_qparams = {k: new_qparams[k] for k in plan.trained if k in new_qparams}
     if rescaled & set(new_qparams):  # a norm that switches a channel off makes its scale collapse
-        raised = raise_collapsed_scales(plan, new_params, new_qparams)
+        raised = raise_folded_scales(plan, new_params, new_qparams)
         new_qparams |= {key: raised[key] for key in rescaled & set(new_qparams)}
     return plan, keep_used(plan.graph, new_params), new_qparams
 

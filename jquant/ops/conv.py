@@ -277,7 +277,7 @@ def _lower(
         if not isinstance(sumin.exponent, jax.core.Tracer) and int(sumin.exponent.max()) > 15:
             raise LoweringError(
                 "the scale of the fused addend is more than 32767 times that of the accumulator: the weight scale of a "
-                "channel has collapsed; check the weight, or keep the add apart with a float rule"
+                "channel has collapsed; call jq.raise_collapsed_scales(plan, params, qparams) after training"
             )
     if output.dtype != "int32":
         by = rescale_of(ratio(x.scale, weight_scale, output.scale, 1.0), bits=bit_width(output.dtype))

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jquant.batch_norm import raise_shipped_scales, weights_to_quantize
+from jquant.batch_norm import raise_collapsed_scales, weights_to_quantize
 from jquant.ir.graph import check_params
 from jquant.numerics.rounding import dequantize, quantize
 from jquant.observers import min_max
@@ -41,7 +41,7 @@ def search_weight_scales(plan: Plan, params: Params, qparams: QParams, *, candid
             axis = plan.weight_axis.get(key)
             best = _search(weights[key], scale_of(key, plan, qparams), spec, axis, candidates)
             found[key] = quantizer_of(spec).init(best, spec)
-    return raise_shipped_scales(plan, params, found)
+    return raise_collapsed_scales(plan, params, found)
 
 
 @partial(jax.jit, static_argnames=("spec", "axis", "candidates"))
