@@ -258,5 +258,6 @@ def _(op: ops.MatMul, site: Site, a: Any, b: Any) -> Any:
 @torch_rule.register(ops.RoiAlign)
 @torch_rule.register(ops.RoiResize)
 @torch_rule.register(ops.Nv12ToCentredYuv444)
+@torch_rule.register(ops.RgbToCentredYuv444)
 def _(op: Op, site: Site, *operands: Any) -> Any:
     raise ConversionError(f"{type(op).__name__} has no form in plain torch; end the graph before it")

@@ -41,18 +41,20 @@ from jquant.ops.conv import Conv, ConvTranspose, Linear
 from jquant.ops.elementwise import Abs, Add, Clamp, Constant, IntegerConstant, Mul, Neg, Requantize, Scale, Sub
 from jquant.ops.functional import (
     affine_grid,
+    bgr_to_centred_yuv444,
     channel_shuffle,
     grid_sample,
     interpolate,
     nv12_to_centred_yuv444,
     pixel_shuffle,
     pixel_unshuffle,
+    rgb_to_centred_yuv444,
     roi_align,
     warp,
 )
 from jquant.ops.grid import AffineGrid, base_grid, denormalize_grid, grid_scale, normalize_grid
 from jquant.ops.grid_sample import GridSample, Warp
-from jquant.ops.image import CentrePixels, Nv12ToCentredYuv444, RoiResize, SwapChannels
+from jquant.ops.image import CentrePixels, Nv12ToCentredYuv444, RgbToCentredYuv444, RoiResize, SwapChannels
 from jquant.ops.indexing import Gather, IndexSelect, Slice
 from jquant.ops.lookup import TableOptions, Traits, as_table, table_float, traits
 from jquant.ops.matmul import Embedding, MatMul
@@ -212,6 +214,7 @@ __all__ = [
     "Relu6",
     "Requantize",
     "Reshape",
+    "RgbToCentredYuv444",
     "RmsNorm",
     "RoiAlign",
     "RoiResize",
@@ -254,6 +257,7 @@ __all__ = [
     "affine_grid",
     "as_table",
     "base_grid",
+    "bgr_to_centred_yuv444",
     "channel_shuffle",
     "constraints",
     "decompose",
@@ -269,6 +273,7 @@ __all__ = [
     "nv12_to_centred_yuv444",
     "pixel_shuffle",
     "pixel_unshuffle",
+    "rgb_to_centred_yuv444",
     "roi_align",
     "table_float",
     "to_channels_last",

@@ -13,10 +13,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jquant.ir.serialize import decode, encode
+from jquant.numerics.color import Swing
 from jquant.ops.base import eval_float
 from jquant.ops.grid import AffineGrid
 from jquant.ops.grid_sample import GridSample, Mode, Padding, Warp
-from jquant.ops.image import Nv12ToCentredYuv444
+from jquant.ops.image import Nv12ToCentredYuv444, RgbToCentredYuv444
 from jquant.ops.resample import Interpolate
 from jquant.ops.roi_align import RoiAlign
 from jquant.ops.shuffle import ChannelShuffle, PixelShuffle, PixelUnshuffle
@@ -132,3 +133,23 @@ def roi_align(
 def nv12_to_centred_yuv444(y: Array, uv: Array, *, unit: float = 1.0) -> Array:
     """What a pyramid input gives a network, real: y [N, H, W, 1] and uv [N, H/2, W/2, 2], uint8, to [N, H, W, 3]."""
     return jquant_operator(Nv12ToCentredYuv444(unit=unit), y, uv)
+
+
+def rgb_to_centred_yuv444(rgb: Array, *, swing: Swing = "full", unit: float = 1.0) -> Array:
+    """RGB pixels [..., 3], uint8, to centred YUV times `unit`, real: 1 / 128 for a network that is trained on [-1, 1).
+
+    The integers are those of `jq.images.rgb_to_centred_yuv444`; at an output scale of `unit` they are what a program
+    computes with.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jquant.ops import rgb_to_centred_yuv444
+      >>> rgb_to_centred_yuv444(jnp.array([[255, 255, 255], [0, 0, 255]], jnp.uint8)).tolist()
+      [[127.0, 0.0, 0.0], [-99.0, 127.0, -21.0]]
+    """
+    return jquant_operator(RgbToCentredYuv444(swing=swing, unit=unit), rgb)
+
+
+def bgr_to_centred_yuv444(bgr: Array, *, swing: Swing = "full", unit: float = 1.0) -> Array:
+    """`rgb_to_centred_yuv444` of pixels in the order B, G, R; the result is in the order Y, U, V."""
+    return jquant_operator(RgbToCentredYuv444(swing=swing, order="bgr", unit=unit), bgr)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.numerics.color import CENTRE, check_even, join_planes, to_pixels
+from jquant.numerics.color import CENTRE, Swing, check_even, check_swing, join_planes, rgb_to_yuv, to_pixels
 from jquant.numerics.crop import MAX_FRACTION_BITS, REACH, Region, crop_resize, region_of, taps_of
 from jquant.numerics.rescale import Rescale, ratio, rescale, rescale_of
 from jquant.numerics.rounding import divide, widen
@@ -38,6 +38,22 @@ class Nv12ToCentredYuv444(Op):
     ports: ClassVar = ("y", "uv")
 
     unit: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RgbToCentredYuv444(Op):
+    """RGB pixels (or BGR) to centred YUV 4:4:4: [..., 3], uint8. What training feeds a network that ships with YUV."""
+
+    needs_stats: ClassVar = False
+
+    swing: Swing = "full"
+    order: Literal["rgb", "bgr"] = "rgb"
+    unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_swing(self.swing)
+        if self.order not in ("rgb", "bgr"):
+            raise GraphError(f"order must be 'rgb' or 'bgr', not {self.order!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +115,11 @@ def _(op: Nv12ToCentredYuv444, y: Array, uv: Array) -> Array:
 
 
 @eval_float.register
+def _(op: RgbToCentredYuv444, x: Array) -> Array:
+    return _real(_yuv_pixels(op, x).astype(jnp.float32), op.unit)
+
+
+@eval_float.register
 def _(op: SwapChannels, x: Array) -> Array:
     return jnp.flip(x, op.axis)
 
@@ -135,7 +156,13 @@ def _resize_float(op: RoiResize, x: Array, axis: int, region: Region, out: int, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Regions, shared by the float and the integer meaning
+# Pixels and regions, shared by the float and the integer meaning
+
+
+def _yuv_pixels(op: RgbToCentredYuv444, x: Array) -> Array:
+    if x.ndim < 2 or x.shape[-1] != 3:
+        raise InputError(f"{op.order.upper()} pixels are [..., 3], channels last, not {x.shape}")
+    return to_pixels(rgb_to_yuv(x if op.order == "rgb" else jnp.flip(x, -1), op.swing))
 
 
 def _planes(op: RoiResize, y: Array, *others: Array) -> list[tuple[Array, list[Region], tuple[int, int], int | None]]:
@@ -180,6 +207,11 @@ def _(op: Nv12ToCentredYuv444, node_format: NodeFormat, target: Target, y: Array
 
 
 @eval_integer.register
+def _(op: RgbToCentredYuv444, node_format: NodeFormat, target: Target, x: Array, **by: Array) -> Array:
+    return _centred(_yuv_pixels(op, x), node_format, target, by)
+
+
+@eval_integer.register
 def _(op: SwapChannels, node_format: NodeFormat, target: Target, x: Array) -> Array:
     return eval_float(op, x)  # only moves elements
 
@@ -200,9 +232,10 @@ def _(op: RoiResize, node_format: NodeFormat, target: Target, y: Array, *others:
 
 @lower_op.register(CentrePixels)
 @lower_op.register(Nv12ToCentredYuv444)
+@lower_op.register(RgbToCentredYuv444)
 @lower_op.register(RoiResize)
 def _(
-    op: CentrePixels | Nv12ToCentredYuv444 | RoiResize,
+    op: CentrePixels | Nv12ToCentredYuv444 | RgbToCentredYuv444 | RoiResize,
     inputs: Sequence[Operand],
     output: Operand,
     params: dict[str, Any],
@@ -225,6 +258,7 @@ def _(op: SwapChannels, inputs: Sequence[Operand], output: Operand, params: dict
 
 @constraints.register(CentrePixels)
 @constraints.register(Nv12ToCentredYuv444)
+@constraints.register(RgbToCentredYuv444)
 @constraints.register(RoiResize)
 def _(op: Op, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target) -> list[str]:
     ports = [port for port in op.ports if not (port == "uv" and isinstance(op, RoiResize) and op.mode == "gray")]

@@ -54,6 +54,12 @@ def nv12_to_centred_yuv444(call: Call) -> np.ndarray:
     return call.rescaled(join_planes(y, uv) - 128)
 
 
+def rgb_to_centred_yuv444(call: Call) -> np.ndarray:
+    (pixels,) = call.operands
+    rgb = pixels if call.op.order == "rgb" else pixels[..., [2, 1, 0]]
+    return call.rescaled(np.clip(yuv444(rgb, call.op.swing), 0, 255) - 128)
+
+
 def swap_channels(call: Call) -> np.ndarray:
     (x,) = call.operands
     last = x.shape[call.op.axis] - 1

@@ -100,6 +100,7 @@ RULES: dict[str, Callable[[Call], np.ndarray]] = {
     "Relu6": pointwise.relu6,
     "Requantize": pointwise.requantize,
     "Reshape": movement.reshape,
+    "RgbToCentredYuv444": images.rgb_to_centred_yuv444,
     "RoiAlign": sampling.roi_align,
     "RoiResize": images.roi_resize,
     "Roll": movement.roll,

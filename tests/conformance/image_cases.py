@@ -32,11 +32,16 @@ def resizers() -> Iterator[Case]:
     yield Case(op=ops.RoiResize(size=(9, 7), mode="gray"), output_scale=1.0, **gray)
 
 
+PIXELS = {"shapes": ((6, 7, 3),), "inputs": ("uint8",)}
 CASES = (
     Case(op=ops.CentrePixels(), shapes=((6, 7, 1),), inputs=("uint8",), output_scale=1.0),
     Case(op=ops.CentrePixels(unit=1 / 128), shapes=((6, 7, 3),), inputs=("uint8",), output="int16"),
     Case(op=ops.Nv12ToCentredYuv444(), output_scale=1.0, **PYRAMID),
     Case(op=ops.Nv12ToCentredYuv444(unit=1 / 128), **PYRAMID),
+    Case(op=ops.RgbToCentredYuv444(), shapes=((6, 7, 3),), inputs=("uint8",), output_scale=1.0),
+    Case(
+        op=ops.RgbToCentredYuv444(swing="studio", order="bgr"), shapes=((6, 7, 3),), inputs=("uint8",), output="int16"
+    ),
     Case(op=ops.SwapChannels(axis=1), shapes=((3, 6, 7),)),
     Case(op=ops.SwapChannels(), shapes=((6, 7, 3),), inputs=("int16",), output="int16"),
     *resizers(),
