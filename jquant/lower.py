@@ -11,6 +11,7 @@ from jquant.ir.graph import check_params
 from jquant.ir.passes import prune
 from jquant.numerics.rounding import dequantize, expand, quantize
 from jquant.ops.base import Lowered, Operand, lower_op
+from jquant.ops.lookup import is_table, lower_tables_alike
 from jquant.quantizers import has_offset
 from jquant.simulate import check_qparams, quantizer_of, scale_of, value_scales, value_shapes
 from jquant.types import Array, FrozenMap, Graph, LoweringError, Node, NodeFormat, Params, Plan, Program, QParams
@@ -68,6 +69,10 @@ def lower_nodes(
 
     constants: dict[str, dict[str, Array]] = {}
     formats: dict[str, NodeFormat] = {}
+    alike: dict[str, Lowered] = {}
+    if any(isinstance(scale, jax.core.Tracer) for scale in scales.values()):
+        found = [n for n in nodes if is_table(n.op) and plan.values[n.inputs[0]] and plan.values[n.name]]
+        alike = lower_tables_alike({n.name: (n.op, operand(n.inputs[0]), operand(n.name)) for n in found}, plan.target)
     for node in nodes:
         where = f"node {node.name!r} ({type(node.op).__name__})"
         for value in (*node.inputs, node.name):
@@ -77,6 +82,8 @@ def lower_nodes(
             integers = _integer_params(plan, params, qparams, node)
             if output.dtype == "float16":
                 lowered = lower_island(operands, integers, node, plan)
+            elif node.name in alike:
+                lowered = alike[node.name]
             else:
                 lowered = lower_op(node.op, operands, output, integers, plan.target)
         except LoweringError as error:

@@ -4,7 +4,7 @@ A table function is an operator with a field `table: TableOptions` and an `eval_
 The functions themselves are in `jquant/ops/table.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, singledispatch
 from itertools import pairwise
@@ -193,6 +193,39 @@ def table_float(
 def _lower(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     (x,) = inputs
     return Lowered(table_constants(op, x.scale, x.dtype, output.scale, output.dtype, target.quantize_rounding))
+
+
+def is_table(op: Op) -> bool:
+    """Whether `as_table` made the operator one that lowers to a table."""
+    return lower_op.dispatch(type(op)) is _lower
+
+
+def lower_tables_alike(sites: Mapping[str, tuple[Op, Operand, Operand]], target: Target) -> dict[str, Lowered]:
+    """Tables of int16 inputs that differ in their scales alone, made by one loop: {site: what `lower_op` gives}.
+
+    For use inside jit. A table takes thousands of operations to make; a recurrent network that is unrolled has hundreds
+    of tables, and XLA would compile each of them apart.
+
+    Args:
+      sites: {any name: (table function, operand, output)}. What has no like, or cannot be a table, is left out of the
+        result: `lower_op` makes the one, and has the words for the other.
+    """
+    groups: dict[tuple[Op, str, str], list[str]] = {}
+    for name, (op, x, y) in sites.items():
+        if x.dtype == "int16" and y.dtype in ("int8", "int16"):
+            groups.setdefault((op, x.dtype, y.dtype), []).append(name)
+    found: dict[str, Lowered] = {}
+    for (op, x_dtype, y_dtype), names in groups.items():
+        if len(names) > 1:
+            pairs = [jnp.stack([jnp.float32(operand.scale) for operand in sites[name][1:]]) for name in names]
+            made = jax.lax.map(partial(_table_of_scales, op, x_dtype, y_dtype, target), jnp.stack(pairs))
+            found |= {name: Lowered({role: v[i] for role, v in made.items()}) for i, name in enumerate(names)}
+    return found
+
+
+def _table_of_scales(op: Op, x_dtype: str, y_dtype: str, target: Target, scales: Array) -> dict:
+    x_scale, y_scale = scales
+    return table_constants(op, x_scale, x_dtype, y_scale, y_dtype, target.quantize_rounding)
 
 
 def _integers(op: Op, node_format: NodeFormat, target: Target, x: Array, **constants: Array) -> Array:

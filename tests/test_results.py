@@ -1,0 +1,34 @@
+"""A section of `benchmarks/RESULTS.md` is written by its own command and leaves the others alone."""
+
+from pathlib import Path
+
+import pytest
+from commands import load_benchmark
+
+
+def test_sections_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = load_benchmark("results", monkeypatch)
+    monkeypatch.setattr(results, "PATH", tmp_path / "RESULTS.md")
+    results.write_section("a", "## A\n\n1.5")
+    results.write_section("b", "## B\n\n2.5")
+    results.write_section("a", "## A\n\n3.5")
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert page.startswith("# What takes how long")
+    assert "1.5" not in page
+    assert page.index("3.5") < page.index("2.5")
+    assert page.count("<!--") == 4
+
+
+def test_a_step_is_measured_against_its_own_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load_benchmark("qat_step", monkeypatch)
+    done: list[str] = []
+    contenders = [
+        bench.Contender("float", lambda: done.append("float"), "float"),
+        bench.Contender("qat", lambda: done.append("qat"), "float", 1.1),
+    ]
+    times = bench.measure(contenders, 3)
+    assert done == ["float", "float", "qat", "qat"] + ["float", "qat"] * 3
+    assert {name: len(values) for name, values in times.items()} == {"float": 3, "qat": 3}
+    assert bench.rows(contenders, {"float": [1.0, 2.0, 4.0], "qat": [2.0, 3.0, 10.0]}) == [
+        ["qat", "float", "2.00", "1.75 to 2.25", "1.10"]
+    ]
