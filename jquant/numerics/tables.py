@@ -267,7 +267,7 @@ def evaluate_segments(x: Array, table: Segments, dtype: str) -> Array:
         return evaluate_segments(jnp.arange(-(2**15), 2**15, dtype=jnp.int32), table, dtype)[x + 2**15]
     count = table.entries.shape[0]
     point = jnp.where(table.mirror == 0, x, jnp.abs(x))
-    segment = jnp.searchsorted(table.boundaries, point, side="right", method="scan_unrolled").astype(jnp.int32)
+    segment = jnp.searchsorted(table.boundaries, point, side="right", method="compare_all").astype(jnp.int32)
     alpha, beta, left, right = (table.lines[:, i][segment] for i in range(4))
     line = shift_right(point * alpha + (beta << left), right, "half_up")
     t = jnp.clip(line, 0, LAST)
