@@ -10,6 +10,7 @@ import jax.export
 
 from jquant.integer import dequantize_values, quantize_inputs, run_integers
 from jquant.ir.evaluate import bind_inputs
+from jquant.numerics.platform import tracing_for
 from jquant.simulate import check_qparams, evaluate_plan
 from jquant.types import FormatError, Graph, Params, Plan, Program, QParams, storage_dtype
 
@@ -46,7 +47,8 @@ def to_stablehlo(
         jax.ShapeDtypeStruct(tuple(symbol if n is None else n for n in i.shape), dtypes.get(i.name, i.dtype))
         for i in graph.inputs
     ]
-    exported = jax.export.export(jax.jit(function), platforms=list(platforms))(*arguments)
+    with tracing_for(platforms):
+        exported = jax.export.export(jax.jit(function), platforms=list(platforms))(*arguments)
     data = bytes(exported.serialize())
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -6,6 +6,7 @@ import sys
 
 import graphs
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,6 +42,20 @@ def test_a_program_serves_any_batch_and_gives_its_bits(network, tmp_path):
         x = graphs.images(batch, plan.graph, batch)
         np.testing.assert_array_equal(np.asarray(call(x)), np.asarray(jq.run(program, x)))
     assert os.listdir(tmp_path) == ["net.stablehlo"]
+
+
+def test_a_file_for_a_gpu_asks_for_no_integer_product(network, tmp_path):
+    """XLA has no integer convolution there, and its integer matrix product is not exact: see numerics/convolution."""
+    plan, _, _, program = network
+    x = graphs.images(0, plan.graph, 2)
+    expected = np.asarray(jq.run(program, x))
+    for platforms in (("cuda",), ("cpu", "cuda")):
+        jq.to_stablehlo(tmp_path / "net", program, platforms=platforms)
+        text = jax.export.deserialize(bytearray((tmp_path / "net").read_bytes())).mlir_module()
+        assert "stablehlo.convolution" not in text
+        assert "xi8>, tensor" not in "".join(line for line in text.splitlines() if "dot_general" in line)
+        assert "dot_general" in text
+    np.testing.assert_array_equal(jq.from_stablehlo(tmp_path / "net")(x), expected)
 
 
 def test_raw_is_integers_and_has_no_float(network, tmp_path):

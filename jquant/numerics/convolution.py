@@ -3,15 +3,17 @@
 The choice is made here and nowhere else: `kernel_of` by static shape, which is what a program records, and `runnable`
 by platform. Measured on a CPU, where XLA hands int8 x int8 to its fast library in some forms only:
 
-dense      two spatial axes, channels in fours, padding up to "same": all others are brought to this form
+dense      two spatial axes, channels in fours, more than 16 in or out, padding up to "same": others are made so
 grouped    the same with groups, where small ones are merged first, by a weight that is block diagonal
 depthwise  a sum of shifted products, many times faster than a grouped convolution of one channel a group
 matmul     no window at all
 patches    im2col and a matrix product: any window, slower
 
-XLA lowers no integer convolution on a GPU: off the CPU, dense and grouped run as patches, with the same bits and
-without a float, so that the promise about the jaxpr of a program holds on every platform. A grouped float convolution
-runs as patches on the CPU, where the gradient of XLA's own is 20 to 200 times slower.
+XLA lowers no integer convolution on a GPU: off the CPU, dense and grouped run as patches. Nor is its integer matrix
+product on a GPU to be trusted: on an H100 it was silently wrong for small shapes, and did not compile for others. There
+the bytes are multiplied as bfloat16, which holds each of them, in slices whose float32 sums are exact (`_product`). The
+bits are the same everywhere. A grouped float convolution runs as patches on the CPU, where the gradient of XLA's own is
+20 to 200 times slower.
 """
 
 from collections.abc import Sequence
@@ -24,12 +26,17 @@ import numpy as np
 
 from jquant.numerics import limbs
 from jquant.numerics.limbs import Limbs
+from jquant.numerics.platform import platform
 from jquant.types import Array, GraphError
 
 Padding = Sequence[tuple[int, int]]
 Kernel = Literal["dense", "depthwise", "grouped", "matmul", "patches"]
 
+Axes = tuple[int, ...]
+
+_EXACT_PRODUCTS = 512  # of two int8: each at most 2^14, together at most 2^23
 _LANES = 4  # the fast library takes input channels in fours
+_CHANNELS = 17  # and no convolution of integers that has fewer than these both in and out
 _MERGED = (16, 64)  # input channels of merged groups: fewer are slow, more are mostly zeros
 
 
@@ -102,9 +109,14 @@ def taps(x: Array, kernel: Sequence[int], window: Window) -> list[Array]:
 
 
 def apart(v: Array) -> Array:
-    """v, computed before its reader: a selection that is always true, since XLA drops an optimization barrier early."""
-    column = jax.lax.broadcasted_iota(jnp.int32, v.shape, v.ndim - 1)
-    return jnp.where(column < v.shape[-1], v, jnp.zeros_like(v))
+    """v, computed before its reader: a selection that is always true, since XLA drops an optimization barrier early.
+
+    Along the longest axis: XLA knows the index of one that has a single element.
+    """
+    known = [n if isinstance(n, int) else 0 for n in v.shape]  # an open batch is a symbol
+    axis = known.index(max(known))
+    index = jax.lax.broadcasted_iota(jnp.int32, v.shape, axis)
+    return jnp.where(index < v.shape[axis], v, jnp.zeros_like(v))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,20 +128,34 @@ def convolve(x: Array, weight: Array, window: Window, groups: int = 1, kernel: s
 
     Exact for integers: a sum of 65,535 int8 products is below 2^31.
     """
-    platform = jax.default_backend()
-    match runnable(kernel, weight.shape, groups, integer=is_integer(x), platform=platform):
+    match runnable(kernel, weight.shape, groups, integer=is_integer(x), platform=platform()):
         case "matmul":
             return matmul(x, weight)
         case "depthwise":
             return _shift_and_add(x, weight, window, groups)
         case "patches":
             return _patches(x, weight, window, groups)
-    return _planar(x, weight, window, groups) if platform == "cpu" else _native(x, weight, window, groups)
+    return _planar(x, weight, window, groups) if platform() == "cpu" else _native(x, weight, window, groups)
 
 
 def matmul(x: Array, weight: Array) -> Array:
     """[..., I] times [I, O], accumulated in int32 for integers and float32 for floats."""
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=accumulator_of(x))
+    return _product(x, weight, (x.ndim - 1, 0))
+
+
+def _product(a: Array, b: Array, contracted: tuple[int, int], batched: tuple[Axes, Axes] = ((), ())) -> Array:
+    """`lax.dot_general` over one axis of each, accumulated in int32 for integers and float32 for floats."""
+    axes = ((contracted[:1], contracted[1:]), batched)
+    if not (is_integer(a) and platform() == "gpu"):
+        return jax.lax.dot_general(a, b, axes, preferred_element_type=accumulator_of(a))
+    total = jnp.int32(0)
+    for start in range(0, a.shape[contracted[0]], _EXACT_PRODUCTS):
+        x, y = (
+            jax.lax.slice_in_dim(v, start, min(start + _EXACT_PRODUCTS, v.shape[axis]), axis=axis).astype(jnp.bfloat16)
+            for v, axis in zip((a, b), contracted, strict=True)
+        )
+        total += jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32).astype(jnp.int32)
+    return total
 
 
 def _shift_and_add(x: Array, weight: Array, window: Window, groups: int) -> Array:
@@ -153,8 +179,7 @@ def _patches(x: Array, weight: Array, window: Window, groups: int) -> Array:
     if groups == 1:
         return matmul(columns[..., 0, :], weight.reshape(-1, out))
     blocks = weight.reshape(-1, groups, out // groups)
-    axes = (((columns.ndim - 1,), (0,)), ((columns.ndim - 2,), (1,)))
-    y = jax.lax.dot_general(columns, blocks, axes, preferred_element_type=accumulator_of(x))
+    y = _product(columns, blocks, (columns.ndim - 1, 0), ((columns.ndim - 2,), (1,)))
     y = jnp.moveaxis(y, 0, -2)  # from [groups, N, *S, O / groups]
     return y.reshape(*y.shape[:-2], out)
 
@@ -167,12 +192,19 @@ def _planar(x: Array, weight: Array, window: Window, groups: int) -> Array:
         return _planar(x[:, None], weight[None], window, groups)[:, 0]
     if axes == 3:
         return _fold_depth(x, weight, window, groups)
-    if is_integer(x) and any(sum(p) > d * (k - 1) for p, d, k in zip(*window[1:], weight.shape, strict=False)):
-        # The fast library takes no padding beyond "same", and XLA would move it back into the convolution.
-        x = apart(pad_spatial(x, window.padding))
-        window = window._replace(padding=((0, 0), (0, 0)))
+    if is_integer(x):
+        if any(sum(p) > d * (k - 1) for p, d, k in zip(*window[1:], weight.shape, strict=False)):
+            x = pad_spatial(x, window.padding)  # beyond "same" the fast library takes none
+            window = window._replace(padding=((0, 0), (0, 0)))
+        # XLA would move a padding that made x into the convolution, whoever asked for it, and where that is beyond
+        # "same" its own integer convolution is silently wrong: most outputs, as soon as 17 channels go in or out.
+        x = apart(x)
     weight, groups = _merge_groups(weight, groups)
-    return _native(*_pad_channels(x, weight, groups), window, groups)
+    x, weight = _pad_channels(x, weight, groups)
+    out = weight.shape[-1]
+    if is_integer(x) and groups == 1 and max(weight.shape[-2:]) < _CHANNELS:  # float is fast with few channels too
+        weight = jnp.pad(weight, [*((0, 0),) * (weight.ndim - 1), (0, _CHANNELS - out)])
+    return _native(x, weight, window, groups)[..., :out]
 
 
 def _fold_depth(x: Array, weight: Array, window: Window, groups: int) -> Array:
@@ -274,7 +306,12 @@ def batch_matmul(a: Array, b: Array) -> Array:
     """`jnp.matmul` that accumulates in int32 for integers and float32 for floats."""
     # XLA folds a transposition of b into the product, and its fast library takes none: five times slower.
     b = apart(b) if is_integer(b) else b
-    return jnp.matmul(a, b, preferred_element_type=accumulator_of(a))
+    if not (is_integer(a) and platform() == "gpu"):
+        return jnp.matmul(a, b, preferred_element_type=accumulator_of(a))
+    stack = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (jnp.broadcast_to(v, (*stack, *v.shape[-2:])) for v in (a, b))
+    leading = tuple(range(len(stack)))
+    return _product(a, b, (a.ndim - 1, b.ndim - 2), (leading, leading))
 
 
 def split_bytes(v: Array) -> tuple[Array, Array]:

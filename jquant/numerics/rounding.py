@@ -3,16 +3,47 @@
 import jax
 import jax.numpy as jnp
 
+from jquant.numerics.platform import platform
 from jquant.types import Array, integer_range, storage_dtype
 
 
 def divide(x: Array, scale: Array) -> Array:
-    """x / scale, correctly rounded in float32.
+    """x / scale, correctly rounded in float32, where neither it nor its rounding error is subnormal.
 
     XLA rewrites a division by a broadcast scalar into a product with its reciprocal, which is an ulp off for many
-    values and moves ties of the rounding that follows. A divisor that depends on x keeps the division.
+    values and moves ties of the rounding that follows. A divisor that depends on x keeps the division. On a GPU the
+    division itself is up to 2 ulp off.
     """
-    return x / jnp.where(jnp.isnan(x), x, scale)
+    quotient = x / jnp.where(jnp.isnan(x), x, scale)
+    if platform() != "gpu":
+        return quotient
+    rough, x, scale = jax.lax.stop_gradient((quotient, x, scale))
+    return quotient + (nearest_quotient(rough, x, scale) - rough)  # a few ulp, so that difference and sum are exact
+
+
+def nearest_quotient(q: Array, x: Array, scale: Array) -> Array:
+    """The float32 nearest to x / scale, given one at most 2 ulp away. What is not finite stays as it is."""
+    nearer = q + _remainder(q, x, scale) / scale
+    candidates = jnp.stack([nearer, jnp.nextafter(nearer, -jnp.inf), jnp.nextafter(nearer, jnp.inf)])
+    best = jnp.argmin(jnp.abs(_remainder(candidates, x, scale)), axis=0)
+    chosen = jnp.where(best == 0, candidates[0], jnp.where(best == 1, candidates[1], candidates[2]))
+    return jnp.where(jnp.isfinite(chosen), chosen, q)
+
+
+def _remainder(q: Array, x: Array, scale: Array) -> Array:
+    """x - q * scale, exact within 1 ulp of the quotient, and in whatever way the compiler joins products and sums.
+
+    Factors in halves of 12 bits make every product exact, and every sum has less than 24 bits between its magnitude
+    and the unit that all its terms are multiples of.
+    """
+    q1, s1 = _upper_half(q), _upper_half(scale)
+    q0, s0 = q - q1, scale - s1
+    return ((x - q1 * s1) - q1 * s0) - q0 * s1 - q0 * s0
+
+
+def _upper_half(v: Array) -> Array:
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(v, jnp.float32), jnp.int32)
+    return jax.lax.bitcast_convert_type(bits & ~0xFFF, jnp.float32)
 
 
 def expand(scale: Array, axis: int | None, rank: int) -> Array:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jquant.numerics.convolution import Window, apart, is_integer
+from jquant.numerics.convolution import Window
 from jquant.types import Array, GraphError
 
 Convolution = Callable[[Array, Array, Window, int], Any]  # (x, weight, window, groups) to an array or limbs
@@ -93,7 +93,6 @@ def _convolve_phases(
     padding = tuple((p.low, p.high) for p in phases)
     if any(min(edges) < 0 for edges in padding):  # a window that starts or ends inside the input
         x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*edges, 0) for edges in padding), (0, 0, 0)])
-        x = apart(x) if is_integer(x) else x
         padding = tuple((0, 0) for _ in phases)
     window = Window((1,) * len(phases), padding, tuple(p.dilation for p in phases))
     kernels = [_part(weight, [p.positions for p in chosen[r] if p]) for r in alike]

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from jquant.numerics.convolution import (
     NO_WINDOW,
     Window,
     accumulate_exactly,
+    batch_matmul,
     kernel_of,
     multiply_exactly,
     runnable,
 )
 from jquant.numerics.limbs import Limbs
+from jquant.numerics.platform import platform, tracing_for
 from jquant.numerics.transposed import transpose_convolve
 
 TYPES = [("int8", "int8"), ("int16", "int8"), ("int8", "int16")]
@@ -99,6 +102,18 @@ def test_every_kernel_equals_int64(case: str, types: tuple) -> None:
         np.testing.assert_array_equal(join(got), expected, err_msg=name)
 
 
+@pytest.mark.parametrize("channels", [(3, 17), (20, 1), (1, 1), (24, 32)])
+@pytest.mark.parametrize("types", TYPES, ids="x".join)
+def test_padding_that_somebody_else_did_stays_out_of_the_convolution(channels: tuple, types: tuple) -> None:
+    """XLA moves it in, and its integer convolution with more padding than "same" is wrong from 17 channels on."""
+    padding = ((2, 1), (3, 0))
+    window = Window((1, 2), ((0, 0), (0, 0)), (1, 1))
+    x, weight = draw(0, (2, 5, 4, channels[0]), types[0]), draw(1, (2, 3, *channels), types[1])
+    expected = slow(x, weight, window._replace(padding=padding), 1)
+    got = jax.jit(lambda x, w: accumulate_exactly(convolution.pad_spatial(x, padding), w, window, 1))(x, weight)
+    np.testing.assert_array_equal(join(got), expected)
+
+
 @pytest.mark.parametrize("types", TYPES[1:], ids="x".join)
 def test_a_sum_that_is_known_to_fit_is_int32(types: tuple) -> None:
     spatial, channels, kernel, out, groups, window = CASES["dense"]
@@ -168,16 +183,46 @@ def test_float_takes_the_same_sums(case: str) -> None:
 # The choice by platform
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda"])
 @pytest.mark.parametrize("case", CASES)
-def test_off_the_cpu_no_integer_convolution_and_no_float_is_left(case: str) -> None:
+def test_off_the_cpu_no_integer_convolution_is_left(case: str, device: str) -> None:
+    """On a GPU no integer product either: bfloat16 holds the bytes, float32 their sums."""
     spatial, channels, kernel, out, groups, window = CASES[case]
-    weight_shape = (*kernel, channels // groups, out)
-    name = runnable("", weight_shape, groups, integer=True, platform="gpu")
-    run = partial(accumulate_exactly, window=window, groups=groups, kernel=name)
-    text = str(jax.make_jaxpr(run)(jnp.zeros((2, *spatial, channels), jnp.int8), jnp.zeros(weight_shape, jnp.int8)))
+    rng = np.random.default_rng(3)
+    x, weight = (
+        jnp.asarray(np.where(rng.random(shape) < 0.8, 127, rng.integers(-128, 128, shape)), jnp.int8)
+        for shape in ((2, *spatial, channels), (*kernel, channels // groups, out))
+    )
+    expected = accumulate_exactly(x, weight, window, groups)
+    with tracing_for([device]):
+        name = runnable("", weight.shape, groups, integer=True, platform="gpu")
+        traced = jax.make_jaxpr(partial(accumulate_exactly, window=window, groups=groups, kernel=name))(x, weight)
+    text = str(traced)
     assert "conv_general" not in text
-    assert "f32" not in text
-    assert "f16" not in text
+    assert ("f32" in text) == (device == "cuda" and "dot_general" in text)
+    np.testing.assert_array_equal(jax.jit(jax.extend.core.jaxpr_as_fun(traced))(x, weight)[0], expected)
+
+
+@pytest.mark.parametrize("inner", [5, 512, 513, 4609])
+@pytest.mark.parametrize("stack", [((), ()), ((3, 1), (2,))])
+def test_matrix_products_for_a_gpu_are_exact(inner: int, stack: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    rng = np.random.default_rng(inner)
+    shapes = (*stack[0], 7, inner), (*stack[1], inner, 3)
+    for a, b in (
+        [rng.integers(-128, 128, shape).astype(np.int8) for shape in shapes],
+        [np.full(shape, 127, np.int8) for shape in shapes],
+    ):
+        with tracing_for(["cuda"]):
+            found = jax.jit(lambda a, b: batch_matmul(a, b))(a, b)  # of its own: no trace for another platform
+        np.testing.assert_array_equal(found, np.matmul(a.astype(np.int64), b.astype(np.int64)))
+
+
+def test_platforms_by_their_names() -> None:
+    assert platform() == jax.default_backend()
+    for names, kind in ((["cpu"], "cpu"), (["cuda"], "gpu"), (["cuda", "rocm"], "gpu"), (["cpu", "tpu"], "gpu")):
+        with tracing_for(names):
+            assert platform() == kind
+    assert platform() == jax.default_backend()
 
 
 def test_a_recorded_kernel_is_checked_and_follows_the_platform() -> None:
@@ -200,6 +245,8 @@ FAST = {
     "dense": (SAME, 1, (1, 28, 28, 64), (3, 3, 64, 64)),
     "1x1": (SAME._replace(padding=((0, 0), (0, 0))), 1, (1, 28, 28, 64), (1, 1, 64, 64)),
     "stem": (SAME._replace(strides=(2, 2)), 1, (1, 64, 64, 3), (3, 3, 3, 32)),
+    "narrow": (SAME, 1, (1, 32, 32, 16), (3, 3, 16, 16)),
+    "one channel": (SAME, 1, (1, 32, 32, 1), (3, 3, 1, 1)),
     "wide padding": (SAME._replace(padding=((2, 2), (3, 1))), 1, (1, 28, 28, 64), (3, 3, 64, 64)),
     "1d": (Window((1,), ((1, 1),), (1,)), 1, (1, 512, 32), (3, 32, 64)),
     "3d": (Window((1,) * 3, ((1, 1),) * 3, (1,) * 3), 1, (1, 8, 16, 16, 32), (3, 3, 3, 32, 32)),

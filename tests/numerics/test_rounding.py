@@ -1,0 +1,51 @@
+"""The quotient that a GPU rounds only roughly, against numpy's division."""
+
+import jax
+import numpy as np
+import pytest
+
+from jquant.numerics.platform import tracing_for
+from jquant.numerics.rounding import divide, nearest_quotient
+
+COUNT = 2**20
+
+
+def pairs(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    scale = np.exp2(rng.uniform(-23, 10, COUNT)).astype(np.float32)
+    match kind:
+        case "real":
+            return (rng.normal(size=COUNT) * np.exp2(rng.uniform(-20, 20, COUNT))).astype(np.float32), scale
+        case "integers":
+            return tuple(rng.integers(1, 2**24, COUNT).astype(np.float32) for _ in range(2))
+    middle = rng.integers(2**23, 2**24, COUNT) + 0.5  # quotients that lie as near to a tie as they can
+    return (middle * scale.astype(np.float64)).astype(np.float32), scale
+
+
+@pytest.mark.parametrize("kind", ["real", "integers", "near ties"])
+def test_a_quotient_two_ulp_away_becomes_the_nearest(kind: str) -> None:
+    x, scale = pairs(kind)
+    exact = x / scale
+    ulps = np.random.default_rng(1).integers(-2, 3, COUNT).astype(np.int32)
+    rough = (exact.view(np.int32) + ulps).view(np.float32)
+    np.testing.assert_array_equal(jax.jit(nearest_quotient)(rough, x, scale), exact)
+
+
+def test_what_is_not_finite_stays() -> None:
+    x, scale = np.float32([0, 0, 1, np.inf, -np.inf, np.nan, 1e30]), np.float32([1, 0, 0, 2, 2, 1, 1e-23])
+    with np.errstate(all="ignore"):
+        exact = x / scale
+    np.testing.assert_array_equal(jax.jit(nearest_quotient)(exact, x, scale), exact)
+
+
+def test_division_for_a_gpu_keeps_value_and_gradient() -> None:
+    x, scale = (v[:1000] for v in pairs("real"))
+
+    def total(x, scale):
+        return divide(x, scale).sum()
+
+    with tracing_for(["cuda"]):
+        np.testing.assert_array_equal(jax.jit(lambda x, s: divide(x, s))(x, scale), x / scale)
+        by_x, by_scale = jax.jit(jax.grad(total, (0, 1)))(x, scale)
+    np.testing.assert_allclose(by_x, 1 / scale.astype(np.float64), rtol=1e-6)
+    np.testing.assert_allclose(by_scale, -x.astype(np.float64) / scale.astype(np.float64) ** 2, rtol=1e-6)
