@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec
+from processes import finish, start
 
 import jquant as jq
 
@@ -84,7 +85,7 @@ def by_remat(f, v, x):
 
 
 def by_shard_map(f, v, x):
-    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = (PartitionSpec(), PartitionSpec("batch"))
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("batch")))(v, x)
 
@@ -131,6 +132,32 @@ def test_grad_and_jvp(outer, name: str, framework: str) -> None:
     assert any(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads["params"]))
     moves = [float(jnp.abs(g).max()) for g in jax.tree.leaves(grads["qparams"])]
     assert (max(moves) > 0) == (name == "qat")  # the scales are trained, and only where something is quantized
+
+
+FOUR_DEVICES = """
+import jax, numpy as np
+import test_transforms as t
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+assert jax.device_count() == 4
+for framework in t.FRAMEWORKS:
+    for name in t.MEANINGS:
+        t.test_values(t.by_shard_map, name, framework)
+    for name in ("float", "qat"):
+        f, v = t.meaning(framework, name)
+        alone = jax.grad(lambda v: (f(v, t.X) ** 2).sum())(v)
+        sharded = jax.grad(lambda v: (t.by_shard_map(f, v, t.X) ** 2).sum())(v)
+        for (path, a), b in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves(sharded), strict=True):
+            key = jax.tree_util.keystr(path)
+            of_a_value = "qparams" in key and "kernel" not in key
+            more = 2.0 if of_a_value else 1.0  # LSQ divides by the root of the elements that it sees: a quarter of them
+            np.testing.assert_allclose(b, more * a, rtol=1e-4, atol=1e-4 * max(1.0, float(abs(a).max())), err_msg=key)
+print("equal")
+"""
+
+
+def test_shard_map_over_four_devices() -> None:
+    finish(start(FOUR_DEVICES, 4))
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

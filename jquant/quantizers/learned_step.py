@@ -53,6 +53,10 @@ def _apply_lsq(x: Array, scale: Array, spec: QuantSpec, core: Core = _reverse) -
     its gradient is multiplied by 1 / sqrt(N * qmax), N the number of elements of x that share a scale. The gradient to
     x is 1 inside and 0 outside. A scale that training drives below 2^-23 acts as 2^-23 and keeps its gradient.
 
+    N counts the elements that this call sees, the batch among them: inside `shard_map` over n devices, or in one of n
+    microbatches, the gradient of a scale of values is sqrt(n) times that of the whole batch. Under `jit` with a sharded
+    batch it is that of the whole batch.
+
     Args:
       x: real, any shape.
       scale: real per LSB, trainable; scalar, [x.shape[0]], or broadcastable to x.
