@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jquant.numerics.rounding import divide, quantize, saturate, shift_right, to_int32
+from jquant.numerics.rounding import divide, negate, quantize, saturate, shift_right, to_int32
 from jquant.types import Array, bit_width, integer_range
 
 ENTRIES = 64  # of a table
@@ -275,7 +275,7 @@ def evaluate_segments(x: Array, table: Segments, dtype: str) -> Array:
     here, after = flat[row + (t >> 8)], flat[row + jnp.minimum((t >> 8) + 1, ENTRIES - 1)]
     curve = here + shift_right((after - here) * (t & 255), jnp.int32(8), "half_up")
     y = jnp.where((segment == 0) | (segment == count + 1), jnp.clip(line, *integer_range(dtype)), curve)
-    return saturate(jnp.where((table.mirror < 0) & (x < 0), -y, y), dtype)
+    return jnp.where((table.mirror < 0) & (x < 0), negate(y, dtype), saturate(y, dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

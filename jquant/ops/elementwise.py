@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.numerics.rescale import Ratio, Rescale, multiplier_of, ratio, rescale, rescale_of
-from jquant.numerics.rounding import quantize, saturate, widen
+from jquant.numerics.rounding import negate, quantize, saturate, widen
 from jquant.ops.base import Lowered, Operand, derived_scale, eval_float, eval_integer, lower_op
-from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target, bit_width, integer_range
+from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target, bit_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,18 +234,12 @@ def _(op: Scale, inputs: Sequence[Operand], output: Operand, params: dict[str, A
 
 @eval_integer.register
 def _(op: Scale, node_format: NodeFormat, target: Target, x: Array) -> Array:
-    return _negated(widen(x), node_format.output) if op.factor < 0 else x
+    return negate(widen(x), node_format.output) if op.factor < 0 else x
 
 
 @derived_scale.register
 def _(op: Scale, *scales: Array) -> Array:
     return scales[0] * abs(op.factor)
-
-
-def _negated(x: Array, dtype: str) -> Array:
-    """sat(-x). A GPU's compiler was seen to lose the saturation of an int16 where it comes after the minus."""
-    (x,) = as_numbers(x)
-    return saturate(-jnp.maximum(x, integer_range(dtype)[0] + 1), dtype)
 
 
 @eval_float.register
@@ -268,7 +262,7 @@ def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any]
 
 @eval_integer.register
 def _(op: Neg, node_format: NodeFormat, target: Target, x: Array) -> Array:
-    return _negated(widen(x), node_format.output)
+    return negate(widen(x), node_format.output)
 
 
 @eval_integer.register
