@@ -94,7 +94,14 @@
       } else picture.append(tip(draw("circle", {cx: x(i), cy: y(scale(v)), r: 3, fill: mark.color}), words));
     });
     heading(title);
-    main.append(picture);
+    const keys = marks.filter(mark => mark.key).map(mark => [mark.key, mark.color]);
+    main.append(...(keys.length ? [legend(keys)] : []), picture);
+  }
+
+  function legend(keys, lead = "") {
+    const line = element("p", {class: "legend"}, lead);
+    for (const [name, colour] of keys) line.append(element("span", {style: `background: ${colour}`}), name);
+    return line;
   }
 
   function ranges(rows) {
@@ -103,9 +110,9 @@
     alongDepth(seen, {
       title: "Range seen, and what the scale covers", label: "real value, by its square root", scale: root, unscale: v => Math.sign(v) * v * v,
       marks: [
-        {name: "largest covered", bar: true, color: "var(--cover)", value: row => row.covered ? row.covered[1] : null},
+        {name: "largest covered", key: "covered by the scale", bar: true, color: "var(--cover)", value: row => row.covered ? row.covered[1] : null},
         {name: "smallest covered", bar: true, color: "var(--cover)", value: row => row.covered ? row.covered[0] : null},
-        {name: "largest seen", color: "var(--a)", value: row => row.maximum},
+        {name: "largest seen", key: "smallest and largest seen", color: "var(--a)", value: row => row.maximum},
         {name: "smallest seen", color: "var(--a)", value: row => row.minimum},
       ],
     });
@@ -126,11 +133,11 @@
   function comparison(title, c) {
     section(`${title}: ${c.b} against ${c.a}`);
     alongDepth(c.rows, {
-      title: "Signal to noise: accumulated, and of each node alone", label: "dB, cut at 120",
+      title: "Signal to noise", label: "dB, cut at 120",
       scale: v => Math.min(v, 120),
       marks: [
-        {name: "dB accumulated", color: "var(--a)", value: row => row.sqnr},
-        {name: "dB of the node alone", color: "var(--b)", value: row => row.own_sqnr},
+        {name: "dB accumulated", key: "accumulated", color: "var(--a)", value: row => row.sqnr},
+        {name: "dB of the node alone", key: "of the node alone", color: "var(--b)", value: row => row.own_sqnr},
       ],
     });
     ranges(c.rows);
@@ -157,7 +164,7 @@
       picture.append(draw("text", {x: 290, y: i * 16 + 15, "text-anchor": "end"}, `${row.name} · ${row.dtype}`));
       picture.append(tip(draw("rect", {x: 300, y: i * 16 + 5, width, height: 12, fill: row.kind === "weight" ? "var(--b)" : "var(--a)"}), `${row.kind}, ${ranking.metric} ${show(row.metric)}`));
     });
-    main.append(element("p", {class: "note"}, `One quantizer ${ranking.mode === "one_on" ? "on" : "off"} at a time; ${ranking.metric} at the outputs, ${show(ranking.baseline)} with all on. Bars: error, of values and of weights.`), picture);
+    main.append(element("p", {class: "note"}, `One quantizer ${ranking.mode === "one_on" ? "on" : "off"} at a time; ${ranking.metric} at the outputs, ${show(ranking.baseline)} with all on. Bars: error.`), legend([["of values", "var(--a)"], ["of weights", "var(--b)"]]), picture);
     table(ranking.rows, ["name", "kind", "operator", "dtype", "metric", "error", "macs", "bytes"]);
   }
 
@@ -195,9 +202,8 @@
     });
     picture.addEventListener("pointerup", () => { from = null; });
     apply();
-    const legend = element("p", {class: "legend"}, "drag to move, wheel to zoom");
-    for (const key of Object.keys(colours)) legend.append(element("span", {style: `background: var(--${key})`}), key);
-    main.append(legend, element("div", {class: "wide graph"}, picture));
+    const keys = Object.keys(colours).map(key => [key, `var(--${key})`]);
+    main.append(legend(keys, "drag to move, wheel to zoom"), element("div", {class: "wide graph"}, picture));
   }
 
   if (data.summary.length) { section("Summary"); table(data.summary, Object.keys(data.summary[0])); }
