@@ -10,13 +10,9 @@ float training of the folded net, what keeps it with float training that keeps i
 
 import argparse
 import copy
-import os
 import platform
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,30 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import jquant as jq
-from jquant.progress import track
 from jquant_converters import from_torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
-from keeping import markdown_table  # noqa: E402
 from nets import CifarResNet  # noqa: E402
 from results import write_section  # noqa: E402
-
-THREADS = os.cpu_count() or 1
-Step = Callable[[], Any]  # one step, waited for
-
-
-class Contender(NamedTuple):
-    """A step, and the one that it is a ratio of. `goal` is the largest ratio that we want of our own."""
-
-    name: str
-    step: Step
-    base: str
-    goal: float | None = None
+from timing import THREADS, Contender, Step, measure, report  # noqa: E402
 
 
 class Data(NamedTuple):
@@ -135,36 +116,7 @@ def peers(net: torch.nn.Module, data: Data) -> list[Contender]:
     return found
 
 
-def measure(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds by name; a round has a step of each, so that what else the machine does meets all."""
-    for contender in track(contenders, "first steps"):
-        for _ in range(2):
-            contender.step()
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for _ in track(range(rounds), "rounds"):
-        for contender in contenders:
-            start = time.perf_counter()
-            contender.step()
-            times[contender.name].append(time.perf_counter() - start)
-    return times
-
-
-COLUMNS = ("step", "against", "ratio", "quarter to three quarters", "goal, at most")
-
-
-def rows(contenders: list[Contender], times: dict[str, list[float]]) -> list[list[str]]:
-    found = []
-    for contender in contenders:
-        if contender.base == contender.name:
-            continue
-        ratios = np.divide(times[contender.name], times[contender.base])
-        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        goal = "-" if contender.goal is None else f"{contender.goal:.2f}"
-        found.append([contender.name, contender.base, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", goal])
-    return found
-
-
-def main(argv: list[str] | None = None) -> list[list[str]]:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
@@ -180,22 +132,14 @@ def main(argv: list[str] | None = None) -> list[list[str]]:
     data = Data(images, rng.integers(0, 10, options.batch).astype(np.int32))
     net = CifarResNet(20).eval()
     contenders = own_steps(net, data) + peers(net, data)
-    times = measure(contenders, options.rounds)
-    found, console = rows(contenders, times), Console()
-    table = Table(*COLUMNS)
-    for row in found:
-        table.add_row(*row)
-    console.print(table)
-    medians = ", ".join(f"{name} {1000 * statistics.median(values):.0f} ms" for name, values in times.items())
-    console.print(medians)
+    table = report(contenders, measure(contenders, options.rounds))
     if not options.no_write:
         text = (
             f"## A step of QAT\n\n`python benchmarks/qat_step.py`: a CIFAR ResNet-20, batch {options.batch}, "
             f"{options.rounds} rounds, {THREADS} threads of an {platform.machine()} CPU; jax {jax.__version__}, "
-            f"torch {torch.__version__}.\n\n{markdown_table(COLUMNS, found, left=2)}"
+            f"torch {torch.__version__}.\n\n{table}"
         )
         write_section("qat_step", text)
-    return found
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def test_sections_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_a_step_is_measured_against_its_own_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = load_benchmark("qat_step", monkeypatch)
+    bench = load_benchmark("timing", monkeypatch)
     done: list[str] = []
     contenders = [
         bench.Contender("float", lambda: done.append("float"), "float"),
@@ -32,3 +32,18 @@ def test_a_step_is_measured_against_its_own_base(monkeypatch: pytest.MonkeyPatch
     assert bench.rows(contenders, {"float": [1.0, 2.0, 4.0], "qat": [2.0, 3.0, 10.0]}) == [
         ["qat", "float", "2.00", "1.75 to 2.25", "1.10"]
     ]
+
+
+def test_integers_are_run_beside_float_and_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, bench = (load_benchmark(name, monkeypatch) for name in ("results", "run_integers"))
+    monkeypatch.setattr(results, "PATH", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(bench, "workloads", lambda: [bench.Workload("small", bench.CifarResNet(8).eval(), 32, 2)])
+    bench.main(["--rounds", "1"])
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| jquant integers, small | jquant float, small |" in page
+    assert "| jquant float, small | torch float, small |" in page
+    with pytest.raises(SystemExit):
+        bench.main(["--rounds", "0"])
+    assert "at least 1" in capsys.readouterr().err
