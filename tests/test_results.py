@@ -47,3 +47,17 @@ def test_integers_are_run_beside_float_and_torch(
     with pytest.raises(SystemExit):
         bench.main(["--rounds", "0"])
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_net_is_compared_in_accuracy_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load_benchmark("peers_in_jax", monkeypatch)
+    found = {row[1]: row for row in bench.compare("mixer", 1)}
+    assert {"jquant, all values", "jquant, products alone"} <= set(found)
+    for row in found.values():
+        assert float(row[2]) > 20
+        assert row[6] == "6 of 6"
+    assert found["jquant, all values"][3] == "6 of 6"
+    monkeypatch.setitem(bench.LIBRARIES, "broken", ("jquant", lambda subject: 1 / 0))
+    assert [row[2] for row in bench.compare("mixer", 1) if row[1] == "broken"] == [
+        "ZeroDivisionError: division by zero"
+    ]

@@ -1,0 +1,261 @@
+"""The same linen and nnx nets quantized by jquant and by qwix, W8A8: accuracy, steps, compile time. Writes RESULTS.md.
+
+python benchmarks/peers_in_jax.py [--nets resnet lstm] [--rounds 10] [--no-write]
+
+qwix is measured where it is installed, by `pip install --no-deps -r benchmarks/requirements.txt`. It is used as its
+documentation says, `QtProvider` for training and `PtqProvider` for inference: values get a scale for each row, from the
+row itself. jquant has one calibrated scale for a tensor, which is what the chip has; so it has fewer decibels.
+"""
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+import jquant as jq
+from jquant.progress import track
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+import jax_nets  # noqa: E402
+from keeping import markdown_table  # noqa: E402
+from results import write_section  # noqa: E402
+from timing import THREADS, Contender, measure  # noqa: E402
+
+BATCH = 32
+EVERYTHING = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
+_OPERANDS = {"Conv": ("x",), "Linear": ("x",), "MatMul": ("a", "b")}
+
+
+class Subject(NamedTuple):
+    """A module, its example inputs, and its params as `filled` draws them."""
+
+    framework: str
+    module: Any
+    inputs: tuple[jax.Array, ...]
+
+
+class Candidate(NamedTuple):
+    """What a library made of a subject.
+
+    `answer`  the quantized outputs on the held-out inputs
+    `step`    a jitted gradient with respect to `leaves`, of the held-out inputs
+    `int8`    matrix products and convolutions with int8 operands, of all
+    """
+
+    answer: jax.Array
+    step: Callable[[Any], Any]
+    leaves: Any
+    int8: str
+
+
+def _images(size: int) -> jax.Array:
+    return jax_nets.images(BATCH, size, size, 3)
+
+
+def _ids(length: int, limit: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(0, limit, (BATCH, length)), jnp.int32)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "resnet": lambda: Subject("linen", jax_nets.ResNet(), (_images(32),)),
+    "mobilenet": lambda: Subject("linen", jax_nets.MobileNet(), (_images(32),)),
+    "convnext": lambda: Subject("nnx", jax_nets.ConvNext(nnx.Rngs(0)), (_images(32),)),
+    "vision_transformer": lambda: Subject("linen", jax_nets.VisionTransformer(), (_images(12),)),
+    "mixer": lambda: Subject("nnx", jax_nets.Mixer(nnx.Rngs(0)), (_images(12),)),
+    "lstm": lambda: Subject("linen", jax_nets.LstmClassifier(), (_ids(5, 13),)),
+    "decoder": lambda: Subject("nnx", jax_nets.Decoder(nnx.Rngs(0)), (_ids(7, 17),)),
+}
+
+
+def held_out(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Others of the same distribution."""
+    rng = np.random.default_rng(1)
+    return tuple(
+        jax_nets.images(*x.shape, seed=1)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else jnp.asarray(rng.integers(0, int(x.max()) + 1, x.shape), x.dtype)
+        for x in inputs
+    )
+
+
+def net_of(subject: Subject) -> jax_nets.Net:
+    make = jax_nets.linen if subject.framework == "linen" else jax_nets.nnx_net
+    return make(subject.module, *subject.inputs)
+
+
+def _gradient(run: Callable[..., jax.Array], inputs: tuple[jax.Array, ...]) -> Callable[[Any], Any]:
+    def loss(leaves: Any) -> jax.Array:
+        return jnp.mean(run(leaves, *inputs) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss, allow_int=True))
+
+
+def in_float(subject: Subject) -> Candidate:
+    net, inputs = net_of(subject), held_out(subject.inputs)
+    return Candidate(net.fn(net.params, *inputs), _gradient(net.fn, inputs), net.params, "")
+
+
+def by_jquant(subject: Subject) -> Candidate:
+    """Every value quantized, as an integer program needs it."""
+    net, inputs = net_of(subject), held_out(subject.inputs)
+    qfn, variables = jq.quantize(net.fn, net.params, EVERYTHING, [subject.inputs])
+    serve = partial(jq.run, qfn.lower(variables))
+    return Candidate(serve(*inputs), _gradient(qfn, inputs), variables, _int8_share(serve, inputs))
+
+
+def products_by_jquant(subject: Subject) -> Candidate:
+    """Only the operands of products quantized, as qwix does it."""
+    net, inputs = net_of(subject), held_out(subject.inputs)
+    graph, _ = jq.trace(net.fn, net.params, *subject.inputs)
+    kinds = {type(node.op).__name__ for node in graph.nodes} & set(_OPERANDS)
+    rules = {
+        f"type:{kind}": jq.Policy(weight=jq.int8(axis="out"), input={port: jq.int8() for port in _OPERANDS[kind]})
+        for kind in kinds
+    }
+    qfn, variables = jq.quantize(net.fn, net.params, jq.QConfig({"*": None, **rules}), [subject.inputs])
+    return Candidate(qfn(variables, *inputs), _gradient(qfn, inputs), variables, "in float")
+
+
+def by_qwix(subject: Subject) -> Candidate:
+    import qwix
+
+    rule: dict[str, Any] = {"module_path": ".*", "weight_qtype": jnp.int8, "act_qtype": jnp.int8}
+    trained, served = qwix.QtProvider([qwix.QtRule(**rule)]), qwix.PtqProvider([qwix.QuantizationRule(**rule)])
+    net, inputs = net_of(subject), held_out(subject.inputs)
+    if subject.framework == "linen":
+        train = qwix.quantize_model(subject.module, trained).apply
+        answers = qwix.quantize_model(subject.module, served)
+        abstract = jax.eval_shape(answers.init, jax.random.key(0), *inputs)["params"]
+        own = {**net.params, "params": qwix.quantize_params(net.params["params"], abstract)}
+        serve = partial(answers.apply, own)
+        return Candidate(serve(*inputs), _gradient(train, inputs), net.params, _int8_share(serve, inputs))
+    nnx.update(subject.module, net.params)
+    definition, state = nnx.split(qwix.quantize_model(subject.module, trained, *subject.inputs))
+    serve = partial(_merged, *nnx.split(qwix.quantize_model(subject.module, served, *subject.inputs)))
+    return Candidate(serve(*inputs), _gradient(partial(_merged, definition), inputs), state, _int8_share(serve, inputs))
+
+
+def _merged(definition: Any, state: Any, *inputs: jax.Array) -> jax.Array:
+    return nnx.merge(definition, state)(*inputs)
+
+
+LIBRARIES: dict[str, tuple[str, Callable[[Subject], Candidate]]] = {
+    "jquant, all values": ("jquant", by_jquant),
+    "jquant, products alone": ("jquant", products_by_jquant),
+    "qwix, products alone": ("qwix", by_qwix),
+}
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: isinstance(v, ClosedJaxpr | Jaxpr)
+        ):
+            if isinstance(value, ClosedJaxpr | Jaxpr):
+                yield from _equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+
+
+def _int8_share(run: Callable[..., Any], inputs: tuple[jax.Array, ...]) -> str:
+    """Of the matrix products and convolutions that a function traces to, how many have integer operands."""
+    found = [
+        all(jnp.issubdtype(operand.aval.dtype, jnp.integer) for operand in equation.invars)
+        for equation in _equations(jax.make_jaxpr(run)(*inputs).jaxpr)
+        if equation.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+    return f"{sum(found)} of {len(found)}"
+
+
+def sqnr(float_answer: jax.Array, answer: jax.Array) -> float:
+    wanted, got = (np.asarray(v, np.float64) for v in (float_answer, answer))
+    return float(10 * np.log10((wanted**2).sum() / max(((wanted - got) ** 2).sum(), 1e-30)))
+
+
+def compiled(candidate: Candidate) -> float:
+    """Seconds from tracing to a program that runs."""
+    start = time.perf_counter()
+    candidate.step.lower(candidate.leaves).compile()  # type: ignore[attr-defined]
+    return time.perf_counter() - start
+
+
+EXPLAINED = """SQNR is that of the quantized outputs on inputs that calibrated nothing; with all values quantized, that of
+the integers. qwix takes a scale for each row of values from the row itself, jquant one for the whole tensor from
+calibration, as the chip has it."""
+COLUMNS = ("net", "library", "SQNR, dB", "int8 products", "step / float step", "compile / float", "kernels reached")
+
+
+def reached(candidate: Candidate) -> str:
+    """Kernels whose gradient is not zero throughout."""
+    _, gradient = candidate.step(candidate.leaves)
+    kernels = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(gradient)
+        if "kernel" in (name := jax.tree_util.keystr(path)) and "qparams" not in name
+    ]
+    return f"{sum(bool(jnp.any(k != 0)) for k in kernels)} of {len(kernels)}"
+
+
+def compare(name: str, rounds: int) -> list[list[str]]:
+    """The rows of a net: a row for each library that is here."""
+    base = in_float(SUBJECTS[name]())
+    seconds = compiled(base)
+    rows, contenders = {}, [Contender("float", lambda: jax.block_until_ready(base.step(base.leaves)), "float")]
+    for library, (package, quantize) in LIBRARIES.items():
+        title = [f"{name}, {SUBJECTS[name]().framework}", library]
+        if find_spec(package) is None:
+            continue
+        try:
+            found = quantize(SUBJECTS[name]())
+            made = [f"{sqnr(base.answer, found.answer):.1f}", found.int8]
+            ratio = f"{compiled(found) / seconds:.1f}"
+            rows[library] = [*title, *made, "", ratio, reached(found)]
+        except Exception as error:  # whatever a library raises is its answer
+            words = str(error).strip().splitlines() or [""]
+            rows[library] = [*title, f"{type(error).__name__}: {words[0][:80]}", *["-"] * 4]
+            continue
+        step = partial(lambda c: jax.block_until_ready(c.step(c.leaves)), found)
+        contenders.append(Contender(library, step, "float"))
+    times = measure(contenders, rounds)
+    for contender in contenders[1:]:
+        low, middle, high = np.quantile(np.divide(times[contender.name], times["float"]), (0.25, 0.5, 0.75))
+        rows[contender.name][4] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return list(rows.values())
+
+
+def main(argv: list[str] | None = None) -> list[list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--no-write", action="store_true", help="do not write RESULTS.md")
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error("--rounds is at least 1")
+    rows = []
+    for name in track(options.nets, "nets"):
+        rows += compare(name, options.rounds)
+        jax.clear_caches()
+    table = markdown_table(COLUMNS, rows, left=2)
+    print(table)
+    if not options.no_write:
+        text = (
+            "## Beside qwix\n\n`python benchmarks/peers_in_jax.py`: W8A8, "
+            f"batches of {BATCH}, {options.rounds} rounds, {THREADS} threads of an {platform.machine()} CPU; jax {jax.__version__}. {EXPLAINED}\n\n{table}"
+        )
+        write_section("peers_in_jax", text)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
