@@ -190,8 +190,8 @@ def compiled(candidate: Candidate) -> float:
     return time.perf_counter() - start
 
 
-EXPLAINED = """SQNR is that of the quantized outputs on inputs that calibrated nothing; with all values quantized, that of
-the integers. qwix takes a scale for each row of values from the row itself, jquant one for the whole tensor from
+EXPLAINED = """SQNR is that of the quantized outputs on inputs that calibrated nothing; with all values quantized, that
+of the integers. qwix takes a scale for each row of values from the row itself, jquant one for the whole tensor from
 calibration, as the chip has it."""
 COLUMNS = ("net", "library", "SQNR, dB", "int8 products", "step / float step", "compile / float", "kernels reached")
 
@@ -249,10 +249,9 @@ def main(argv: list[str] | None = None) -> list[list[str]]:
     table = markdown_table(COLUMNS, rows, left=2)
     print(table)
     if not options.no_write:
-        text = (
-            "## Beside qwix\n\n`python benchmarks/peers_in_jax.py`: W8A8, "
-            f"batches of {BATCH}, {options.rounds} rounds, {THREADS} threads of an {platform.machine()} CPU; jax {jax.__version__}. {EXPLAINED}\n\n{table}"
-        )
+        where = f"{THREADS} threads of an {platform.machine()} CPU; jax {jax.__version__}"
+        how = f"`python benchmarks/peers_in_jax.py`: W8A8, batches of {BATCH}, {options.rounds} rounds, {where}."
+        text = f"## Beside qwix\n\n{how} {EXPLAINED}\n\n{table}"
         write_section("peers_in_jax", text)
     return rows
 
