@@ -60,6 +60,11 @@ class Console:
         if self.verbose and not self.quiet:
             print(text, file=sys.stderr)
 
+    def warn(self, text: str) -> None:
+        """What should be looked at, and stops nothing."""
+        if not self.quiet:
+            print(f"warning: {text}", file=sys.stderr)
+
     def wrote(self, path: Path) -> None:
         if not (self.json or self.quiet):
             print(f"wrote {path}")

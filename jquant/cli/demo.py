@@ -14,9 +14,9 @@ from jquant.apply import apply
 from jquant.calibrate import calibrate
 from jquant.checkpoint import save
 from jquant.cli.console import Console, Json, Quiet, Verbose, command, replacing
+from jquant.cli.losses import cross_entropy
 from jquant.cli.settings import read_settings
 from jquant.cli.state import State, save_state
-from jquant.cli.train import cross_entropy
 from jquant.lower import lower
 from jquant.progress import track
 from jquant.simulate import evaluate_float
@@ -45,7 +45,7 @@ quantizer = "lsq"
 [train]
 epochs = 1
 batch = 50
-optimizer = "adam"
+optimizer = "adamw"
 learning_rate = 3e-4
 """
 
@@ -161,7 +161,7 @@ def train_float(graph: Graph, params: dict, x: np.ndarray, y: np.ndarray, steps:
 
     @jax.jit
     def step(params: dict, state: Any, x: Array, y: Array) -> tuple[dict, Any]:
-        gradient = jax.grad(lambda p: cross_entropy(evaluate_float(graph, p, x)[0], y))(params)
+        gradient = jax.grad(lambda p: cross_entropy(evaluate_float(graph, p, x)[0], y)[0])(params)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
             updates, state = tx.update(gradient, state, params)
             return optax.apply_updates(params, updates), state

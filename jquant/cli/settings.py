@@ -27,7 +27,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jquant import targets
 from jquant.qconfig import QConfig
@@ -36,6 +36,7 @@ from jquant.text import did_you_mean
 from jquant.types import FormatError, Target
 
 TABLES = ("jquant", "rules", "target", "image", "train")
+LOSSES = ("cross_entropy", "mse", "l1")
 COLORS = ("rgb", "bgr", "gray", "yuv444", "yuv444_studio")
 MARCHES = {t.name: t for t in (getattr(targets, name) for name in targets.__all__)}
 
@@ -56,23 +57,29 @@ class ImageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """A recipe of quantization-aware training, for classifiers.
+    """A recipe of quantization-aware training.
 
-    `learning_rate`, `scale_learning_rate`  of parameters and of scales; `weight_decay` of parameters only
-    `schedule`   "constant", "cosine", or "step": divided by 10 at 1/2 and 3/4 of the steps
+    `loss`       "cross_entropy", "mse", "l1", or `module:function` for (outputs, labels) to a scalar
+    `ignore_label`  the class that "cross_entropy" leaves out, such as void pixels
+    `optimizer`  "sgd" with Nesterov momentum, or "adamw"
+    `learning_rate`, `scale_learning_rate`  of parameters and of scales, for "adamw" relative to a scale
+    `weight_decay`  of kernels only
+    `schedule`   "constant", "cosine", or "step": divided by 10 at 1/3 and 2/3 of the steps
     `mode`       "qat" or "bit_true"
     `clip`       global norm that gradients are clipped to; 0 for none
     """
 
     epochs: int = 2
     batch: int = 32
-    optimizer: str = "sgd"
+    loss: str = "cross_entropy"
+    ignore_label: int = 255
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 1e-3
     scale_learning_rate: float = 1e-5
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: str = "cosine"
-    mode: str = "qat"
+    mode: Literal["qat", "bit_true"] = "qat"
     clip: float = 0.0
     seed: int = 0
 
@@ -81,7 +88,7 @@ _CHOICES = {
     "color": COLORS,
     "layout": ("nchw", "nhwc"),
     "labels": ("folders", "stem"),
-    "optimizer": ("sgd", "adam"),
+    "optimizer": ("sgd", "adamw"),
     "schedule": ("constant", "cosine", "step"),
     "mode": ("qat", "bit_true"),
 }
@@ -168,6 +175,11 @@ def _value(where: str, key: str, value: Any, default: Any) -> Any:
         if len(size) not in (1, 2) or not all(type(n) is int and n > 0 for n in size):
             raise FormatError(f"{where} must be a positive integer, or [height, width]; not {value!r}")
         return tuple(size) if isinstance(value, list) and len(size) == 2 else size[0]
+    if key == "loss":
+        if not isinstance(value, str) or (value not in LOSSES and ":" not in value):
+            near = did_you_mean(str(value), LOSSES)
+            raise FormatError(f"{where} must be one of {', '.join(LOSSES)}, or module:function; not {value!r}{near}")
+        return value
     if isinstance(default, tuple):
         numbers = value if isinstance(value, list) else [value]
         if not numbers or not all(_is_number(n) for n in numbers) or (key == "std" and 0 in numbers):

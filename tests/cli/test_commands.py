@@ -1,37 +1,18 @@
 """Every command, run in another process as a user would, one after the other on the files of the demo."""
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from terminal import ENVIRONMENT, Result, run_all
 
 import jquant as jq
-
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "COLUMNS": "200"}
-
-# One process for many commands: starting one and importing jax takes seconds. Exit codes are those of the commands.
-DRIVER = """
-import contextlib, io, json, sys, traceback
-from jquant.cli import app
-for line in sys.stdin:
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            app(json.loads(line), prog_name="jquant")
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            code = 99
-            traceback.print_exc()
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
 
 MODEL = """
 import numpy as np, torch
@@ -74,33 +55,6 @@ std = [0.25]
 """
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-
-def run_all(folder: Path, commands: dict[str, str]) -> dict[str, Result]:
-    lines = "".join(json.dumps(line.split()) + "\n" for line in commands.values())
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", DRIVER],
-        input=lines,
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = [Result(*json.loads(line)) for line in done.stdout.splitlines()]
-    return dict(zip(commands, results, strict=True))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
@@ -131,7 +85,7 @@ STEPS = {
     "check": "check d/net.jqs",
     "calibrate": f"calibrate d/float.jqs -c d/q.toml {TRAIN} --samples 100 -o c.jqs --json",
     "quantize": f"quantize c.jqs -o c.jq {TEST} --report r --samples 4",
-    "train": f"train c.jqs -c d/q.toml {TRAIN} -o t.jqs --json -v",
+    "train": f"train c.jqs -c d/q.toml {TRAIN} -o t.jqs --json -v --curves curves.png",
     "eval": f"eval t.jqs {TEST} --batch 300 --json",
     "eval program": f"eval c.jq {TEST} --at-least 101",
     "eval own metric": "eval c.jq -d net.py:batches --metric net.py:error --json",
@@ -202,9 +156,11 @@ def test_calibrate_and_quantize_equal_the_library(done: dict, folder: Path) -> N
 
 def test_training_lowers_the_loss_and_keeps_the_state(done: dict, folder: Path) -> None:
     result = ok(done["train"]).json
-    assert result["after"][0] < result["before"][0]
+    assert result["after"]["loss"] < result["before"]["loss"]
+    assert result["float"]["top-1 %"] > 40
     assert result["steps"] == 30
-    assert done["train"].err.startswith("epoch 1: loss")
+    assert re.match(r"epoch 1: loss [\d.]+, top-1 % \d+, \d+ samples a second", done["train"].err)
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     modes = ok(done["eval"]).json["modes"]
     assert set(modes) == {"float", "validation", "integer"}
     assert modes["integer"] == pytest.approx(modes["validation"], abs=3)

@@ -103,6 +103,11 @@ def test_a_lone_array_and_objects(tmp_path: Path) -> None:
         ("[image]\nstd = [0.0]", "image.std must be a number or a list of numbers, not 0"),
         ("[train]\nepochs = 1.5", "train.epochs must be a positive integer"),
         ("[train]\nlearning_rate = -1", "train.learning_rate must be a number that is not negative"),
+        (
+            "[train]\nloss = 'mes'",
+            "train.loss must be one of cross_entropy, mse, l1, or module:function; not 'mes'.*'mse'",
+        ),
+        ("[train]\noptimizer = 'adam'", "train.optimizer must be one of sgd, adamw; not 'adam'"),
         ("[target]\nmarch = 'nash-f'", "unknown march 'nash-f'.*did you mean 'nash-"),
         ("[image", "not TOML"),
         ("image = 3", "image must be a table"),

@@ -1,0 +1,41 @@
+"""What a terminal sees and a pipe does not: progress; and the completion of a shell."""
+
+import os
+import pty
+import subprocess
+import sys
+
+from terminal import ENVIRONMENT
+
+TRACK = "from jquant.progress import track; print(sum(track(range(3), 'counting')))"
+
+
+def test_progress_is_for_a_terminal_alone() -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", TRACK], env=ENVIRONMENT, stderr=theirs, stdout=subprocess.PIPE
+    ) as shown:
+        os.close(theirs)
+        seen = b""
+        try:
+            while part := os.read(ours, 4096):
+                seen += part
+        except OSError:  # how Linux says that the other side has closed
+            pass
+        assert shown.communicate()[0] == b"3\n"
+    os.close(ours)
+    assert b"counting" in seen
+    assert b"100%" in seen
+    hidden = subprocess.run([sys.executable, "-c", TRACK], env=ENVIRONMENT, capture_output=True, check=True)
+    assert (hidden.stdout, hidden.stderr) == (b"3\n", b"")
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        asked = {"_JQUANT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        command = [sys.executable, "-c", "from jquant.cli import main; main()"]
+        done = subprocess.run(command, env=ENVIRONMENT | asked, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("jquant qu") == ["quantize"]
+    assert "--checkpoints" in completed("jquant train --c")

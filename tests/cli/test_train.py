@@ -1,0 +1,164 @@
+"""`jquant train`: its losses against numpy, what it refuses, and a killed run that goes on."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from terminal import ENVIRONMENT, run_all
+
+from jquant.cli.console import Console
+from jquant.cli.losses import check_labels, loss_of
+from jquant.cli.train import _alarm
+from jquant.types import FormatError, InputError
+
+OWN = """
+import jax.numpy as jnp
+def huber(outputs, labels):
+    error = jnp.abs(outputs - labels)
+    return jnp.where(error < 1, error**2 / 2, error - 0.5).mean(), {"worst": error.max()}
+def targets():
+    import numpy as np
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(-1, 1, (60, 1, 16, 16)), rng.normal(size=(60, 6))
+    return {"x": x.astype(np.float32), "y": y.astype(np.float32)}
+def broken(outputs, labels):
+    return jnp.sqrt(-1.0 - outputs.sum() ** 2)
+number = 3
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+@pytest.mark.parametrize("place", [(), (3, 2)], ids=["classes", "pixels"])
+def test_cross_entropy_leaves_the_ignored_label_out(place: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(5, 4, *place)).astype(np.float32), rng.integers(0, 4, (5, *place))
+    labels[1] = 7
+    loss, metrics = loss_of("cross_entropy", 7)(jnp.asarray(logits), jnp.asarray(labels, jnp.int32))
+    wide = np.moveaxis(logits.astype(np.float64), 1, -1)
+    likely = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    kept = labels != 7
+    expected = -np.take_along_axis(likely[kept], labels[kept][:, None], -1).mean()
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["top-1 %"]) == pytest.approx(100 * (wide.argmax(-1)[kept] == labels[kept]).mean(), rel=1e-5)
+
+
+def test_distances() -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    assert float(loss_of("mse", 0)(a, b)[0]) == pytest.approx(((a - b).astype(np.float64) ** 2).mean(), rel=1e-6)
+    assert float(loss_of("l1", 0)(a, b)[0]) == pytest.approx(np.abs((a - b).astype(np.float64)).mean(), rel=1e-6)
+
+
+def test_a_loss_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    loss, metrics = loss_of(f"{tmp_path / 'own.py'}:huber", 0)(jnp.zeros((2, 1)), jnp.asarray([[0.5], [3.0]]))
+    assert float(loss) == pytest.approx((0.125 + 2.5) / 2)
+    assert float(metrics["worst"]) == 3.0
+    with pytest.raises(FormatError, match="is int, not a function"):
+        loss_of(f"{tmp_path / 'own.py'}:number", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "message"),
+    [
+        (
+            "cross_entropy",
+            np.zeros((2, 3), np.int32),
+            r"labels are int32\[2, 3\]; cross_entropy takes class numbers \[2\]",
+        ),
+        ("cross_entropy", np.zeros(2, np.float32), r"labels are float32\[2\]; cross_entropy takes class numbers"),
+        ("cross_entropy", np.asarray([0, 3]), "a label is 3; the output has 3 classes, from 0"),
+        ("cross_entropy", np.asarray([-1, 0]), "a label is -1"),
+        ("mse", np.zeros(2, np.float32), r"labels are float32\[2\]; loss 'mse' takes numbers of the shape .* \[2, 3\]"),
+        ("l1", np.asarray([["a", "b", "c"]] * 2), "loss 'l1' takes numbers"),
+    ],
+)
+def test_labels_that_do_not_fit(name: str, labels: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_labels(name, labels, np.zeros((2, 3), np.float32), 255)
+
+
+def test_two_outputs_want_a_loss_of_ones_own() -> None:
+    two = (np.zeros((2, 3)), np.zeros(2))
+    with pytest.raises(InputError, match="this model has 2; give your own, module:function"):
+        check_labels("mse", np.zeros(2), two, 255)
+    check_labels("own:loss", np.zeros(2), two, 255)
+    check_labels("cross_entropy", np.asarray([255, 1]), np.zeros((2, 3)), 255)
+
+
+def test_a_start_far_from_the_float_model_is_an_alarm(capsys: pytest.CaptureFixture[str]) -> None:
+    _alarm(Console(), 0.41, 0.4)
+    assert capsys.readouterr().err == ""
+    _alarm(Console(), 4.0, 0.4)
+    assert capsys.readouterr().err.startswith("warning: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo, calibrated, with recipes."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "own.py").write_text(OWN)
+    prepared = {line: line for line in ("demo d -q", "calibrate d/float.jqs -c d/q.toml -d d/train.npz -o c.jqs -q")}
+    assert [r.code for r in run_all(folder, prepared).values()] == [0, 0]
+    recipes = {
+        "broken": "loss = 'own:broken'\nschedule = 'constant'",
+        "huber": "loss = 'own:huber'\nepochs = 1\nlearning_rate = 0.01\nschedule = 'step'",
+        "mse": "loss = 'mse'",
+        "long": "epochs = 12\nbatch = 100\nlearning_rate = 0.001\noptimizer = 'adamw'",
+    }
+    rules = (folder / "d/q.toml").read_text().partition("[train]")[0]
+    for name, text in recipes.items():
+        (folder / f"{name}.toml").write_text(f"{rules}[train]\n{text}\n")
+    return folder
+
+
+def test_losses_and_what_goes_wrong(folder: Path) -> None:
+    lines = {
+        "huber": "train c.jqs -c huber.toml -d own:targets -o h.jqs --json",
+        "mse": "train c.jqs -c mse.toml -d d/train.npz -o m.jqs",
+        "broken": "train c.jqs -c broken.toml -d d/train.npz -o b.jqs",
+    }
+    found = run_all(folder, lines)
+    assert found["huber"].code == 0, found["huber"].err
+    value = found["huber"].json
+    assert value["after"]["loss"] < value["before"]["loss"]
+    assert set(value["after"]) == {"loss", "worst"}
+    assert found["mse"].code == 1
+    assert "loss 'mse' takes numbers of the shape of the output, [32, 6]" in found["mse"].err
+    assert found["broken"].code == 1
+    assert "in epoch 1: step 0: the loss is not finite, the outputs are" in found["broken"].err
+    assert "Lower learning_rate, or set clip" in found["broken"].err
+    assert not list(folder.glob("[mb].jqs"))
+
+
+def train(folder: Path, kept: str, output: str) -> subprocess.Popen[str]:
+    arguments = f"train c.jqs -c long.toml -d d/train.npz -o {output} --checkpoints {kept} -v".split()
+    command = [sys.executable, "-m", "jquant", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(folder: Path) -> None:
+    with train(folder, "whole", "whole.jqs") as whole, train(folder, "killed", "killed.jqs") as killed:
+        assert killed.stderr is not None
+        next(line for line in killed.stderr if line.startswith("epoch 2:"))
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait(60) == -signal.SIGKILL
+        with train(folder, "killed", "killed.jqs") as again:
+            _, words = again.communicate(timeout=300)
+        _, error = whole.communicate(timeout=300)
+    assert (whole.returncode, again.returncode) == (0, 0), error + words
+    first = int(words.split("going on after epoch ")[1].split(",")[0])
+    assert 1 <= first < 12
+    assert (folder / "killed.jqs").read_bytes() == (folder / "whole.jqs").read_bytes()
+    shutil.rmtree(folder / "killed")
