@@ -13,7 +13,8 @@ Function = Callable[..., Any]
 def from_linen(module: Any, variables: Mapping[str, Any], **options: Any) -> tuple[Function, Any]:
     """A linen module as `fn(params, *inputs)` and its params.
 
-    The other collections, such as running statistics of batch norm, are constants of the function.
+    The other collections, such as running statistics of batch norm, are constants of the function, except those that
+    it is called with: `fn(params, x, batch_stats=variables["batch_stats"])`.
 
     Args:
       module: a `flax.linen.Module`.
@@ -22,8 +23,8 @@ def from_linen(module: Any, variables: Mapping[str, Any], **options: Any) -> tup
     """
     rest = {name: collection for name, collection in variables.items() if name != "params"}
 
-    def fn(params: Any, *inputs: Any) -> Any:
-        return module.apply({"params": params, **rest}, *inputs, **options)
+    def fn(params: Any, *inputs: Any, **collections: Any) -> Any:
+        return module.apply({"params": params, **rest, **collections}, *inputs, **options)
 
     return fn, variables["params"]
 
@@ -31,46 +32,65 @@ def from_linen(module: Any, variables: Mapping[str, Any], **options: Any) -> tup
 def from_nnx(model: Any) -> tuple[Function, Any]:
     """An nnx module in its evaluation mode as `fn(params, *inputs)`, and its `nnx.Param` state.
 
-    All other state (running statistics, keys of dropout) is constant in the function. The module is left as it was.
+    All other state (running statistics, keys of dropout) is constant in the function, except statistics that it is
+    called with: `fn(params, x, batch_stats=nnx.state(model, nnx.BatchStat))`. The module is left as it was.
     """
     from flax import nnx
 
     evaluated = nnx.clone(model)
     evaluated.eval()
-    definition, params, rest = nnx.split(evaluated, nnx.Param, ...)
+    definition, params, own_stats, rest = nnx.split(evaluated, nnx.Param, nnx.BatchStat, ...)
 
-    def fn(params: Any, *inputs: Any) -> Any:
-        return nnx.merge(definition, params, rest)(*inputs)
+    def fn(params: Any, *inputs: Any, batch_stats: Any = own_stats) -> Any:
+        return nnx.merge(definition, params, batch_stats, rest)(*inputs)
 
     return fn, params
 
 
-def to_nnx(model: Any, params: Any) -> Any:
-    """A copy of an nnx module with other params, such as those of `QuantizedFunction.fake_quantized`."""
+def to_nnx(model: Any, params: Any, batch_stats: Any = None) -> Any:
+    """A copy of an nnx module with other params, such as those of `QuantizedFunction.fake_quantized`.
+
+    Args:
+      model: an nnx module.
+      params: its `nnx.Param` state.
+      batch_stats: its `nnx.BatchStat` state, such as `variables["batch_stats"]` after training; None leaves it.
+    """
     from flax import nnx
 
     copy = nnx.clone(model)
-    nnx.update(copy, params)
+    nnx.update(copy, params, *([] if batch_stats is None else [batch_stats]))
     return copy
 
 
 def module(function: QuantizedFunction, variables: Variables) -> Any:
     """A quantized function as an nnx module, whose leaves are `nnx.Param`, so that `nnx.Optimizer` trains it.
 
-    `module.variables()` are its variables again, for `lower` and `fake_quantized`.
+    Running statistics are `nnx.BatchStat`. As in `nnx.BatchNorm`, a call normalizes with the batch and moves them,
+    until `module.eval()`. `module.variables()` are its variables again, for `lower` and `fake_quantized`.
     """
     from flax import nnx
 
-    leaves, structure = jax.tree.flatten(dict(variables))
+    trained = {name: tree for name, tree in variables.items() if name != "batch_stats"}
+    leaves, structure = jax.tree.flatten(trained)
+    own_stats, stats_structure = jax.tree.flatten(variables.get("batch_stats"))
 
     class Quantized(nnx.Module):
         def __init__(self) -> None:
             self.leaves = nnx.List([nnx.Param(leaf) for leaf in leaves])
+            self.batch_stats = nnx.List([nnx.BatchStat(leaf) for leaf in own_stats])
+            self.use_running_average = False
 
         def variables(self) -> Any:
-            return jax.tree.unflatten(structure, [leaf[...] for leaf in self.leaves])
+            found = jax.tree.unflatten(structure, [leaf[...] for leaf in self.leaves])
+            stats = jax.tree.unflatten(stats_structure, [leaf[...] for leaf in self.batch_stats])
+            return found if stats is None else {**found, "batch_stats": stats}
 
         def __call__(self, *inputs: Any, **options: Any) -> Any:
-            return function(self.variables(), *inputs, **options)
+            if self.use_running_average:
+                return function(self.variables(), *inputs, **options)
+            outputs, batch_stats = function.train(self.variables(), *inputs, **options)
+            for leaf, moved in zip(self.batch_stats, jax.tree.leaves(batch_stats), strict=True):
+                leaf[...] = moved
+            return outputs
 
     return Quantized()

@@ -1,25 +1,37 @@
 """The whole way in one call: a function of params and inputs to its quantized counterpart, of the same signature."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jquant.apply import Mode
+from jquant.batch_norm import (
+    BatchNormHandling,
+    kept_batch_norm,
+    kept_nodes,
+    set_batch_statistics,
+    weights_to_quantize,
+)
 from jquant.calibrate import calibrate
 from jquant.lower import lower
+from jquant.ops.batch_norm import STATISTICS, BatchNorm
 from jquant.prepare import prepare
 from jquant.qat import apply_train
 from jquant.qconfig import QConfig
 from jquant.simulate import expand_weight, quantizer_of
 from jquant.targets import NASH_E
+from jquant.trace.build import evaluate_params
 from jquant.trace.function import Traced, read
-from jquant.trace.names import leaves_of, only_moves
-from jquant.types import Array, ConversionError, InputError, Params, Plan, Program, Target
+from jquant.trace.names import leaves_of, only_moves, source_of
+from jquant.trace.values import Known
+from jquant.types import Array, ConversionError, Graph, InputError, Params, Plan, Program, QConfigError, Target
 
-Variables = Mapping[str, Any]  # {"params": the function's own pytree, "qparams": {name: trained scale}}
+# {"params": the function's own pytree, "qparams": {name: trained scale}}, and "batch_stats", its running statistics
+Variables = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,39 +39,67 @@ class QuantizedFunction:
     """A fake-quantized function, `qfn(variables, *inputs)`, with what it was made of. See `quantize`.
 
     `plan`       the formats of every value and weight: `print(jq.explain(qfn.plan))`
-    `params_of`  the plan's params for a pytree like the one that was traced; differentiable
+    `params_of`  the plan's params for (params, batch_stats) like those that were traced; differentiable
     """
 
     plan: Plan
-    params_of: Callable[[Any], dict[str, Array]] = field(repr=False)
+    params_of: "_Prepared" = field(repr=False)
     traced: Traced = field(repr=False)
 
     def __call__(self, variables: Variables, *inputs: Any, mode: Mode = "qat", rngs: Array | None = None) -> Any:
         """The function on fake-quantized weights and values; or in another `mode` of `jq.apply_train`.
 
-        Works inside jit, grad, vmap over inputs, scan, remat and shard_map, as the function itself does.
+        Batch norm has its running statistics, folded as they ship: `train` is what takes those of the batch. Works
+        inside jit, grad, vmap over inputs, scan, remat and shard_map, as the function itself does.
         """
-        _check(variables)
-        params = self.params_of(variables["params"])
-        flat = jax.tree.leaves(inputs)
-        outputs, _ = apply_train(self.plan, params, variables["qparams"], *flat, mode=mode, rngs=rngs)
-        return jax.tree.unflatten(self.traced.outputs, jax.tree.leaves(outputs))
+        return self._apply(self._inference, variables, inputs, mode, rngs)[0]
+
+    def train(
+        self, variables: Variables, *inputs: Any, mode: Mode = "qat", rngs: Array | None = None
+    ) -> tuple[Any, Any]:
+        """The function in training: live batch norm normalizes with the statistics of the batch.
+
+        Args:
+          variables, *inputs: as for a call; each batch norm needs two values a channel, or more.
+          mode: of `jq.apply_train`: "qat", "bit_true" or "float".
+          rngs: a PRNG key for dropout.
+
+        Returns:
+          The outputs, and `variables["batch_stats"]` with the running statistics moved (None where there are none). No
+          gradient passes through them. `fn`'s conventions hold: `momentum` of `quantize`, and the biased variance.
+
+        Raises:
+          InputError: variables of another function. GraphError: a batch of one value.
+
+        Example:
+          def loss(variables, x, y):
+              logits, batch_stats = qfn.train(variables, x)
+              return optax.softmax_cross_entropy(logits, y).mean(), batch_stats
+
+          grads, batch_stats = jax.grad(loss, has_aux=True)(variables, x, y)
+          updates, opt_state = tx.update(grads, opt_state)
+          variables = {**optax.apply_updates(variables, updates), "batch_stats": batch_stats}
+        """
+        outputs, found = self._apply(self.plan, variables, inputs, mode, rngs)
+        batch_stats = variables.get("batch_stats")
+        moved = {key: found[key] for key in self._moving}
+        return outputs, _written(self._statistics, batch_stats, moved) if moved else batch_stats
 
     def lower(self, variables: Variables, **options: Any) -> Program:
         """The integer program: `jq.lower` of the plan with these variables."""
-        _check(variables)
-        return lower(self.plan, self.params_of(variables["params"]), variables["qparams"], **options)
+        return lower(self.plan, self._plan_params(variables), variables["qparams"], **options)
 
     def fake_quantized(self, variables: Variables) -> Any:
         """The function's own params with every quantized weight on its grid: a drop-in for serving in float.
 
-        Where batch norm is folded, the kernel is quantized as it is folded and the folding undone.
+        Where batch norm is folded, the kernel is quantized as it is folded and the folding undone. The running
+        statistics to serve with are `variables["batch_stats"]` as they are.
 
         Raises:
           ConversionError: a weight that the function computes from several leaves, so that no leaf can hold it.
         """
-        _check(variables)
-        own = variables["params"]
+        self._check(variables)
+        own, batch_stats = variables["params"], variables.get("batch_stats")
         weights = {key: self.traced.params[key] for key in self.traced.params if key in self.plan.weights}
         for key, known in weights.items():
             if not only_moves(known):
@@ -68,40 +108,94 @@ class QuantizedFunction:
                     "quantized. Leave it float with a rule of value None, or keep the quantized function"
                 )
 
-        def read_weights(params: Any) -> dict[str, Array]:
-            found = self.traced.graph_params(params)
-            return {key: found[key] for key in weights}
+        def graph_params(params: Any) -> dict[str, Array]:
+            return self.traced.graph_params(_collections(params, batch_stats))
 
-        raw, pull = jax.vjp(read_weights, own)
-        factor = self._folded_factors(own, raw)
-        prepared = self.params_of(own)
+        found = graph_params(own)
+        scaled, factors = self._as_quantized(found, weights)
         moved = {}
         for key in weights:
-            spec = self.plan.weights[key]
-            parameter = expand_weight(key, self.plan, variables["qparams"], prepared[key].ndim)
-            quantized = quantizer_of(spec)(prepared[key], parameter, spec)
-            moved[key] = jnp.where(factor[key] == 0, raw[key], quantized / jnp.where(factor[key] == 0, 1, factor[key]))
-        (values,), (counts,) = pull(moved), pull(jax.tree.map(jnp.ones_like, raw))
-        return jax.tree.map(_chosen, own, values, counts)
+            spec, factor = self.plan.weights[key], factors[key]
+            parameter = expand_weight(key, self.plan, variables["qparams"], scaled[key].ndim)
+            quantized = quantizer_of(spec)(scaled[key], parameter, spec)
+            moved[key] = jnp.where(factor == 0, found[key], quantized / jnp.where(factor == 0, 1, factor))
+        return _written(lambda params: {key: graph_params(params)[key] for key in weights}, own, moved)
 
-    def _folded_factors(self, own: Any, raw: Params) -> dict[str, Array]:
-        """What folding multiplies each element of a weight by: the derivative of a product."""
-        found = self.traced.graph_params(own)
-        ones = {k: jnp.ones_like(v) if k in raw else jnp.zeros_like(v) for k, v in found.items()}
-        _, factors = jax.jvp(self.params_of.of_graph, (found,), (ones,))  # type: ignore[attr-defined]
-        return {key: factors[key] for key in raw}
+    def _apply(self, plan: Plan, variables: Variables, inputs: Any, mode: Mode, rngs: Array | None) -> Any:
+        params = self._plan_params(variables)
+        flat = jax.tree.leaves(inputs)
+        outputs, batch_stats = apply_train(plan, params, variables["qparams"], *flat, mode=mode, rngs=rngs)
+        return jax.tree.unflatten(self.traced.outputs, jax.tree.leaves(outputs)), batch_stats
+
+    def _plan_params(self, variables: Variables) -> dict[str, Array]:
+        self._check(variables)
+        return self.params_of(variables["params"], variables.get("batch_stats"))
+
+    def _check(self, variables: Any) -> None:
+        wanted = ["params", "qparams", *(["batch_stats"] if self.params_of.statistics else [])]
+        if not isinstance(variables, Mapping) or not set(wanted) <= set(variables):
+            shown = ", ".join(f"{name!r}: ..." for name in wanted)
+            raise InputError(f"variables must be the mapping that jq.quantize returned: {{{shown}}}")
+
+    @cached_property
+    def _inference(self) -> Plan:
+        return set_batch_statistics(self.plan, "running") if kept_nodes(self.plan) else self.plan
+
+    @cached_property
+    def _moving(self) -> dict[str, Known]:
+        """{key: where it comes from} of the running statistics that training moves."""
+        found: dict[str, Known] = {}
+        readers: dict[Any, str] = {}
+        for node in kept_nodes(self.plan):
+            norm = kept_batch_norm(node)
+            assert norm is not None
+            for key in (node.params[role] for role in STATISTICS if norm.statistics == "batch"):
+                source = source_of(self.traced.params[key])
+                if source is None or source[0] not in self.params_of.statistics:
+                    raise ConversionError(
+                        f"{key!r}, a running statistic of node {node.name!r}, is no leaf of batch_stats, so that "
+                        "training cannot move it; give fn the keyword batch_stats and pass quantize its value, or keep "
+                        "the batch norm 'frozen' or 'fold'"
+                    )
+                if readers.setdefault(source, key) != key:
+                    raise ConversionError(
+                        f"{key!r} and {readers[source]!r} are one leaf of batch_stats, which two batch norms would "
+                        "move; give each its own, or keep them 'frozen' or 'fold'"
+                    )
+                found[key] = self.traced.params[key]
+        return found
+
+    def _statistics(self, batch_stats: Any) -> dict[str, Array]:
+        leaves = dict(zip(self.params_of.statistics, jax.tree.leaves(batch_stats), strict=True))
+        return evaluate_params(self._moving, leaves)
+
+    def _as_quantized(self, graph_params: Params, keys: Iterable[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Weights as they are quantized, and what batch norm multiplies each by: the derivative of a product."""
+        ones = {k: jnp.ones_like(v) if k in keys else jnp.zeros_like(v) for k, v in graph_params.items()}
+        return jax.jvp(self.params_of.to_quantize, (graph_params,), (ones,))
 
 
-def _chosen(leaf: Any, value: Any, count: Any) -> Any:
-    """The quantized elements of a leaf; of weights that share some, all give the same."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
-    return jnp.where(count > 0, value / jnp.maximum(count, 1), leaf)
+def _written(read: Callable[[Any], dict[str, Array]], own: Any, values: Mapping[str, Array]) -> Any:
+    """`own` with other values of the elements that `read` takes; of values that share one, all are the same.
+
+    `read` only moves elements, so its transpose puts them back.
+    """
+    raw, pull = jax.vjp(read, own)
+    (moved,), (counts,) = pull(dict(values)), pull(jax.tree.map(jnp.ones_like, raw))
+
+    def chosen(leaf: Any, value: Any, count: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return jnp.where(count > 0, value / jnp.maximum(count, 1), leaf)
+
+    return jax.tree.map(chosen, own, moved, counts)
 
 
-def _check(variables: Any) -> None:
-    if not isinstance(variables, Mapping) or not {"params", "qparams"} <= set(variables):
-        raise InputError("variables must be the mapping that jq.quantize returned: {'params': ..., 'qparams': ...}")
+def _collections(params: Any, batch_stats: Any) -> Any:
+    """The pytree that is traced: params, beside running statistics if there are any, as flax.linen has them."""
+    if batch_stats is None:
+        return params
+    return {"params": params, "batch_stats": jax.lax.stop_gradient(batch_stats)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +203,17 @@ class _Prepared:
     """From the function's params to the plan's: read, then folded by `prepare`; traced by JAX once for each shape."""
 
     traced: Traced
-    qconfig: QConfig
-    target: Target
+    statistics: tuple[str, ...]  # the names of the leaves of batch_stats
+    prepare: Callable[[Graph, Params], tuple[Plan, dict[str, Array]]]
 
-    def plan(self, params: Any) -> tuple[Plan, dict[str, Array]]:
-        return prepare(self.traced.graph, self.traced.graph_params(params), self.qconfig, target=self.target)
+    def plan(self, params: Any, batch_stats: Any) -> tuple[Plan, dict[str, Array]]:
+        return self.prepare(self.traced.graph, self.traced.graph_params(_collections(params, batch_stats)))
 
-    def of_graph(self, graph_params: Params) -> dict[str, Array]:
-        return prepare(self.traced.graph, graph_params, self.qconfig, target=self.target)[1]
+    def to_quantize(self, graph_params: Params) -> dict[str, Array]:
+        return weights_to_quantize(*self.prepare(self.traced.graph, graph_params))
 
-    def __call__(self, params: Any) -> dict[str, Array]:
-        return _folded(self, params)
+    def __call__(self, params: Any, batch_stats: Any = None) -> dict[str, Array]:
+        return _plan_params(self, params, batch_stats)
 
 
 def quantize(
@@ -130,23 +224,35 @@ def quantize(
     *,
     target: Target = NASH_E,
     dynamic_batch: bool = True,
+    batch_norm: BatchNormHandling | Mapping[str, BatchNormHandling] = "fold",
+    batch_stats: Any = None,
+    momentum: float = 0.99,
 ) -> tuple[QuantizedFunction, dict[str, Any]]:
     """Traces, prepares and calibrates a function of JAX.
 
     Args:
-      fn: `fn(params, *inputs)`, as for `jq.trace`.
+      fn: `fn(params, *inputs)`, as for `jq.trace`, with running statistics: `fn(params, *inputs, batch_stats=...)`
+        where batch_stats is given.
       params: its params.
       qconfig: patterns on the names of nodes, which are the paths of their weights, to policies.
       batches: calibration batches: an array, or a tuple of one for each input; read more than once, so no generator.
       target, dynamic_batch: as for `jq.prepare` and `jq.trace`.
+      batch_norm: "fold", "live", "frozen" or "reverse_fold", or a mapping from names of batch norms, as for
+        `jq.prepare`: what `qfn.train` does with batch norm. A live one needs its statistics in batch_stats.
+      batch_stats: running mean and variance [C] of batch norms, a pytree: linen's collection, or
+        `nnx.state(model, nnx.BatchStat)`.
+      momentum: the share of the running statistics that a training step keeps, as in flax. Inference does not use it,
+        so it cannot be read from `fn`.
 
     Returns:
-      `qfn` and its variables, `{"params": params as given, "qparams": scales}`, one pytree: `qfn(variables, *inputs)`
-      takes the place of `fn(params, *inputs)`, in a loss, in a linen TrainState, or behind `jq.flax.module`. Then
-      `qfn.lower(variables)` is the integer program, and `qfn.fake_quantized(variables)` params for `fn` itself.
+      `qfn` and its variables, `{"params": params as given, "qparams": scales}` and "batch_stats" where given, one
+      pytree: `qfn(variables, *inputs)` takes the place of `fn(params, *inputs)`, in a loss, in a linen TrainState, or
+      behind `jq.flax.module`; `qfn.train(variables, *inputs)` returns new batch_stats too. Then `qfn.lower(variables)`
+      is the integer program, and `qfn.fake_quantized(variables)` params for `fn` itself.
 
     Raises:
-      ConversionError, QConfigError, CalibrationError: as `trace`, `prepare` and `calibrate`.
+      ConversionError: as `trace`; or a live batch norm whose statistics are no leaves of batch_stats of its own.
+      QConfigError, CalibrationError: as `prepare` and `calibrate`; or a momentum that keeps nothing or all.
 
     Example:
       >>> import jax.numpy as jnp, jquant as jq
@@ -164,15 +270,39 @@ def quantize(
     batches = [batch if isinstance(batch, tuple | list) else (batch,) for batch in batches]
     if not batches:
         raise InputError("quantize needs at least one calibration batch")
-    traced = read(fn, params, batches[0], dynamic_batch=dynamic_batch)
-    prepared = _Prepared(traced, qconfig, target)
-    plan, plan_params = prepared.plan(params)
+    if not 0 <= momentum < 1:
+        raise QConfigError(
+            f"momentum {momentum}: the share of running statistics to keep is at least 0 and less than 1"
+        )
+    own = _collections(params, batch_stats)
+    traced = read(fn if batch_stats is None else _of_collections(fn), own, batches[0], dynamic_batch=dynamic_batch)
+    traced = replace(traced, graph=_with_momentum(traced.graph, 1 - momentum))
+    statistics = traced.leaves[: len(jax.tree.leaves(batch_stats))]  # "batch_stats" sorts before "params"
+    prepared = _Prepared(traced, statistics, partial(prepare, qconfig=qconfig, target=target, batch_norm=batch_norm))
+    plan, plan_params = prepared.plan(params, batch_stats)
+    qfn = QuantizedFunction(plan, prepared, traced)
+    _ = qfn._moving  # raises before calibration takes its time
     qparams = calibrate(plan, plan_params, [tuple(jax.tree.leaves(tuple(batch))) for batch in batches])
-    return QuantizedFunction(plan, prepared, traced), {"params": params, "qparams": qparams}
+    collections = {} if batch_stats is None else {"batch_stats": batch_stats}
+    return qfn, {"params": params, "qparams": qparams, **collections}
 
 
-def _fold(prepared: _Prepared, params: Any) -> dict[str, Array]:
-    return prepared.plan(params)[1]
+def _of_collections(fn: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(fn)  # the names of the inputs are read from its signature
+    def of_collections(own: Any, *inputs: Any) -> Any:
+        return fn(own["params"], *inputs, batch_stats=own["batch_stats"])
+
+    return of_collections
 
 
-_folded = jax.jit(_fold, static_argnums=0)
+def _with_momentum(graph: Graph, momentum: float) -> Graph:
+    nodes = (
+        replace(node, op=replace(node.op, momentum=momentum)) if isinstance(node.op, BatchNorm) else node
+        for node in graph.nodes
+    )
+    return replace(graph, nodes=tuple(nodes))
+
+
+@partial(jax.jit, static_argnums=0)
+def _plan_params(prepared: _Prepared, params: Any, batch_stats: Any) -> dict[str, Array]:
+    return prepared.plan(params, batch_stats)[1]

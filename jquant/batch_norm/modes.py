@@ -20,7 +20,7 @@ def kept_batch_norms(
 ) -> dict[str, BatchNormMode]:
     """{batch norm: how it is kept}."""
     rules = {"*": batch_norm} if isinstance(batch_norm, str) else dict(batch_norm)
-    norms = {node.name: node.op for node in graph.nodes if isinstance(node.op, BatchNorm)}
+    norms = {node.name: node.op for node in graph.nodes if isinstance(node.op, BatchNorm) and node.op.running}
     found: dict[str, BatchNormMode] = {}
     for pattern, mode in rules.items():
         if mode not in HANDLINGS:

@@ -99,10 +99,11 @@ def _move(
     variance: Array,
     count: int,
 ) -> None:
-    """Moves the running statistics towards those of the batch; the variance is unbiased, as in torch."""
+    """Moves the running statistics towards those of the batch, of which `variance` is biased."""
     if count < 2:
         raise GraphError("the statistics of one value: batch norm in training needs a larger batch, or mode 'frozen'")
-    for role, found in (("norm_mean", mean), ("norm_var", variance * (count / (count - 1)))):
+    variance = variance * (count / (count - 1)) if norm.unbiased else variance
+    for role, found in (("norm_mean", mean), ("norm_var", variance)):
         key = node.params[role]
         old = new_stats.get(key, params[key])
         new_stats[key] = jax.lax.stop_gradient(old + norm.momentum * (found - old))

@@ -17,11 +17,15 @@ class BatchNorm(Op):
     """Inference batch norm of x [N, C, *S] (or [N, *S, C]). Parameters [C]: running_mean, running_var; optional weight
     and bias.
 
-    `momentum`: of the running statistics in training, the weight of the new batch.
+    `momentum`  of the running statistics in training, the weight of the new batch
+    `unbiased`  whether they take the unbiased variance of the batch, as in torch; in flax it is the biased one
+    `running`   False for mean and variance that are no running statistics (a scale of channels): it is always folded
     """
 
     epsilon: float = 1e-5
     momentum: float = 0.1
+    unbiased: bool = True
+    running: bool = True
     channels_last: bool = False
 
 
@@ -41,6 +45,7 @@ class KeptBatchNorm:
     scaled: bool = False
     epsilon: float = 1e-5
     momentum: float = 0.1
+    unbiased: bool = True
     alone: bool = False
 
 
@@ -50,6 +55,7 @@ def keep(op: BatchNorm, mode: BatchNormMode, alone: bool) -> KeptBatchNorm:
         scaled=mode == "reverse_fold",
         epsilon=op.epsilon,
         momentum=op.momentum,
+        unbiased=op.unbiased,
         alone=alone,
     )
 

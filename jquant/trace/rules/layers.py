@@ -13,6 +13,7 @@ from jquant.trace.rules.match import Context, Rule, along_axis, become, channel_
 from jquant.trace.values import Draft, Known, Value, constant
 
 HOSTS = (ops.Conv, ops.ConvTranspose, ops.Linear)
+MOMENTUM = 0.01  # flax's default, 0.99 for the old statistics: inference, which is what is read, does not use it
 
 
 def bias(context: Context, draft: Draft) -> bool:
@@ -119,9 +120,10 @@ def _affine(context: Context, draft: Draft, x: Value, mean: Known | None, multip
     if found is not None and mean is not None:
         variance, weight, epsilon = found
         params = {"running_mean": centre, "running_var": variance} | ({} if weight is None else {"weight": weight})
-        return become(draft, ops.BatchNorm(epsilon=epsilon, **layout), x, **params)
+        op = ops.BatchNorm(epsilon=epsilon, momentum=MOMENTUM, unbiased=False, **layout)
+        return become(draft, op, x, **params)
     ones = constant(np.ones(size, np.float32))
-    op = ops.BatchNorm(epsilon=0.0, **layout)
+    op = ops.BatchNorm(epsilon=0.0, running=False, **layout)
     return become(draft, op, x, running_mean=centre, running_var=ones, weight=vector)
 
 
