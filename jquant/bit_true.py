@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from jax import numpy as jnp
+import jax
+import jax.numpy as jnp
 
 from jquant.integer import dequantize_values, quantize_inputs, run_integers, run_node
 from jquant.ir.evaluate import Rule, Tap
 from jquant.lower import dtype_of, lower_nodes
-from jquant.numerics.convolution import apart
 from jquant.numerics.rounding import dequantize, quantize, to_float16
 from jquant.qconfig import matches
 from jquant.simulate import fake_quant_tap, straight_through, value_scales
@@ -41,15 +42,30 @@ def select_nodes(plan: Plan, mode: str, patterns: str | Sequence[str]) -> tuple[
 
 def bit_true_values(program: Program, inputs: Mapping[str, Array], values: Mapping[str, Array]) -> dict[str, Array]:
     """Fake-quant values replaced by those of the integer program, with the gradient left as it was."""
-    program = replace(program, constants={name: _computed_first(v) for name, v in program.constants.items()})
+    program = replace(program, constants=_computed_first(program.constants, program.scales))
     integers = run_integers(program, quantize_inputs(program, inputs))
     exact = dequantize_values(program, integers)
     return {name: replaced(value, exact[name]) if name in exact else value for name, value in values.items()}
 
 
-def _computed_first(constants: Mapping[str, Array]) -> dict[str, Array]:
-    """XLA hands a convolution to its fast library only where its weight is not computed inside: 4 times faster."""
-    return {role: apart(v) if role == "weight" else v for role, v in constants.items()}
+def _computed_first(constants: Any, scales: Mapping[str, Array | None]) -> Any:
+    """The integers of a program, computed before anything reads them: by a loop of one round, which XLA cannot know.
+
+    It would merge the making of weights and tables with their use: four times slower convolutions, which miss the fast
+    library, and minutes and gigabytes to compile some dozens of tables. It drops an optimization barrier.
+    """
+    leaves, structure = jax.tree.flatten(constants)
+    exact = [jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in leaves]
+    made = tuple(leaf for leaf, chosen in zip(leaves, exact, strict=True) if chosen)
+    once = 1 + sum(
+        (jax.lax.stop_gradient(scale).ravel()[0] <= 0).astype(jnp.int32)
+        for scale in scales.values()
+        if scale is not None
+    )
+    first = iter(jax.lax.fori_loop(0, once, lambda _, __: made, jax.tree.map(jnp.zeros_like, made)))
+    return jax.tree.unflatten(
+        structure, [next(first) if chosen else leaf for leaf, chosen in zip(leaves, exact, strict=True)]
+    )
 
 
 def replaced(value: Array, replacement: Array) -> Array:
@@ -67,6 +83,7 @@ def partly_bit_true(
     scales = value_scales(plan, qparams)
     chosen = [node for node in plan.graph.nodes if node.name in set(selected)]
     constants, formats = lower_nodes(plan, params, qparams, chosen, scales)
+    constants = _computed_first(constants, scales)
     base, exact = fake_quant_tap(plan, qparams), dict[str, Array]()
 
     def stored(name: str, value: Array) -> Array:
@@ -78,7 +95,7 @@ def partly_bit_true(
     def with_integers(node: Node, *operands: Array) -> Array:
         if node.name in formats:
             integers = [stored(name, value) for name, value in zip(node.inputs, operands, strict=True)]
-            found = run_node(node, formats[node.name], plan.target, integers, _computed_first(constants[node.name]))
+            found = run_node(node, formats[node.name], plan.target, integers, constants[node.name])
             scale = scales[node.name]
             if node.name not in plan.exact:
                 found = found.astype(jnp.float32) if scale is None else dequantize(found, scale)
