@@ -117,8 +117,8 @@ def peers(net: torch.nn.Module, data: Data) -> list[Contender]:
 
 
 LIMITS = """What limits the float step against torch's: XLA's convolutions of 16 to 64 channels take about twice as
-long as oneDNN's, forward and backward alike. The statistics of live batch norm and their gradients are passes of their own
-over every value, a third of the step more."""
+long as oneDNN's, forward and backward alike. The statistics of live batch norm and their gradients are passes of
+their own over every value, a third of the step more."""
 
 
 def main(argv: list[str] | None = None) -> None:
