@@ -145,7 +145,6 @@ class QuantizedFunction:
     def _moving(self) -> dict[str, Known]:
         """{key: where it comes from} of the running statistics that training moves."""
         found: dict[str, Known] = {}
-        readers: dict[Any, str] = {}
         for node in kept_nodes(self.plan):
             norm = kept_batch_norm(node)
             assert norm is not None
@@ -153,14 +152,9 @@ class QuantizedFunction:
                 source = source_of(self.traced.params[key])
                 if source is None or source[0] not in self.params_of.statistics:
                     raise ConversionError(
-                        f"{key!r}, a running statistic of node {node.name!r}, is no leaf of batch_stats, so that "
+                        f"{key!r}, a running statistic of node {node.name!r}, is not in batch_stats, so that "
                         "training cannot move it; give fn the keyword batch_stats and pass quantize its value, or keep "
                         "the batch norm 'frozen' or 'fold'"
-                    )
-                if readers.setdefault(source, key) != key:
-                    raise ConversionError(
-                        f"{key!r} and {readers[source]!r} are one leaf of batch_stats, which two batch norms would "
-                        "move; give each its own, or keep them 'frozen' or 'fold'"
                     )
                 found[key] = self.traced.params[key]
         return found
@@ -251,7 +245,7 @@ def quantize(
       is the integer program, and `qfn.fake_quantized(variables)` params for `fn` itself.
 
     Raises:
-      ConversionError: as `trace`; or a live batch norm whose statistics are no leaves of batch_stats of its own.
+      ConversionError: as `trace`; or a live batch norm whose statistics are not those of batch_stats.
       QConfigError, CalibrationError: as `prepare` and `calibrate`; or a momentum that keeps nothing or all.
 
     Example:

@@ -11,7 +11,14 @@ from jquant.types import ConversionError
 
 from .base import Shape, Site, is_same_padding, pad_spatial, torch_rule
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+def _scale_channels(x: Any, weight: Any, bias: Any, *_: Any) -> Any:
+    """A depthwise convolution of [N, C], without a window: what is left of a batch norm that follows no layer."""
+    y = x * weight.flatten()
+    return y if bias is None else y + bias
+
+
+_CONV = {0: _scale_channels, 1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

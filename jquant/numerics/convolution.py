@@ -53,10 +53,8 @@ NO_WINDOW = Window((), (), ())
 
 def kernel_of(weight_shape: Sequence[int], groups: int) -> Kernel:
     """The implementation for a weight [*K, C / groups, O], on a platform that has it."""
-    if len(weight_shape) == 2:
-        return "matmul"
     if groups == 1:
-        return "dense"
+        return "matmul" if len(weight_shape) == 2 else "dense"
     return "depthwise" if weight_shape[-2] == 1 else "grouped"
 
 
@@ -64,7 +62,7 @@ def runnable(kernel: str, weight_shape: Sequence[int], groups: int, *, integer: 
     """What runs for a recorded kernel ("": choose): itself, or patches where the platform lacks it or is slow."""
     chosen = kernel_of(weight_shape, groups)
     kernel = kernel or chosen
-    others = () if chosen == "matmul" else ("patches", "dense" if groups == 1 else "grouped")
+    others = () if len(weight_shape) == 2 else ("patches", "dense" if groups == 1 else "grouped")
     if kernel not in (chosen, *others):
         raise GraphError(
             f"kernel {kernel!r} cannot run a weight {tuple(weight_shape)} in {groups} groups; use {chosen!r}"

@@ -70,6 +70,25 @@ def test_power_of_two_scales_give_the_bits_of_fake_quant(name, output):
         np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("batch_norm", ["fold", "live"])
+def test_a_batch_norm_of_features_that_follows_no_layer(batch_norm):
+    norm = torch.nn.BatchNorm1d(7)
+    norm.running_mean, norm.running_var = torch.linspace(-1, 1, 7), torch.linspace(0.5, 2, 7)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), norm, torch.nn.Linear(7, 3)).eval()
+    graph, params = from_torch(module, (torch.zeros(2, 6),))
+    qconfig = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
+    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, batch_norm=batch_norm)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    qparams = jq.calibrate(plan, params, [x.numpy()])
+    np.testing.assert_allclose(
+        jq.apply(plan, params, {}, x.numpy(), mode="float"), module(x).detach(), rtol=0, atol=1e-5
+    )
+    program = jq.lower(plan, params, qparams)
+    np.testing.assert_array_equal(jq.run(program, x.numpy()), jq.reference.run(program, x.numpy())[0][0])
+    written = to_torch(*jq.fold_batch_norm(plan, params, qparams))
+    np.testing.assert_allclose(outputs_of(written, x)[0], jq.apply(plan, params, qparams, x.numpy()), rtol=0, atol=1e-5)
+
+
 def test_real_scales_differ_by_one_lsb_at_most_behind_each_quantization():
     """One layer and its input: a reciprocal in place of a division moves x / scale by an ulp, so a tie at most."""
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.ReLU())

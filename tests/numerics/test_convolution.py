@@ -76,6 +76,7 @@ CASES = {
     "matmul": ((), 40, (), 7, 1, NO_WINDOW),
     "depthwise": ((7, 8), 6, (3, 3), 6, 6, Window((2, 1), ((1, 1), (0, 2)), (1, 2))),
     "depthwise 3d": ((4, 4, 4), 3, (2, 2, 2), 3, 3, Window((1, 1, 1), ((1, 0),) * 3, (1, 1, 1))),
+    "depthwise without a window": ((), 6, (), 6, 6, NO_WINDOW),
     "depthwise multiplier": ((6, 5), 3, (3, 3), 6, 3, Window((1, 1), ((0, 0), (1, 1)), (1, 1))),
     "grouped": ((6, 6), 36, (3, 3), 4, 2, Window((1, 1), ((1, 1), (1, 1)), (1, 1))),
     "grouped merged": ((5, 6), 48, (3, 3), 24, 12, Window((1, 1), ((1, 1), (1, 1)), (1, 1))),
@@ -95,7 +96,7 @@ def test_every_kernel_equals_int64(case: str, types: tuple) -> None:
     assert case.startswith(chosen)
     x, weight = draw(0, (2, *spatial, channels), types[0]), draw(1, weight_shape, types[1])
     expected = slow(x, weight, window, groups)
-    others = {"patches", "dense" if groups == 1 else "grouped"} if chosen != "matmul" and types == TYPES[0] else ()
+    others = {"patches", "dense" if groups == 1 else "grouped"} if kernel and types == TYPES[0] else ()
     for name in {chosen, *others}:
         got = jax.jit(partial(accumulate_exactly, window=window, groups=groups, kernel=name))(x, weight)
         assert isinstance(got, Limbs) == ("int16" in types)
