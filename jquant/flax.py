@@ -42,7 +42,7 @@ def from_nnx(model: Any) -> tuple[Function, Any]:
     definition, params, own_stats, rest = nnx.split(evaluated, nnx.Param, nnx.BatchStat, ...)
 
     def fn(params: Any, *inputs: Any, batch_stats: Any = own_stats) -> Any:
-        return nnx.merge(definition, params, batch_stats, rest)(*inputs)
+        return nnx.merge(definition, params, batch_stats, rest, copy=True)(*inputs)
 
     return fn, params
 

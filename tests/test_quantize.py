@@ -116,6 +116,24 @@ def test_dropout_and_statistics_of_nnx_are_left_out_of_the_params() -> None:
     np.testing.assert_allclose(qfn(variables, x), fn(params, x), atol=0.1)
 
 
+class Recurrent(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.rnn = nnx.RNN(nnx.OptimizedLSTMCell(4, 6, rngs=rngs), rngs=rngs)
+
+    def __call__(self, x):
+        return self.rnn(x)[:, -1]
+
+
+def test_a_module_of_nnx_that_counts_its_random_numbers_is_a_pure_function() -> None:
+    model, x = Recurrent(nnx.Rngs(0)), jax_nets.images(3, 2, 4)
+    expected = model(x)
+    fn, params = jq.flax.from_nnx(model)
+    np.testing.assert_allclose(jax.jit(fn)(params, x), expected, rtol=1e-6)
+    np.testing.assert_array_equal(fn(params, x), fn(params, x))
+    qfn, variables = jq.quantize(fn, params, INT8, [x])
+    np.testing.assert_allclose(qfn(variables, x), expected, atol=0.1)
+
+
 def test_fake_quantized_weights_are_a_drop_in_for_the_function() -> None:
     fn, params, x = small()  # batch norm is folded into the kernel that is quantized
     qfn, variables = jq.quantize(fn, params, WEIGHTS, [x])
