@@ -20,7 +20,7 @@ from .aten import VERY_NEGATIVE, Unsupported
 from .exact import DTYPES, takes_exact
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Param:
     """A parameter: its key, or None for a constant of the code, which is keyed by its first reader.
 

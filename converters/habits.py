@@ -58,14 +58,14 @@ class FunctionalMark(nn.Module):
 def visible_habits(module: nn.Module) -> Iterator[None]:
     """Puts the stand-ins into a model, and takes them out again."""
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    marks: dict[int, nn.Module] = {}  # one for a module that several parents share
+    marks: dict[nn.Module, nn.Module] = {}  # one for a module that several parents share
     try:
         for parent in list(module.modules()):
             for name, child in list(parent._modules.items()):
-                mark = None if child is None else marks.get(id(child)) or _mark(child)
+                mark = None if child is None else marks.get(child) or _mark(child)
                 if child is not None and mark is not None:
                     replaced.append((parent, name, child))
-                    setattr(parent, name, marks.setdefault(id(child), mark))
+                    setattr(parent, name, marks.setdefault(child, mark))
         yield
     finally:
         for parent, name, child in replaced:

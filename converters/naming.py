@@ -19,11 +19,11 @@ from jquant.ir.graph import validate
 from jquant.ir.passes import prune
 from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, Node
 
-from .drafts import Draft
+from .drafts import Draft, Param
 from .habits import mark_of
 
 Names = Mapping[Draft, str]
-Keys = dict[int, str]  # of the constants of the code, by the id of their Param
+Keys = dict[Param, str]  # of the constants of the code
 
 
 def path_of(node: FxNode) -> str:
@@ -143,7 +143,8 @@ def _name_drafts(
             if reader is not None and reader not in names:  # another one took its operands
                 reader = next(d for d in others if draft in d.operands)
             names[draft] = _unique(f"{names[reader]}.{role}" if reader else "constant", taken)
-            keys[id(draft.constant)] = _unique(names[draft], known)
+            if draft.constant is not None:
+                keys[draft.constant] = _unique(names[draft], known)
     return names, keys
 
 
@@ -151,8 +152,8 @@ def _name_params(draft: Draft, name: str, keys: Keys, known: set[str], params: d
     """{role: key} of a draft; what is new goes into `keys` and `params`."""
     roles = {}
     for role, parameter in draft.params.items():
-        key = parameter.key or keys.get(id(parameter)) or _unique(f"{name}.{role}", known)
-        keys[id(parameter)] = key
+        key = parameter.key or keys.get(parameter) or _unique(f"{name}.{role}", known)
+        keys[parameter] = key
         if key not in params:
             params[key] = _to_array(key, parameter.tensor)
         roles[role] = key
@@ -163,11 +164,11 @@ def _report_reuse(module: torch.nn.Module | None, names: Names) -> None:
     """Warns of float functionals that are called at several places."""
     if module is None:
         return
-    found: dict[int, tuple[str, dict[Any, str]]] = {}  # by id of the module, which may have several paths
+    found: dict[torch.nn.Module, tuple[str, dict[Any, str]]] = {}  # a module may have several paths
     for draft, name in names.items():
         if mark_of(draft.source) == "FunctionalMark":
             path = path_of(draft.source)
-            calls = found.setdefault(id(module.get_submodule(path)), (path, {}))[1]
+            calls = found.setdefault(module.get_submodule(path), (path, {}))[1]
             calls[_call_of(draft.source)] = name
     for path, calls in found.values():
         if len(calls) > 1:

@@ -128,8 +128,7 @@ class _Reader:
     made: dict[str, Value] = field(default_factory=dict)  # {node or input: its value}
     inputs: list[Input] = field(default_factory=list)
     params: dict[str, np.ndarray] = field(default_factory=dict)
-    keys: dict[int, str] = field(default_factory=dict)  # {id of a Known: its parameter}
-    kept: list[Any] = field(default_factory=list)  # keeps those ids alive
+    keys: dict[Known, str] = field(default_factory=dict)  # {constant: its parameter}
     weights: dict[str, Grid] = field(default_factory=dict)
     grids: dict[str, OnGrid] = field(default_factory=dict)
     readers: dict[str, int] = field(default_factory=dict)
@@ -278,7 +277,7 @@ class _Reader:
 
     def key(self, value: Known, name: str) -> str:
         """The key of a parameter, stored once."""
-        found = self.keys.get(id(value))
+        found = self.keys.get(value)
         if found is None:
             array = value.at[0]
             if not np.isfinite(array).all():
@@ -289,8 +288,7 @@ class _Reader:
                 count += 1
                 found = f"{wanted}_{count}"
             self.params[found] = np.asarray(array, np.float32)
-            self.keys[id(value)] = found
-            self.kept.append(value)
+            self.keys[value] = found
             if value.grid is not None:
                 self.weights[found] = value.grid
         return found
@@ -301,7 +299,7 @@ class _Reader:
             raise Unsupported("an operand computed from the batch size")
         array = value.at[0]
         for node in self.nodes.values():
-            if isinstance(node.op, ops.Constant) and self.keys.get(id(value)) == node.params["value"]:
+            if isinstance(node.op, ops.Constant) and self.keys.get(value) == node.params["value"]:
                 return self.made[node.name]
         if array.dtype == np.float32:
             return self.made[self.add(value.label or name, ops.Constant(), (), {"value": value})]

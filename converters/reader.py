@@ -32,12 +32,12 @@ class Reader:
     def __init__(self, program: Any, dynamic_batch: bool) -> None:
         self.program, self.dynamic_batch = program, dynamic_batch
         self.values: dict[FxNode, Any] = {}  # Draft, Input, Param, Results, or None: no tensor, or failed
-        self.calls: dict[int, tuple[Call, Draft]] = {}  # by id of a helper call
+        self.calls: dict[Call, Draft] = {}
         self.given: dict[int, tuple[str, torch.Tensor]] = {}  # parameters and buffers by their memory
         self.roots: dict[FxNode, FxNode] = {}  # the node that made a tensor's memory
         self.changed: dict[FxNode, set[FxNode]] = {}  # {root: readers that saw its last change in place}
         self.drafts: list[Draft] = []
-        self.constants: dict[tuple[int, int], Draft] = {}  # by id and version of a Param, one draft for each
+        self.constants: dict[tuple[Param, int], Draft] = {}  # by the version of the tensor, which may change in place
         self.inputs: list[Input] = []
         self.outputs: list[Draft] = []
         self.problems: list[str] = []
@@ -251,8 +251,8 @@ class Reader:
         return fresh is not None and node not in fresh
 
     def draft(self, node: FxNode, call: Call, label: str | None = None) -> Draft:
-        if id(call) in self.calls:
-            return self.calls[id(call)][1]
+        if call in self.calls:
+            return self.calls[call]
         result = Draft(call.op, node, label=call.label if label is None else label)
         names = [a.name for a in node.target._schema.arguments]
         many = isinstance(node.args[0], list | tuple) if node.args else True
@@ -266,7 +266,7 @@ class Reader:
         join_mask(result)
         result.value = evaluate(result, self.batch)
         self.drafts.append(result)
-        self.calls[id(call)] = call, result  # keeps the call, and its id, alive
+        self.calls[call] = result
         return result
 
     def operand(self, node: FxNode, reader: Draft, value: Any, role: str) -> Any:
@@ -288,7 +288,7 @@ class Reader:
         return self.constant(node, reader, Param(None, torch.tensor(float(value))), role)
 
     def constant(self, node: FxNode, reader: Draft | None, parameter: Param, role: str) -> Draft:
-        at = id(parameter), parameter.tensor._version
+        at = parameter, parameter.tensor._version
         found = self.constants.get(at)
         if found is None:
             found = Draft(Constant(), node, constant=parameter, constant_of=(reader, role))

@@ -34,9 +34,9 @@ class _Builder:
     taken: set[str] = field(default_factory=set)
     nodes: list[Node] = field(default_factory=list)
     params: dict[str, Known] = field(default_factory=dict)
-    keys: dict[int, str] = field(default_factory=dict)  # by id of a known value
-    names: dict[int, str] = field(default_factory=dict)  # by id of a draft or entry
-    constants: dict[tuple[int, bool], str] = field(default_factory=dict)
+    keys: dict[Known, str] = field(default_factory=dict)
+    names: dict[Draft | Entry, str] = field(default_factory=dict)
+    constants: dict[tuple[Known, bool], str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def add(self, draft: Draft) -> None:
@@ -45,30 +45,30 @@ class _Builder:
         kind = snake_case(type(draft.op).__name__)
         kind = repr(draft.op.call) if isinstance(draft.op, ops.Opaque) else kind
         name = unique(module or (f"{scope}.{kind}" if scope else kind), self.taken)
-        self.names[id(draft)] = name
+        self.names[draft] = name
         for role, known in draft.params.items():
             self.key(known, f"{name}.{role}")
         operands = tuple(self.operand(draft, i) for i in range(len(draft.operands)))
-        params = FrozenMap({role: self.keys[id(known)] for role, known in draft.params.items()})
+        params = FrozenMap({role: self.keys[known] for role, known in draft.params.items()})
         self.nodes.append(Node(name, draft.op, operands, params))
         self.shapes[name] = draft.shape
 
     def key(self, known: Known, fallback: str) -> str:
         """The key of a parameter, made once for each value."""
-        if id(known) not in self.keys:
+        if known not in self.keys:
             if str(known.dtype) != "float32":
                 raise ConversionError(
                     f"{key_of(known) or fallback!r} is {known.dtype}; the operators compute in float32. Convert the "
                     "params, and let the model compute in float32"
                 )
             key = unique(key_of(known) or fallback, set(self.params))
-            self.keys[id(known)], self.params[key] = key, known
-        return self.keys[id(known)]
+            self.keys[known], self.params[key] = key, known
+        return self.keys[known]
 
     def operand(self, draft: Draft, port: int) -> str:
         value = draft.operands[port]
         if not isinstance(value, Known):
-            return self.names[id(value)]
+            return self.names[value]
         if not self.takes_compact(draft, port):
             return self.constant(value, draft, port, compact=False)
         return self.constant(value, draft, port, compact=True)
@@ -83,19 +83,19 @@ class _Builder:
 
     def constant(self, known: Known, reader: Draft | None, port: int, *, compact: bool) -> str:
         """The name of a node for a known value: of its compact shape, or repeated behind that."""
-        if (id(known), compact) in self.constants:
-            return self.constants[id(known), compact]
+        if (known, compact) in self.constants:
+            return self.constants[known, compact]
         if not compact and known.compact != known.shape:
             name = self.repeat(known, reader, port)
         else:
             name = self.add_constant(known, reader, port)
-        self.constants[id(known), compact] = name
+        self.constants[known, compact] = name
         if known.compact == known.shape:
-            self.constants[id(known), not compact] = name
+            self.constants[known, not compact] = name
         return name
 
     def add_constant(self, known: Known, reader: Draft | None, port: int) -> str:
-        owner = self.names[id(reader)] if reader is not None else "output"
+        owner = self.names[reader] if reader is not None else "output"
         ports = reader.op.ports if reader is not None else ("value",)
         fallback = f"{owner}.{ports[min(port, len(ports) - 1)]}" + (f"_{port}" if port >= len(ports) else "")
         dtype = str(known.dtype)
@@ -119,7 +119,7 @@ class _Builder:
         return name
 
     def name_of(self, value: Value) -> str:
-        return self.constant(value, None, 0, compact=False) if isinstance(value, Known) else self.names[id(value)]
+        return self.constant(value, None, 0, compact=False) if isinstance(value, Known) else self.names[value]
 
 
 def _integer_constant(known: Known, where: str) -> ops.IntegerConstant:
@@ -138,7 +138,7 @@ def build(drafts: Sequence[Draft], entries: Sequence[Entry], outputs: Sequence[V
     inputs = []
     for entry in entries:
         builder.taken.add(entry.name)
-        builder.names[id(entry)] = entry.name
+        builder.names[entry] = entry.name
         builder.shapes[entry.name] = entry.shape
         inputs.append(Input(entry.name, tuple(entry.shape), str(entry.dtype)))
     for draft in drafts:

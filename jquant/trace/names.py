@@ -70,12 +70,12 @@ def only_moves(known: Known) -> bool:
 
 def leaves_of(known: Known) -> list[str]:
     """The paths of all leaves that a known value is computed from."""
-    found, pending, seen = [], [known], set()
+    found, pending, seen = [], [known], set[Known]()
     while pending:
         value = pending.pop()
-        if id(value) in seen:
+        if value in seen:
             continue
-        seen.add(id(value))
+        seen.add(value)
         found += [value.path] if value.path else []
         pending += value.operands
     return found

@@ -95,7 +95,7 @@ class Reader:
         made = Draft(op=op, operands=operands, shape=tuple(shape), dtype=np.dtype(dtype), params=params, scope=scope)
         if self.made is None or op.stochastic:
             return made
-        key = (op, tuple(map(id, operands)), tuple((role, id(k)) for role, k in params.items()), made.shape)
+        key = (op, operands, tuple(params.items()), made.shape)
         return self.made.setdefault(key, made)
 
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
@@ -135,18 +135,16 @@ class Reader:
 
     def share(self, known: Known, key: tuple[Any, ...], make: Callable[[], Known]) -> Known:
         """One value for one computation, so that a weight that is read twice stays one parameter."""
-        key = (id(known), *key)
+        key = (known, *key)
         if key not in self.shared:
-            made = make()
-            self.shared[key] = made
-            made.operands = made.operands or (known,)  # keeps the operand, and its id, alive
+            self.shared[key] = make()
         return self.shared[key]
 
     def fold(self, equation: Any, operands: list[Known]) -> list[Value]:
         """The results of an equation on known values."""
         name, params = equation.primitive.name, equation.params
         shapes = [tuple(v.aval.shape) for v in equation.outvars]
-        key = (name, str(params), tuple(id(k) for k in operands))
+        key = (name, str(params), *operands)
         if any(k.is_trained for k in operands) and key in self.shared:
             return [self.shared[key]]
         compute = equation_function(equation)
@@ -170,7 +168,6 @@ class Reader:
                 values.known_from(name, lambda *arrays, i=i: compute(*arrays)[i], whole) for i in range(len(shapes))
             ]
         if len(results) == 1 and results[0].is_trained:
-            results[0].operands = results[0].operands or tuple(operands)
             self.shared[key] = results[0]
         return list(results)
 

@@ -11,6 +11,8 @@ import jquant.ops as ops
 from jquant.simulate import evaluate_float
 from jquant.types import ConversionError, Graph
 from jquant_converters import from_torch
+from jquant_converters.drafts import Param
+from jquant_converters.reader import Reader
 
 
 def run_graph(graph: Graph, params: dict[str, jax.Array], *inputs: np.ndarray) -> list[np.ndarray]:
@@ -310,6 +312,15 @@ class Positions(nn.Module):
 
     def forward(self, x):
         return self.fc((x + self.pos) * self.mean + self.hidden + self.plain + self.pos)
+
+
+def test_every_constant_of_the_code_keeps_its_value():
+    """Constants that live for one call only must not be found again under the place in memory that they left."""
+    program = torch.export.export(nn.ReLU(), (torch.zeros(1),))
+    reader = Reader(program, dynamic_batch=False)
+    node = next(n for n in program.graph.nodes if n.op == "call_function")
+    drafts = [reader.constant(node, None, Param(None, torch.tensor(float(i))), "value") for i in range(100)]
+    assert [float(draft.constant.tensor) for draft in drafts] == list(range(100))
 
 
 def test_parameters_and_buffers_as_operands():

@@ -34,28 +34,28 @@ def simplify(reader: Reader, outputs: Sequence[Value]) -> list[Value]:
 
 def _simplify_once(reader: Reader, outputs: Sequence[Value]) -> tuple[list[Value], bool]:
     order = evaluation_order(outputs)
-    readers: dict[int, int] = {}
+    readers: dict[Value, int] = {}
     for value in (*outputs, *(operand for draft in order for operand in draft.operands)):
-        readers[id(value)] = readers.get(id(value), 0) + 1
+        readers[value] = readers.get(value, 0) + 1
     context, changed = Context(reader, readers), False
     for draft in order:
         draft.operands = tuple(context.resolve(v) for v in draft.operands)
-        while id(draft) not in context.replaced and any(rule(context, draft) for rule in RULES):
+        while draft not in context.replaced and any(rule(context, draft) for rule in RULES):
             changed = True
     return [context.resolve(v) for v in outputs], changed
 
 
 def evaluation_order(outputs: Sequence[Value]) -> list[Draft]:
     """The drafts that outputs need, operands first."""
-    found: dict[int, Draft] = {}
+    found: dict[Draft, None] = {}  # in the order of evaluation
     pending: list[tuple[Value, bool]] = [(v, False) for v in reversed(outputs)]
     while pending:  # a long chain is deeper than the stack of calls
         value, ready = pending.pop()
-        if not isinstance(value, Draft) or id(value) in found:
+        if not isinstance(value, Draft) or value in found:
             continue
         if ready:
-            found[id(value)] = value
+            found[value] = None
         else:
             pending.append((value, True))
             pending += [(v, False) for v in reversed(value.operands)]
-    return list(found.values())
+    return list(found)

@@ -24,21 +24,21 @@ class Context:
     """
 
     reader: Reader
-    readers: dict[int, int]
-    replaced: dict[int, Value] = field(default_factory=dict)
+    readers: dict[Value, int]
+    replaced: dict[Value, Value] = field(default_factory=dict)
 
     def resolve(self, value: Value) -> Value:
-        while id(value) in self.replaced:
-            value = self.replaced[id(value)]
+        while value in self.replaced:
+            value = self.replaced[value]
         return value
 
     def is_only_reader(self, value: Value) -> bool:
-        return self.readers.get(id(value), 1) <= 1
+        return self.readers.get(value, 1) <= 1
 
     def replace(self, draft: Draft, value: Value) -> bool:
         """Lets every reader of the draft read another value."""
-        self.replaced[id(draft)] = value
-        self.readers[id(value)] = self.readers.get(id(value), 0) + self.readers.get(id(draft), 1) - 1
+        self.replaced[draft] = value
+        self.readers[value] = self.readers.get(value, 0) + self.readers.get(draft, 1) - 1
         return True
 
 
