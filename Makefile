@@ -9,10 +9,10 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow conformance support figures lint format wheel clean
+.PHONY: help venv demo test test-slow test-models conformance support figures lint format wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv and install the pinned requirements
 
@@ -34,6 +34,10 @@ test: $(STAMP)  ## run the tests
 
 test-slow: $(STAMP)  ## run only the tests marked slow
 	@$(BIN)/pytest -q -n 2 --dist worksteal -m slow
+
+test-models: $(STAMP)  ## install torchvision, timm and transformers, and import their networks
+	@$(PIP) install --no-deps -r requirements-models.txt
+	@$(BIN)/pytest -q -n 2 --dist worksteal -m slow tests/converters/test_vision_packages.py tests/converters/test_transformers.py
 
 conformance: $(STAMP)  ## compare every operator with the reference in bulk, write tests/conformance/RESULTS.md
 	@$(BIN)/python tests/conformance/run.py

@@ -10,12 +10,14 @@ from torch.fx import Node as FxNode
 from jquant.ops.elementwise import Constant
 from jquant.types import ConversionError, Input, Op
 
-from .aten import BATCH, CONSTANT, TABLE, Call, Unsupported, format_shape, shape_of
+from .aten import ADVICE, BATCH, CONSTANT, ROW, TABLE, Call, Unsupported, format_shape, shape_of
+from .aten.movement import expanded
 from .drafts import Draft, Param, Refused, Results, check_value, evaluate, example_shape, integer_constant, join_mask
 from .exact import DTYPES
 from .habits import stub_of
 from .keys import key_of_part
 from .naming import path_of
+from .repeated import OfBatchSize
 
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default}
 _MAKES_NEW = {
@@ -42,6 +44,7 @@ class Reader:
         self.outputs: list[Draft] = []
         self.problems: list[str] = []
         self.batch = 1  # of the example
+        self.sizes = OfBatchSize()
 
     # -- values
 
@@ -79,13 +82,15 @@ class Reader:
                 )
             entry = Input(node.name, tuple(n if isinstance(n, int) else None for n in shape), dtype)
             self.inputs.append(entry)
-            self.batch = example_shape(shape)[0] if self.dynamic_batch else 1
+            if self.dynamic_batch:
+                self.batch, self.sizes.symbol = example_shape(shape)[0], shape[0].node.expr
             return entry
         return None
 
     def read_call(self, node: FxNode) -> None:
         self.values[node] = None
         if not isinstance(node.meta.get("val"), torch.Tensor) and node.target not in TABLE and self.is_symbolic(node):
+            self.sizes.read_size(node)
             return
         try:
             self.values[node] = self.convert(node)
@@ -115,8 +120,9 @@ class Reader:
             return self.read_stub(node, stub)
         if self.is_fixed(node):
             return self.compute(node)
-        if target not in TABLE:
-            raise Unsupported
+        of_size = self.sizes.run(node, self.fixed_tensor)
+        if target not in TABLE and not of_size:
+            raise Unsupported(ADVICE.get(target, ""))
         self.view_constant(node)
         schema = target._schema.arguments
         arguments = list(node.args) + [
@@ -124,10 +130,13 @@ class Reader:
             for a in schema[len(node.args) :]
         ]
         source = arguments[0] if arguments and isinstance(arguments[0], FxNode) else None
-        self.check_reads(node)
-        result = TABLE[target](shape_of(node), *arguments)
-        alias = schema[0].alias_info
-        in_place = alias is not None and alias.is_write and isinstance(result, Call)
+        if of_size:
+            result = self.repeated(node, arguments)
+        else:
+            self.check_reads(node)
+            result = TABLE[target](shape_of(node), *arguments)
+        alias = schema[0].alias_info if schema else None
+        in_place = alias is not None and alias.is_write and not isinstance(result, FxNode)
         if in_place and isinstance(self.values.get(source), Param):
             raise Unsupported("it changes a parameter or buffer in place")
         value = self.value_of(node, result)
@@ -136,6 +145,8 @@ class Reader:
         if in_place and source is not None:
             self.values[source] = value  # later reads see the change
             self.changed[self.roots[node]] = {node, source}
+            if of_size:
+                self.read_again(node)
         elif shares and source is not None:
             root = self.roots[node]
             if root in self.changed:
@@ -150,6 +161,8 @@ class Reader:
     def value_of(self, node: FxNode, result: Any) -> Any:
         if isinstance(result, list):
             return Results(node, result)
+        if isinstance(result, Param | Refused):
+            return result
         value = self.values[result] if isinstance(result, FxNode) else self.draft(node, result)
         if isinstance(value, Draft):
             check_value(value, node.meta["val"])
@@ -160,6 +173,8 @@ class Reader:
         source, index = node.args
         results = self.values[source]
         self.roots[node] = self.roots.get(source, node)
+        if self.sizes.item(node, source, index) and not isinstance(results, Results):
+            return self.value_of(node, self.repeated(node, []))
         if isinstance(results, tuple):
             node.meta[CONSTANT] = results[index].tensor
             return results[index]
@@ -190,6 +205,44 @@ class Reader:
         if node.target in _MAKES_NEW and not any(n for n in node.all_input_nodes[1:]):
             return all(isinstance(n, int) for n in shape_of(node))  # the first operand only lends its dtype
         return all(self.is_known(n) for n in node.all_input_nodes)
+
+    def fixed_tensor(self, node: FxNode) -> torch.Tensor | None:
+        return self.constant_tensor(node) if self.is_known(node) else None
+
+    def repeated(self, node: FxNode, arguments: list[Any]) -> Any:
+        """What depends on the number of examples alone: a constant, a row for each of them, or what a handler makes."""
+        settled = self.settled(node)
+        operands = [n for n in node.all_input_nodes if n in self.sizes.at and _is_tensor(n)]
+        if isinstance(settled, Param) or (settled is not None and operands):
+            return settled
+        refused = [value.reason for n in operands if isinstance(value := self.values[n], Refused)]
+        reason = refused[0] if refused else f"{node.target} depends on the number of examples, not with equal rows"
+        if node.target in TABLE and not refused:
+            try:
+                return TABLE[node.target](shape_of(node), *arguments)
+            except Unsupported as error:
+                reason = f"{node.target}: {error}" if str(error) else reason
+        return settled or Refused(reason)
+
+    def settled(self, node: FxNode) -> Param | Call | None:
+        """The same for every number of examples, or a row for each of them. Handlers see which in `meta`."""
+        found, row = self.sizes.constant(node), self.sizes.row(node)
+        node.meta.pop(ROW, None)
+        if found is not None:
+            node.meta[CONSTANT] = found
+            return Param(None, found)
+        if row is None:
+            return None
+        node.meta[ROW] = row
+        return expanded(shape_of(node), Param(None, row), like_batch=True)
+
+    def read_again(self, written: FxNode) -> None:
+        """Every value that shares memory with one that was written: both sizes of it know what became of it."""
+        for node in self.sizes.sharing(written):
+            if _is_tensor(node):
+                result = self.settled(node) or Refused("a part of it was changed in place; use the out-of-place form")
+                self.values[node] = self.value_of(node, result)
+                self.changed[self.roots[written]].add(node)
 
     def is_known(self, node: FxNode) -> bool:
         found = self.values.get(node)
@@ -276,6 +329,8 @@ class Reader:
             if not self.dynamic_batch:
                 raise Unsupported("it needs the batch, which is fixed")
             return self.inputs[0]
+        if isinstance(value, Param):
+            return self.constant(node, reader, value, role)
         if isinstance(value, FxNode):
             if not _is_tensor(value):
                 raise Unsupported("it computes with the batch size; make it a constant")

@@ -8,7 +8,7 @@ one entry for each result, or raises `Unsupported` with the reason.
 from typing import Any
 
 from . import compare, elementwise, images, indexing, layers, movement, recurrent, reduce
-from .call import BATCH, CONSTANT, VERY_NEGATIVE, Call, Handler, Unsupported, aten, format_shape, shape_of
+from .call import BATCH, CONSTANT, ROW, VERY_NEGATIVE, Call, Handler, Unsupported, aten, format_shape, shape_of
 
 _FAMILIES = (elementwise, compare, reduce, movement, indexing, layers, images, recurrent)
 
@@ -57,10 +57,16 @@ TABLE: dict[Any, Handler] = {
     **FUNCTIONAL,
 }
 
+ADVICE: dict[Any, str] = {  # what to do instead
+    aten._weight_norm.default: "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') before",
+}
+
 __all__ = [
+    "ADVICE",
     "BATCH",
     "CONSTANT",
     "FUNCTIONAL",
+    "ROW",
     "TABLE",
     "VERY_NEGATIVE",
     "Call",

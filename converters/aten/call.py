@@ -17,6 +17,7 @@ from jquant.types import Op
 aten = torch.ops.aten
 Shape = tuple[Any, ...]  # of int, with a torch.SymInt for what depends on the batch
 CONSTANT = "jquant_constant"  # key of `Node.meta`: the tensor of a parameter, a buffer, or what follows from such alone
+ROW = "jquant_row"  # key of `Node.meta`: [1, ...] of a value that repeats for every example, whatever the inputs are
 EXACT = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 VERY_NEGATIVE = -1e4  # an addend below makes exp 0 in every format: what is meant is a mask
 
@@ -82,6 +83,11 @@ def is_exact(value: Any) -> bool:
 def constant_of(value: Any) -> torch.Tensor | None:
     """The tensor behind an fx node, where it does not depend on the inputs."""
     return value.meta.get(CONSTANT) if isinstance(value, Node) else None
+
+
+def row_of(value: Any) -> torch.Tensor | None:
+    """The tensor [1, ...] that an fx node repeats for every example, where no input matters."""
+    return value.meta.get(ROW) if isinstance(value, Node) else None
 
 
 def scalar_of(value: Any) -> Any:

@@ -27,6 +27,7 @@ from .call import (
     require,
     require_batched,
     require_float32,
+    row_of,
     scaled,
     shape_of,
 )
@@ -217,10 +218,12 @@ def attention(
     require(not grouped, "enable_gqa; repeat the keys and values before")
     if mask is None:
         return Call(ops.Attention(scale=scale, causal=causal), (query, key, value))
-    kind, operand = "bool", mask
-    if dtype_of(mask) != torch.bool:
-        allowed = allowed_by(constant_of(mask))
-        kind, operand = ("add", mask) if allowed is None else ("bool", mask_constant(allowed))
+    known = row_of(mask) if constant_of(mask) is None else constant_of(mask)
+    allowed = known if dtype_of(mask) == torch.bool else allowed_by(known)
+    if allowed is not None and bool(allowed.all()):
+        return Call(ops.Attention(scale=scale, causal=causal), (query, key, value))
+    kind = "bool" if dtype_of(mask) == torch.bool or allowed is not None else "add"
+    operand = mask if allowed is None or constant_of(mask) is allowed else mask_constant(allowed)
     op = ops.Attention(scale=scale, causal=causal, mask="bool" if kind == "bool" else "add")
     return Call(op, (query, key, value, operand))
 

@@ -470,6 +470,14 @@ def test_unknown_operators_are_listed_at_once():
     assert message.count("aten.") == 3  # the two, and the table
 
 
+def test_a_weight_norm_says_how_to_take_it_out():
+    module = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ConversionError, match=r"aten._weight_norm.default at .*remove_parametrizations"):
+        from_torch(module, (torch.randn(1, 3, 8, 8),))
+    nn.utils.parametrize.remove_parametrizations(module, "weight")
+    check(module, (3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [

@@ -1,0 +1,90 @@
+"""Values that depend on no input, but on how many examples there are: positions or a mask for each of them.
+
+Such calls are run with two sizes of the batch. What has equal rows for both is a constant that repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node as FxNode
+
+from .aten import ROW
+
+SIZES = (2, 3)
+
+
+class OfBatchSize:
+    """The values of such calls at both sizes, as they are when the program comes to a node."""
+
+    def __init__(self) -> None:
+        self.symbol: Any = None  # of the batch
+        self.at: dict[FxNode, tuple[Any, Any]] = {}
+
+    def read_size(self, node: FxNode) -> None:
+        """A number that the program computes from the batch size."""
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and self.symbol is not None:
+            found = [value.node.expr.subs(self.symbol, size) for size in SIZES]
+            if all(n.is_integer and n.is_number for n in found):
+                self.at[node] = int(found[0]), int(found[1])
+
+    def run(self, node: FxNode, constant_of: Callable[[FxNode], torch.Tensor | None]) -> bool:
+        """Whether a call is of this kind; then its value is kept. What it writes into is written in both values."""
+        inputs = node.all_input_nodes
+        if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+            return False
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments)
+        changed = bool(writes and inputs and inputs[0] in self.at)
+        known = all(n in self.at or constant_of(n) is not None for n in inputs)
+        if not known or not any(n in self.at for n in inputs) or (writes and not changed):
+            if changed:
+                self.forget(inputs[0])
+            return False
+        results = []
+        for i in range(len(SIZES)):
+            arguments = torch.fx.map_arg(
+                (node.args, dict(node.kwargs)), lambda n, i=i: self.at[n][i] if n in self.at else constant_of(n)
+            )
+            try:
+                with torch.no_grad():
+                    results.append(node.target(*arguments[0], **arguments[1]))
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                return False
+        self.at[node] = results[0], results[1]
+        return True
+
+    def forget(self, node: FxNode) -> None:
+        """Everything that shares memory with a tensor that an input was written into."""
+        for other in self.sharing(node):
+            del self.at[other]
+            other.meta.pop(ROW, None)
+
+    def sharing(self, node: FxNode) -> list[FxNode]:
+        memory = self.memory(node)
+        return [n for n in self.at if memory is not None and self.memory(n) == memory]
+
+    def memory(self, node: FxNode) -> int | None:
+        tensor = self.at[node][0]
+        return tensor.untyped_storage().data_ptr() if isinstance(tensor, torch.Tensor) else None
+
+    def item(self, node: FxNode, source: FxNode, index: int) -> bool:
+        """One result of a call that has several."""
+        if source in self.at:
+            self.at[node] = self.at[source][0][index], self.at[source][1][index]
+        return source in self.at
+
+    def row(self, node: FxNode) -> torch.Tensor | None:
+        """[1, ...], of which every example has one, or None."""
+        small, large = self.at.get(node, (None, None))
+        if not isinstance(small, torch.Tensor) or (small.shape[:1], large.shape[:1]) != ((SIZES[0],), (SIZES[1],)):
+            return None
+        same = small.shape[1:] == large.shape[1:] and bool((small == small[:1]).all() and (large == small[:1]).all())
+        return small[:1].clone() if same else None
+
+    def constant(self, node: FxNode) -> torch.Tensor | None:
+        """The value, where it is the same for every number of examples."""
+        small, large = self.at.get(node, (None, None))
+        return small if isinstance(small, torch.Tensor) and torch.equal(small, large) else None
