@@ -14,6 +14,8 @@ from jquant.ops.base import eval_float
 from jquant.ops.compare import MaskedFill
 from jquant.ops.composite import Softmax
 from jquant.ops.elementwise import IntegerConstant
+from jquant.ops.indexing import Slice
+from jquant.ops.movement import Reshape, Stack
 from jquant.types import Input, JQuantError, Op
 
 from .aten import VERY_NEGATIVE, Unsupported
@@ -81,6 +83,18 @@ def join_mask(draft: Draft) -> None:
     grows = isinstance(scores, Draft) and scores.value.shape != filled.value.shape  # the mask broadcasts the scores
     if filled.op.value <= VERY_NEGATIVE and not grows:
         draft.operands = filled.operands
+
+
+def unchanged(draft: Draft) -> Draft | None:
+    """What a draft only takes apart again: the one state of a stack of one, or a slice of everything."""
+    source = draft.operands[0] if draft.operands else None
+    if isinstance(draft.op, Slice) and isinstance(source, Draft) and source.value.shape == draft.value.shape:
+        return source if all(step == 1 for step in draft.op.steps) else None
+    if not isinstance(draft.op, Reshape) or not isinstance(source, Draft) or not isinstance(source.op, Stack):
+        return None
+    inner = source.operands[0]
+    alone = len(source.operands) == 1 and isinstance(inner, Draft) and inner.value.shape == draft.value.shape
+    return inner if alone and isinstance(inner, Draft) else None
 
 
 def evaluate(draft: Draft, batch: int) -> Any:

@@ -25,6 +25,7 @@ from jquant.ops.base import derived_scale
 from jquant.simulate import check_qparams, scale_of, value_scales, value_types
 from jquant.types import Array, ConversionError, Graph, Node, Op, Params, Plan, QParams, QuantSpec
 
+from .onnx_notes import write_notes
 from .onnx_out import (
     TYPES,
     Call,
@@ -114,6 +115,8 @@ def to_onnx(
     if isinstance(model, Plan):
         numbers = (_Qdq if form == "qdq" else _Snapped)(dict(params), model, dict(qparams or {}))
     exported = _Exporter(graph, params, numbers, QDQ_OPSET if form == "qdq" else FLOAT_OPSET).export()
+    if isinstance(model, Plan) and form == "qdq":
+        write_notes(exported, model)
     text = None if table is None else json.dumps(table, indent=1)
     if text is not None:
         exported.metadata_props.add(key=METADATA, value=text)

@@ -38,6 +38,7 @@ from .onnx_in import (
     load_model,
     result_of,
 )
+from .onnx_notes import Notes, read_notes
 
 MAX_EXACT = 2**20  # elements of an exact constant, which is part of the graph
 # What damaged numbers make numpy and jax raise. Their text becomes the reason.
@@ -97,6 +98,7 @@ class Imported:
     params: dict[str, Array]
     grids: dict[str, OnGrid]
     weights: dict[str, Grid]
+    notes: Notes = field(default_factory=Notes)
 
 
 def read(source: Any, shapes: Mapping[str, Sequence[int | None]] | None = None) -> Imported:
@@ -105,7 +107,7 @@ def read(source: Any, shapes: Mapping[str, Sequence[int | None]] | None = None) 
     try:
         reader = _Reader(model, folder, dict(shapes or {}))
         reader.read()
-        return reader.build()
+        return replace(reader.build(), notes=read_notes(model))
     except Unsupported as reason:
         raise ConversionError(f"an output or initializer of the model: {reason}") from reason
     except _DAMAGE as error:

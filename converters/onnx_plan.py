@@ -71,6 +71,7 @@ def plan_from_onnx(
         chain of integers needs and the file does not have. QConfigError: a format that the target does not have.
     """
     imported = read(source, shapes)
+    imported = replace(imported, graph=imported.notes.add_tables(imported.graph))
     if not imported.grids and not imported.weights:
         raise ConversionError("the model has no QuantizeLinear: from_onnx reads float models; then calibrate")
     placed = _Placed(imported)
@@ -81,7 +82,16 @@ def plan_from_onnx(
         raise ConversionError(f"the model is not well formed: {error}") from error
     formats, wide = placed.inside_units(graph)
     qconfig = _qconfig(graph, imported, formats, wide)
-    plan, params = prepare(graph, imported.params, qconfig, target=target, high_precision_outputs=False, strict=False)
+    rounded = [node.name for node in graph.nodes if node.name in placed.formats and isinstance(node.op, _HOSTS)]
+    plan, params = prepare(
+        graph,
+        imported.params,
+        qconfig,
+        target=target,
+        high_precision_outputs=False,
+        strict=False,
+        unfused=[name for name in rounded if any(isinstance(c.op, ops.Add) for c in graph.consumers[name])],
+    )
     _check_batch_norm(graph, imported, plan)
     plan = _widened(plan, {plan.renamed.get(name, name) for name in wide})
     return plan, params, _qparams(plan, imported, _final(graph, plan, formats))
@@ -219,21 +229,27 @@ def _qconfig(graph: Graph, imported: Imported, formats: Mapping[str, Format], wi
     """One rule for all values of one policy; the others are float."""
     names: dict[Policy, list[str]] = {}
     dtypes = {name: found.dtype for name, found in formats.items()} | dict.fromkeys(wide, "int8")
+
+    def output(name: str) -> QuantSpec | None:
+        if name not in dtypes:
+            return None
+        scale = formats[name].scale if name in formats else None
+        return imported.notes.spec_of(name, dtypes[name], None, scale)
+
     for entry in graph.inputs:
-        dtype = dtypes.get(entry.name)
-        names.setdefault(_policy(dtype, None), []).append(entry.name)
+        names.setdefault(_policy(output(entry.name), None), []).append(entry.name)
     for node in graph.nodes:
         if node.op.scale_rule != "own" and node.name not in dtypes:
             source = next((dtypes[v] for v in node.inputs if v in dtypes), None)
             if source is not None:
                 dtypes[node.name] = source
         weight = next((_weight_spec(node, role, imported) for role in node.op.weight_roles), None)
-        names.setdefault(_policy(dtypes.get(node.name), weight), []).append(node.name)
+        names.setdefault(_policy(output(node.name), weight), []).append(node.name)
     return QConfig({f"re:(?:{'|'.join(map(re.escape, found))})": policy for policy, found in names.items()})
 
 
-def _policy(dtype: str | None, weight: QuantSpec | None) -> Policy:
-    return Policy(output=None if dtype is None else QuantSpec(dtype=dtype), weight=weight, input=FrozenMap({}))
+def _policy(output: QuantSpec | None, weight: QuantSpec | None) -> Policy:
+    return Policy(output=output, weight=weight, input=FrozenMap({}))
 
 
 def _weight_spec(node: Node, role: str, imported: Imported) -> QuantSpec | None:
@@ -246,7 +262,7 @@ def _weight_spec(node: Node, role: str, imported: Imported) -> QuantSpec | None:
             f"weight {key!r} of {node.name!r} ({type(node.op).__name__}) has scales along axis {grid.axis}, and its "
             f"output channels are axis {node.op.weight_axis}; quantize it along them"
         )
-    return QuantSpec(dtype=grid.dtype, axis=None if grid.axis is None else "out")
+    return imported.notes.spec_of(key, grid.dtype, None if grid.axis is None else "out", grid.scale)
 
 
 def _check_batch_norm(graph: Graph, imported: Imported, plan: Plan) -> None:

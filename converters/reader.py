@@ -12,7 +12,18 @@ from jquant.types import ConversionError, Input, Op
 
 from .aten import ADVICE, BATCH, CONSTANT, ROW, TABLE, Call, Unsupported, format_shape, shape_of
 from .aten.movement import expanded
-from .drafts import Draft, Param, Refused, Results, check_value, evaluate, example_shape, integer_constant, join_mask
+from .drafts import (
+    Draft,
+    Param,
+    Refused,
+    Results,
+    check_value,
+    evaluate,
+    example_shape,
+    integer_constant,
+    join_mask,
+    unchanged,
+)
 from .exact import DTYPES
 from .habits import stub_of
 from .keys import key_of_part
@@ -318,9 +329,10 @@ class Reader:
                 result.params[role] = self.read_param(parameter, role)
         join_mask(result)
         result.value = evaluate(result, self.batch)
-        self.drafts.append(result)
-        self.calls[call] = result
-        return result
+        self.calls[call] = unchanged(result) or result
+        if self.calls[call] is result:
+            self.drafts.append(result)
+        return self.calls[call]
 
     def operand(self, node: FxNode, reader: Draft, value: Any, role: str) -> Any:
         if isinstance(value, Call):

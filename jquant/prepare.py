@@ -1,6 +1,6 @@
 """From a float graph and a qconfig to a plan: every value and weight gets its format, or one error says why not."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from jquant.ops.rewrite import channels_last, fold_batch_norm, fuse
 from jquant.qconfig import QConfig
 from jquant.region import mark_region
 from jquant.simulate import value_types
-from jquant.text import format_table
+from jquant.text import did_you_mean, format_table
 from jquant.types import (
     Array,
     FrozenMap,
@@ -45,6 +45,7 @@ def prepare(
     high_precision_outputs: bool = True,
     strict: bool = True,
     batch_norm: BatchNormHandling | Mapping[str, BatchNormHandling] = "fold",
+    unfused: Collection[str] = (),
 ) -> tuple[Plan, dict[str, Array]]:
     """Folds batch norm, fuses, and resolves the qconfig to a format for every value and weight.
 
@@ -63,6 +64,9 @@ def prepare(
         of the batch. "frozen": it stays, with its running statistics, its weight and bias trained. "reverse_fold": as
         live, and the weight is quantized as the running statistics scale it, the scaling undone after the layer.
 
+      unfused: names of nodes whose result is rounded as itself: no add or activation behind them is fused with them. By
+        default a convolution or linear takes in what follows, as the chip's convolution unit does.
+
     Returns:
       The plan, and the parameters of its graph (batch norm folded, unless `batch_norm` keeps it).
 
@@ -73,6 +77,8 @@ def prepare(
     validate(graph, params)
     if not isinstance(qconfig, QConfig):
         raise QConfigError(f"prepare takes a jq.QConfig, not {type(qconfig).__name__}")
+    if unknown := sorted(set(unfused) - set(graph.by_name)):
+        raise QConfigError(f"unfused: the graph has no node {unknown[0]!r}{did_you_mean(unknown[0], graph.by_name)}")
     whole, graph = graph, prune(graph)
     policies = {i.name: qconfig.policy(i.name, "Input") for i in graph.inputs}
     policies |= {n.name: qconfig.policy(n.name, type(n.op).__name__) for n in graph.nodes}
@@ -97,7 +103,7 @@ def prepare(
     output_policy = dict(policies)
     for old, new in folded.items():
         output_policy[new] = policies[old]
-    graph, fused = fuse(graph, shapes, fusible)
+    graph, fused = fuse(graph, shapes, fusible, {folded.get(name, name) for name in unfused})
     for old, new in fused.items():
         output_policy[new] = output_policy[old]
     graph = channels_last(graph, shapes)

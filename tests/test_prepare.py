@@ -182,6 +182,29 @@ def test_a_graph_output_between_prevents_fusion() -> None:
     assert structure(plan) == ["Conv", "Relu"]
 
 
+def test_what_is_unfused_keeps_its_own_rounding() -> None:
+    build = builder()
+    y, z = build.conv("x", 4, 3), build.conv("x", 4, 1)
+    total = add(build, y, z)
+    end = relu(build, total)
+    assert structure(prepared(build, end)[0]) == ["Conv", "Conv"]
+    apart, _ = prepared(build, end, unfused=[y, z])
+    assert structure(apart) == ["Conv", "Conv", "Add", "Relu"]
+    assert {y, z, total} <= set(apart.owned)
+    one, _ = prepared(build, end, unfused=[z])  # the other takes the add, and with it the activation
+    assert structure(one) == ["Conv", "Conv"]
+    assert one.renamed[end] == y
+    late, _ = prepared(build, end, unfused=[total])
+    assert structure(late) == ["Conv", "Conv", "Relu"]
+
+
+def test_an_unknown_name_of_unfused_is_an_error() -> None:
+    build = builder()
+    y = build.conv("x", 4, 3)
+    with pytest.raises(jq.QConfigError, match=f"no node '{y}x'; did you mean '{y}'"):
+        prepared(build, relu(build, y), unfused=[f"{y}x"])
+
+
 def test_an_activation_before_the_add_keeps_the_add() -> None:
     build = builder()
     y = relu(build, build.conv("x", 4, 3))

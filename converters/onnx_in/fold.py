@@ -16,6 +16,7 @@ from .values import Known, Result, Value, require
 OF_SHAPES = ("Shape", "Size")
 # How many operands cannot be left out; of the others, all.
 _NEEDED = {"Slice": 3, "Squeeze": 1, "ReduceMax": 1, "ReduceMin": 1, "ReduceProd": 1, "ReduceSum": 1}
+_MOVES = ("Expand", "Gather", "Reshape", "Slice", "Squeeze", "Unsqueeze")  # a grid with one scale stays
 MAX_FOLDED = 2**22  # elements of what is computed
 Arrays = Sequence[np.ndarray]
 
@@ -43,8 +44,10 @@ def fold(call: Call) -> list[Result] | None:
     first = arguments[0]
     if kind == "Expand" and first is not None and first.fixed and found[0].shape != found[-1].shape:
         return None  # an example for every element of the batch: an operator
-    kept = first.grid if first is not None and kind in ("Identity",) else None
-    return [Known((found[0], found[-1]), first.name if kept and first else "", kept)]
+    kept = first.grid if first is not None and (kind == "Identity" or kind in _MOVES) else None
+    if kept is not None and kept.axis is not None and kind != "Identity":
+        kept = None
+    return [Known((found[0], found[-1]), first.name if kept and first and kind == "Identity" else "", kept)]
 
 
 def _shape(call: Call) -> Known:

@@ -4,7 +4,7 @@ Each keeps the function that the graph computes (up to float rounding where batc
 which node an old one went into.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -127,12 +127,15 @@ def _alone(
     return _keep(layer, node, mode, alone=True)
 
 
-def fuse(graph: Graph, shapes: Shapes, fusible: Callable[[Node, str], bool]) -> tuple[Graph, dict[str, str]]:
+def fuse(
+    graph: Graph, shapes: Shapes, fusible: Callable[[Node, str], bool], apart: Collection[str] = ()
+) -> tuple[Graph, dict[str, str]]:
     """Fuses convolution or linear with an add of the same shape and with relu or relu6, where nobody reads between.
 
     `fusible(node, role)` decides by dtype, role "add" with the other operand's consumer, or "activation". Where both
     operands of an add could take it, the later one does, since the other operand must exist by then. The fused node
-    keeps the name of the conv and stands at the place of the last node it took in.
+    keeps the name of the conv and stands at the place of the last node it took in. Nothing behind the values of `apart`
+    is taken in.
     """
     renamed: dict[str, str] = {}
     nodes: dict[str, Node] = {}
@@ -143,7 +146,7 @@ def fuse(graph: Graph, shapes: Shapes, fusible: Callable[[Node, str], bool]) -> 
         hosts = [
             (nodes[new], nodes[new].op)
             for new, old in zip(operands, node.inputs, strict=True)
-            if new in nodes and sole_consumer(graph, old) is node
+            if new in nodes and old not in apart and sole_consumer(graph, old) is node
         ]
         free = [(host, op) for host, op in hosts if isinstance(op, FUSES) and op.activation == "none"]
         if isinstance(node.op, Relu | Relu6) and free and fusible(node, "activation"):

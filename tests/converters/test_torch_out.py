@@ -131,15 +131,20 @@ def test_both_exporters_take_it_with_a_free_batch(dtype, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.onnx itself
-def test_the_onnx_exporter_writes_quantize_and_dequantize(tmp_path):
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jq.int8, id="int8", marks=pytest.mark.slow), pytest.param(jq.int16, id="int16")]
+)
+def test_the_onnx_exporter_writes_quantize_and_dequantize(dtype, tmp_path):
     pytest.importorskip("onnxscript")
     import onnxruntime
 
-    plan, params, qparams = calibrated("shufflenet", jq.int8(), jq.int8(axis="out"), jq.targets.NASH_E)
+    plan, params, qparams = calibrated("shufflenet", dtype(), jq.int8(axis="out"), jq.targets.NASH_E)
     module = to_torch(plan, params, qparams)
     (x,), (other,) = (architectures.inputs("shufflenet", n, seed=n) for n in (2, 5))
     path = tmp_path / "model.onnx"
-    written = torch.onnx.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
+    written = torch.onnx.export(
+        module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=21, verbose=False
+    )
     written.save(path)
     counts = Counter(node.op_type for node in written.model.graph)
     assert counts["QuantizeLinear"] == len(plan.owned)
@@ -152,7 +157,9 @@ def test_the_onnx_exporter_writes_quantize_and_dequantize(tmp_path):
     np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["shufflenet", pytest.param("cross_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["shufflenet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cross_attention", "gru", "lstm"))]
+)
 def test_there_and_back_again(name):
     """torch -> jquant -> torch -> jquant: the same float outputs, and the same plan and integers up to names."""
     given = architectures.inputs(name, 2, seed=1)
