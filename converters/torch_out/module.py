@@ -38,8 +38,8 @@ def to_torch(plan: Plan | Graph, params: Params, qparams: QParams | None = None)
     Every quantized value passes `torch.ops.quantized_decomposed.quantize_per_tensor` and its inverse. A quantized
     weight is a buffer of integers, dequantized per channel or per tensor; a bias is float, on the grid of its
     accumulator. Parameters and buffers have their keys of `params`. The module runs in eager torch and goes through
-    torch.export and torch.onnx.export (int16 from opset_version=21 on), with a symbolic batch; inputs and outputs keep the order of the graph, and what
-    runs in between does too (channels first).
+    torch.export and torch.onnx.export (int16 from opset_version=21 on), with a symbolic batch; inputs and outputs keep
+    the order of the graph, and what runs in between does too (channels first).
 
     Against `jq.apply(plan, params, qparams, x)`: torch multiplies by the reciprocal of a scale, where jquant divides,
     and it rounds ties to even. So a quantization may differ by 1 LSB where x / scale is within an ulp of a tie, or on
