@@ -37,6 +37,7 @@ def test_the_demo_prints_its_table_and_writes_the_same_numbers(tmp_path: Path) -
     assert "int4 weights after QAT" in page
 
 
+@pytest.mark.slow
 def test_mobilenet_runs_on_the_pictures_of_scikit_image(tmp_path: Path) -> None:
     text = run_example("mobilenet_v2.py", "--observers", "mse", "--json", str(tmp_path / "numbers.json"))
     result = json.loads((tmp_path / "numbers.json").read_text())

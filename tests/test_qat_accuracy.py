@@ -33,6 +33,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
+@pytest.mark.slow
 def test_a_training_is_measured_and_kept(cifar: ModuleType, tmp_path: Path) -> None:
     write_cifar(tmp_path, train=64, test=10)
     options = ["--data", str(tmp_path), "--seeds", "1", "--epochs", "1", "--runs", "w8a8-lsq-*"]

@@ -49,6 +49,7 @@ def test_integers_are_run_beside_float_and_torch(
     assert "at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_net_is_compared_in_accuracy_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = load_benchmark("peers_in_jax", monkeypatch)
     found = {row[1]: row for row in bench.compare("mixer", 1)}

@@ -306,6 +306,13 @@ def test_bad_arguments_are_named_in_one_line(folder: Path, done: dict) -> None:
     assert {p.name for p in folder.iterdir()} - before <= {"__pycache__"}  # nothing was written
 
 
+# What was started in the background of a shell, and all that it starts, ignores interrupts.
+HEARS = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('jquant', run_name='__main__')"
+)
+
+
 def interrupt(process: subprocess.Popen[str]) -> str:
     """Presses Ctrl-C until it is heard: CPython drops an exception that is raised while a destructor runs."""
     for _ in range(12):
@@ -318,7 +325,7 @@ def interrupt(process: subprocess.Popen[str]) -> str:
 
 
 def test_an_interrupt_leaves_no_file(folder: Path, done: dict) -> None:
-    command = [sys.executable, "-m", "jquant", *f"train c.jqs {TRAIN} -o i.jqs --epochs 500 -v".split()]
+    command = [sys.executable, "-c", HEARS, *f"train c.jqs {TRAIN} -o i.jqs --epochs 500 -v".split()]
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None

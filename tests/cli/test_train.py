@@ -148,6 +148,7 @@ def train(folder: Path, kept: str, output: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(folder: Path) -> None:
     with train(folder, "whole", "whole.jqs") as whole, train(folder, "killed", "killed.jqs") as killed:
         assert killed.stderr is not None

@@ -135,10 +135,15 @@ def steps_apart(quantized, x):
 
 @pytest.mark.parametrize(
     ("name", "dtype", "level", "target"),
-    [("shufflenet", "int8", 0, jq.targets.NASH_E), ("video", "int16", 2, EXACT)],
+    [
+        ("shufflenet", "int8", 0, jq.targets.NASH_E),
+        ("video", "int16", 0, EXACT),
+        pytest.param("video", "int16", 2, EXACT, marks=pytest.mark.slow),
+        pytest.param("shufflenet", "int16", 0, EXACT, marks=pytest.mark.slow),
+    ],
 )
 def test_every_node_is_within_one_step(name, dtype, level, target):
-    """Real scales in int8 with the march as it is; int16 with powers of two and a rescale of the whole accumulator."""
+    """Real scales: int8 with the march as it is, int16 with a rescale of the whole accumulator."""
     quantized = network(name, dtype=dtype, level=level, target=target)
     found = steps_apart(quantized, to_numpy(architectures.inputs(name, 3, seed=9)))
     assert set(found) == set(quantized[0].owned)
