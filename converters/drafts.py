@@ -58,7 +58,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Refused:
-    """A result of a call with several that has no operator: an error only where it is read."""
+    """A value that has no operator, such as one result of a call with several: an error only where it is read."""
 
     reason: str
 

@@ -28,7 +28,7 @@ from .exact import DTYPES
 from .habits import stub_of
 from .keys import key_of_part
 from .naming import path_of
-from .repeated import OfBatchSize
+from .repeated import OfBatchSize, memory, writes
 
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default}
 _MAKES_NEW = {
@@ -36,6 +36,7 @@ _MAKES_NEW = {
     torch.ops.aten.new_ones.default,
     torch.ops.aten.new_full.default,
 }
+_CHANGED = "a part of its memory was changed in place; use the out-of-place form"
 _MAY_ALIAS = {torch.ops.aten.dropout.default}  # returns its input in eval mode, though the schema says otherwise
 
 
@@ -44,7 +45,7 @@ class Reader:
 
     def __init__(self, program: Any, dynamic_batch: bool) -> None:
         self.program, self.dynamic_batch = program, dynamic_batch
-        self.values: dict[FxNode, Any] = {}  # Draft, Input, Param, Results, or None: no tensor, or failed
+        self.values: dict[FxNode, Any] = {}  # Draft, Input, Param, Results, Refused, or None: no tensor, or failed
         self.calls: dict[Call, Draft] = {}
         self.given: dict[int, tuple[str, torch.Tensor]] = {}  # parameters and buffers by their memory
         self.roots: dict[FxNode, FxNode] = {}  # the node that made a tensor's memory
@@ -129,9 +130,11 @@ class Reader:
         target, stub = node.target, stub_of(node)
         if stub is not None:
             return self.read_stub(node, stub)
-        if self.is_fixed(node):
-            return self.compute(node)
+        if isinstance(target, torch._ops.OpOverload) and writes(node):
+            self.check_written(node)
         of_size = self.sizes.run(node, self.fixed_tensor)
+        if not of_size and self.is_fixed(node):
+            return self.compute(node)
         if target not in TABLE and not of_size:
             raise Unsupported(ADVICE.get(target, ""))
         self.view_constant(node)
@@ -145,10 +148,12 @@ class Reader:
             result = self.repeated(node, arguments)
         else:
             self.check_reads(node)
+            if writes(node):
+                self.forget(source)
             result = TABLE[target](shape_of(node), *arguments)
         alias = schema[0].alias_info if schema else None
         in_place = alias is not None and alias.is_write and not isinstance(result, FxNode)
-        if in_place and isinstance(self.values.get(source), Param):
+        if in_place and not of_size and isinstance(self.values.get(source), Param):
             raise Unsupported("it changes a parameter or buffer in place")
         value = self.value_of(node, result)
         shares = target not in _COPIES and (isinstance(result, FxNode) or alias is not None or target in _MAY_ALIAS)
@@ -157,7 +162,7 @@ class Reader:
             self.values[source] = value  # later reads see the change
             self.changed[self.roots[node]] = {node, source}
             if of_size:
-                self.read_again(node)
+                self.read_again(self.sizes.at[node][0], root=self.roots[node])
         elif shares and source is not None:
             root = self.roots[node]
             if root in self.changed:
@@ -239,6 +244,7 @@ class Reader:
         """The same for every number of examples, or a row for each of them. Handlers see which in `meta`."""
         found, row = self.sizes.constant(node), self.sizes.row(node)
         node.meta.pop(ROW, None)
+        node.meta.pop(CONSTANT, None)
         if found is not None:
             node.meta[CONSTANT] = found
             return Param(None, found)
@@ -247,13 +253,22 @@ class Reader:
         node.meta[ROW] = row
         return expanded(shape_of(node), Param(None, row), like_batch=True)
 
-    def read_again(self, written: FxNode) -> None:
-        """Every value that shares memory with one that was written: both sizes of it know what became of it."""
+    def read_again(self, written: torch.Tensor, root: FxNode | None = None) -> None:
+        """Every value that lies in memory that was written: both sizes of it know what became of it."""
         for node in self.sizes.sharing(written):
             if _is_tensor(node):
-                result = self.settled(node) or Refused("a part of it was changed in place; use the out-of-place form")
-                self.values[node] = self.value_of(node, result)
-                self.changed[self.roots[written]].add(node)
+                self.values[node] = self.value_of(node, self.settled(node) or Refused(_CHANGED))
+                if root is not None:
+                    self.changed[root].add(node)
+
+    def forget(self, written: Any) -> None:
+        """What lies in memory that an input is written into follows from the number of examples no longer."""
+        for node in self.sizes.sharing(self.sizes.at[written][0]) if written in self.sizes.at else ():
+            del self.sizes.at[node]
+            node.meta.pop(ROW, None)
+            node.meta.pop(CONSTANT, None)
+            if node is not written:
+                self.values[node] = Refused(_CHANGED)
 
     def is_known(self, node: FxNode) -> bool:
         found = self.values.get(node)
@@ -261,14 +276,21 @@ class Reader:
 
     def compute(self, node: FxNode) -> Any:
         """The value of a call that does not depend on the inputs. Tensors that the code made are changed in place."""
-        writes = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        if writes and self.constant_tensor(node.args[0]).untyped_storage().data_ptr() in self.given:
-            raise Unsupported("it changes a parameter or buffer in place")
         result = self.run(node)
+        if writes(node):
+            self.read_again(self.constant_tensor(node.args[0]))
         if isinstance(result, torch.Tensor):
             node.meta[CONSTANT] = result
             return Param(None, result)
         return tuple(Param(None, part) for part in result)
+
+    def check_written(self, node: FxNode) -> None:
+        source = node.args[0]
+        if not isinstance(source, FxNode):
+            return
+        tensor = self.sizes.at[source][0] if source in self.sizes.at else self.fixed_tensor(source)
+        if memory(tensor) & self.given.keys():
+            raise Unsupported("it changes a parameter or buffer in place")
 
     def constant_tensor(self, node: Any) -> torch.Tensor:
         tensor: torch.Tensor = node.meta[CONSTANT]

@@ -63,7 +63,6 @@ def prepare(
         "fold": it goes into weight and bias now. "live": it stays behind the layer and normalizes with the statistics
         of the batch. "frozen": it stays, with its running statistics, its weight and bias trained. "reverse_fold": as
         live, and the weight is quantized as the running statistics scale it, the scaling undone after the layer.
-
       unfused: names of nodes whose result is rounded as itself: no add or activation behind them is fused with them. By
         default a convolution or linear takes in what follows, as the chip's convolution unit does.
 

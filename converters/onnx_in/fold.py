@@ -11,7 +11,7 @@ import numpy as np
 
 from .call import Call, axes_of, axis_of
 from .load import INPUT_TYPES, TYPES
-from .values import Known, Result, Value, require
+from .values import Grid, Known, Result, Value, require
 
 OF_SHAPES = ("Shape", "Size")
 # How many operands cannot be left out; of the others, all.
@@ -44,10 +44,16 @@ def fold(call: Call) -> list[Result] | None:
     first = arguments[0]
     if kind == "Expand" and first is not None and first.fixed and found[0].shape != found[-1].shape:
         return None  # an example for every element of the batch: an operator
-    kept = first.grid if first is not None and (kind == "Identity" or kind in _MOVES) else None
-    if kept is not None and kept.axis is not None and kind != "Identity":
-        kept = None
-    return [Known((found[0], found[-1]), first.name if kept and first and kind == "Identity" else "", kept)]
+    return [Known((found[0], found[-1]), *_kept(kind, first))]
+
+
+def _kept(kind: str, source: Known | None) -> tuple[str, Grid | None]:
+    """The name and the grid that the result still has."""
+    if source is None or source.grid is None:
+        return "", None
+    if kind == "Identity":
+        return source.name, source.grid
+    return "", source.grid if kind in _MOVES and source.grid.axis is None else None
 
 
 def _shape(call: Call) -> Known:

@@ -67,6 +67,19 @@ def positions(m, x):
     return x + F.embedding(torch.arange(4).repeat(x.shape[0], 1), m.table)
 
 
+def written_behind_an_expansion(m, x):
+    row = torch.zeros(1, 4, 6)
+    rows = row.expand(x.shape[0], 4, 6)
+    row.add_(1)
+    return rows + x
+
+
+def written_as_a_sum(m, x):
+    total = torch.ones(x.shape[0], 4, 6).amax(0)
+    total[1:3] += 2.0
+    return x * total
+
+
 def halves(m, x):
     early, late = torch.arange(8.0).expand(x.shape[0], 8).chunk(2, 1)
     return x * (early + late)[..., None]
@@ -84,7 +97,11 @@ def check(function):
     return [type(node.op) for node in graph.nodes]
 
 
-@pytest.mark.parametrize("function", [packed, additive, all_allowed, written, written_by_an_input, positions, halves])
+@pytest.mark.parametrize(
+    "function",
+    [packed, additive, all_allowed, written, written_by_an_input, written_behind_an_expansion, written_as_a_sum,
+     positions, halves],
+)  # fmt: skip
 def test_it_is_a_constant_for_every_number_of_examples(function):
     check(function)
 
@@ -101,6 +118,50 @@ def test_a_mask_that_allows_everything_is_none():
 def test_what_differs_between_examples_is_refused():
     with pytest.raises(ConversionError, match="depends on the number of examples"):
         check(lambda m, x: x * (torch.arange(x.shape[0]) + 0.5)[:, None, None])
+
+
+def view_of_what_an_input_changes(m, x):
+    z = torch.zeros(x.shape[0], 4, 6)
+    first = z[0]
+    z.add_(x)
+    return first * 2 + x
+
+
+def half_of_what_an_input_changes(m, x):
+    z = torch.zeros(x.shape[0], 4, 6)
+    early, _ = z.chunk(2, 1)
+    z.add_(x)
+    return early * 2 + x[:, :2]
+
+
+def one_example_changes(m, x):
+    z = torch.zeros(x.shape[0], 4, 6)
+    z[0].add_(1)
+    return z + x
+
+
+@pytest.mark.parametrize(
+    "function", [view_of_what_an_input_changes, half_of_what_an_input_changes, one_example_changes]
+)
+def test_a_change_through_another_name_is_no_constant(function):
+    with pytest.raises(ConversionError, match="changed in place; use the out-of-place form"):
+        check(function)
+
+
+def test_a_buffer_is_not_changed_through_a_view_of_its_rows():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.count = nn.Buffer(torch.zeros(1, 4, 6))
+
+        def forward(self, x):
+            self.count.expand(x.shape[0], 4, 6)[0].add_(1)
+            return x + self.count
+
+    module = Counting()
+    with pytest.raises(ConversionError, match=r"changes a parameter or buffer in place|writes 'count'"):
+        from_torch(module, (torch.randn(2, 4, 6),))
+    assert not module.count.any()
 
 
 def test_a_mask_that_an_input_is_written_into_is_no_constant():
