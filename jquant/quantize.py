@@ -22,13 +22,25 @@ from jquant.ops.batch_norm import STATISTICS, BatchNorm
 from jquant.prepare import prepare
 from jquant.qat import apply_train
 from jquant.qconfig import QConfig
+from jquant.quantizers import is_own
 from jquant.simulate import expand_weight, quantizer_of
 from jquant.targets import NASH_E
 from jquant.trace.build import evaluate_params
 from jquant.trace.function import Traced, read
 from jquant.trace.names import leaves_of, only_moves, source_of
 from jquant.trace.values import Known
-from jquant.types import Array, ConversionError, Graph, InputError, Params, Plan, Program, QConfigError, Target
+from jquant.types import (
+    Array,
+    ConversionError,
+    FrozenMap,
+    Graph,
+    InputError,
+    Params,
+    Plan,
+    Program,
+    QConfigError,
+    Target,
+)
 
 # {"params": the function's own pytree, "qparams": {name: trained scale}}, and "batch_stats", its running statistics
 Variables = Mapping[str, Any]
@@ -274,11 +286,19 @@ def quantize(
     statistics = traced.leaves[: len(jax.tree.leaves(batch_stats))]  # "batch_stats" sorts before "params"
     prepared = _Prepared(traced, statistics, partial(prepare, qconfig=qconfig, target=target, batch_norm=batch_norm))
     plan, plan_params = prepared.plan(params, batch_stats)
+    plan = replace(plan, turned=_turned(plan, traced))
     qfn = QuantizedFunction(plan, prepared, traced)
     _ = qfn._moving  # raises before calibration takes its time
     qparams = calibrate(plan, plan_params, [tuple(jax.tree.leaves(tuple(batch))) for batch in batches])
     collections = {} if batch_stats is None else {"batch_stats": batch_stats}
     return qfn, {"params": params, "qparams": qparams, **collections}
+
+
+def _turned(plan: Plan, traced: Traced) -> FrozenMap[tuple[int, ...]]:
+    """The weights that the graph has transposed, with the axes of the transposition."""
+    own = [key for key, spec in plan.weights.items() if key in traced.params and is_own(quantizer_of(spec))]
+    axes = {key: traced.params[key].axes for key in own}
+    return FrozenMap({key: found for key, found in axes.items() if found})
 
 
 def _of_collections(fn: Callable[..., Any]) -> Callable[..., Any]:

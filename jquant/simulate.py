@@ -154,11 +154,7 @@ def check_qparams(plan: Plan, qparams: QParams) -> None:
 def fake_quant_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | None = None) -> Callable[..., Array]:
     """The rule of the fake-quant meaning: weights and bias on their integer grids, then the float operator."""
     scales = value_scales(plan, qparams)
-    quantized = {
-        key: quantizer_of(spec)(params[key], expand_weight(key, plan, qparams, params[key].ndim), spec)
-        for key, spec in plan.weights.items()
-    }
-    base = dict(params) | quantized
+    base = dict(params) | {key: fake_quant_weight(key, plan, params, qparams) for key in plan.weights}
 
     def rule(node: Node, *operands: Array) -> Array:
         own = base
@@ -170,6 +166,20 @@ def fake_quant_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | N
         return float_rule(plan.graph, own, rng)(node, *operands)
 
     return rule
+
+
+def fake_quant_weight(key: str, plan: Plan, params: Params, qparams: QParams) -> Array:
+    """A weight on its grid, in the form that its quantizer trains with."""
+    weight, spec = params[key], plan.weights[key]
+    quantizer, parameter = quantizer_of(spec), expand_weight(key, plan, qparams, weight.ndim)
+    axes = plan.turned.get(key)
+    if axes is None:
+        return quantizer(weight, parameter, spec)
+    back = [axes.index(i) for i in range(weight.ndim)]
+    lead = parameter.ndim - weight.ndim
+    if lead >= 0:
+        parameter = parameter.transpose(*range(lead), *(lead + axis for axis in back))
+    return quantizer(weight.transpose(back), parameter, spec).transpose(axes)
 
 
 def expand_weight(key: str, plan: Plan, qparams: QParams, rank: int) -> Array:

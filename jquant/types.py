@@ -424,6 +424,8 @@ class Plan:
     `weights`   {param: spec}, only quantized ones; `weight_axis` {param: channel axis} for per-channel specs
     `owned`     the values that have a scale of their own in qparams, in graph order
     `renamed`   {old node: fused node}
+    `turned`    {param: axes} of weights that are transpositions of what is trained; they are fake-quantized as that
+                lies, since XLA would copy every such weight and its gradient. It changes no number, and no file has it
     """
 
     graph: Graph
@@ -435,6 +437,7 @@ class Plan:
     resolutions: tuple[Resolution, ...] = ()
     renamed: FrozenMap[str] = FrozenMap()
     exact: FrozenMap[str] = FrozenMap()
+    turned: FrozenMap[tuple[int, ...]] = FrozenMap()
 
     def spec(self, name: str) -> QuantSpec:
         """The spec of a quantized value or weight."""

@@ -1,6 +1,8 @@
 """`jq.quantize` and the helpers for flax: training in anyone's loop, and the way back to the framework's variables."""
 
 import importlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import jquant as jq
+from jquant.simulate import fake_quant_weight
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 INT8 = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
@@ -142,6 +145,44 @@ def test_fake_quantized_weights_are_a_drop_in_for_the_function() -> None:
     assert float(jnp.abs(fn(params, x) - fn(served, x)).max()) > 1e-3
     np.testing.assert_allclose(fn(served, x), qfn(variables, x), rtol=0, atol=1e-5)
     np.testing.assert_array_equal(served["bn"]["scale"], params["bn"]["scale"])
+
+
+def quantizers_like_those_of_jquant() -> list:
+    shape_matters = jq.Quantizer(apply=jq.lsq.apply, init=jq.lsq.init, scale=jq.lsq.scale)
+    return [jq.fake_quant, jq.lsq, jq.lsq_plus, jq.pact, shape_matters]
+
+
+@pytest.mark.parametrize("axis", ["out", None])
+@pytest.mark.parametrize("quantizer", quantizers_like_those_of_jquant(), ids=lambda q: q.name)
+def test_weights_are_quantized_as_the_function_stores_them(quantizer: jq.Quantizer, axis: str | None) -> None:
+    """Transposed before it is rounded, a weight would be copied, and its gradient too."""
+    fn, params, x = small()
+    weight = jq.int4(axis=axis, quantizer=quantizer)
+    qfn, variables = jq.quantize(fn, params, jq.QConfig({"*": jq.Policy(weight=weight, output=jq.int8())}), [x])
+    stored = {"conv.kernel": (3, 3, 3, 4), "head.kernel": (4, 3)}
+    assert set(qfn.plan.weights) == set(stored)
+    assert set(qfn.plan.turned) == (set() if quantizer.name == "custom" else set(stored))
+
+    plan_params = qfn.params_of(variables["params"])
+    plain = replace(qfn.plan, turned=jq.types.FrozenMap())
+    for key, shape in stored.items():
+
+        def rounded(plan, weight, qparams, key=key):
+            return fake_quant_weight(key, plan, {key: weight}, qparams)
+
+        own = (plan_params[key], variables["qparams"])
+        found, pull = jax.vjp(partial(rounded, qfn.plan), *own)
+        expected, pull_plain = jax.vjp(partial(rounded, plain), *own)
+        np.testing.assert_array_equal(found, expected)
+        gradient = jax_nets.images(*found.shape, seed=3)
+        to_weight, to_scales = pull(gradient)
+        plain_to_weight, plain_to_scales = pull_plain(gradient)
+        np.testing.assert_array_equal(to_weight, plain_to_weight)
+        # Two orders of one sum: at most n ulp of sum |slope * gradient| each, a slope being at most 8.
+        bound = 2 * found.size * 8 * float(np.abs(gradient).sum()) * 2.0**-24
+        np.testing.assert_allclose(to_scales[key], plain_to_scales[key], rtol=0, atol=bound)
+        calls = [e for e in jax.make_jaxpr(partial(rounded, qfn.plan))(*own).eqns if "custom_vjp" in e.primitive.name]
+        assert [call.invars[0].aval.shape for call in calls] == [shape if key in qfn.plan.turned else found.shape]
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lstm", "decoder")]

@@ -29,6 +29,7 @@ __all__ = [
     "float16_cast",
     "forward_mode",
     "has_offset",
+    "is_own",
     "lsq",
     "lsq_plus",
     "pact",
@@ -77,6 +78,11 @@ def forward_mode(quantizer: Quantizer) -> Quantizer:
             "can be differentiated in both directions"
         )
     return _TWINS[quantizer]
+
+
+def is_own(quantizer: Quantizer) -> bool:
+    """Whether it is jquant's, so that the order of axes does not matter to it."""
+    return quantizer in _TWINS or quantizer in _TWINS.values()
 
 
 def has_offset(quantizer: Quantizer) -> bool:

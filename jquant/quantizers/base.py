@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jquant.numerics.rounding import dequantize, expand, quantize, snap_to_pow2
+from jquant.numerics.rounding import divide, expand, round_ties, snap_to_pow2
 from jquant.types import MIN_SCALE, Array, InputError, Quantizer, QuantSpec
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,8 +77,12 @@ def halves(parameter: Array, meaning: str, maker: str) -> tuple[Array, Array]:
 
 
 def on_grid(x: Array, scale: Array, spec: QuantSpec) -> Array:
-    """quantize(x) * scale. A NaN stays one: an integer cannot hold it, and training must not hide it."""
-    return jnp.where(jnp.isnan(x), x, dequantize(quantize(x, scale, spec.dtype, spec.rounding), scale))
+    """quantize(x) * scale, in floats throughout. A NaN stays one, so that training does not hide it.
+
+    A single pass over memory once XLA has fused it, as long as no one else needs the quotient.
+    """
+    level = jnp.clip(round_ties(divide(x, scale), spec.rounding), *map(float, spec.range))
+    return jnp.where(level == 0, 0.0, level) * scale  # no -0.0, which is no integer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
-from jquant.numerics.rounding import divide, to_float16
+from jquant.numerics.rounding import to_float16
 from jquant.quantizers.base import Core, Slopes, differentiable, fit, legal_scale, on_grid, scale_itself, twin_of
 from jquant.types import Array, Quantizer, QuantSpec
 
@@ -14,8 +15,8 @@ from jquant.types import Array, Quantizer, QuantSpec
 
 def _slopes(x: Array, leaves: tuple[Array, ...], spec: QuantSpec) -> Slopes:
     low, high = map(float, spec.range)
-    ratio = divide(x, leaves[0])
-    return Slopes((ratio >= low) & (ratio <= high), (None,))
+    (scale,) = leaves
+    return Slopes((x >= low * scale) & (x <= high * scale), (None,))
 
 
 _reverse, _both = differentiable(lambda x, leaves, spec: on_grid(x, leaves[0], spec), _slopes)
@@ -24,7 +25,7 @@ _reverse, _both = differentiable(lambda x, leaves, spec: on_grid(x, leaves[0], s
 def _apply_fake_quant(x: Array, scale: Array, spec: QuantSpec, core: Core = _reverse) -> Array:
     """sat(round(x / scale)) * scale, ties by `spec.rounding`, with the saturating straight-through estimator.
 
-    The gradient to x is 1 where qmin <= x / scale <= qmax and 0 elsewhere; the scale gets none.
+    The gradient to x is 1 where qmin * scale <= x <= qmax * scale and 0 elsewhere; the scale gets none.
 
     Args:
       x: real, any shape.
@@ -48,7 +49,7 @@ def _apply_fake_quant(x: Array, scale: Array, spec: QuantSpec, core: Core = _rev
       [0.0, 1.0, 1.0, 1.0, 0.0]
     """
     x, scale = fit(x, scale)
-    return core(x, (legal_scale(scale, spec),), spec)
+    return core(x, (jax.lax.stop_gradient(legal_scale(scale, spec)),), spec)
 
 
 fake_quant = Quantizer(apply=_apply_fake_quant, init=scale_itself, scale=legal_scale, name="fake_quant")
