@@ -34,6 +34,7 @@ from results import write_section  # noqa: E402
 from timing import THREADS, Contender, measure  # noqa: E402
 
 BATCH = 32
+WIDE = (256, 4, 1024)  # features, heads, hidden: as wide as the layers of a small model in use
 EVERYTHING = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
 _OPERANDS = {"Conv": ("x",), "Linear": ("x",), "MatMul": ("a", "b")}
 
@@ -76,6 +77,10 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mixer": lambda: Subject("nnx", jax_nets.Mixer(nnx.Rngs(0)), (_images(12),)),
     "lstm": lambda: Subject("linen", jax_nets.LstmClassifier(), (_ids(5, 13),)),
     "decoder": lambda: Subject("nnx", jax_nets.Decoder(nnx.Rngs(0)), (_ids(7, 17),)),
+    "wide_transformer": lambda: Subject("linen", jax_nets.VisionTransformer(*WIDE), (_images(32),)),
+    "wide_mixer": lambda: Subject("nnx", jax_nets.Mixer(nnx.Rngs(0), 64, 256, (128, 1024)), (_images(32),)),
+    "wide_lstm": lambda: Subject("linen", jax_nets.LstmClassifier(256, 256), (_ids(16, 13),)),
+    "wide_decoder": lambda: Subject("nnx", jax_nets.Decoder(nnx.Rngs(0), *WIDE), (_ids(32, 17),)),
 }
 
 

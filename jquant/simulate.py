@@ -1,5 +1,6 @@
 """The float and fake-quant meanings of a plan, as rules and taps of the evaluation loop."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -157,19 +158,21 @@ def fake_quant_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | N
     base = dict(params) | {key: fake_quant_weight(key, plan, params, qparams) for key in plan.weights}
 
     def rule(node: Node, *operands: Array) -> Array:
-        own = base
+        # Where it is used, not before: the gradients of several uses are summed as the weight is stored.
+        turned = [k for k in node.params.values() if k in plan.turned and k in plan.weights]
+        own = base | {k: base[k].transpose(plan.turned[k]) for k in turned}
         key, bias = node.params.get("weight"), node.params.get("bias")
         x_scale = scales[node.inputs[0]] if node.inputs else None
         if key in plan.weights and key is not None and bias is not None and x_scale is not None:
             acc_scale = derived_scale(node.op, x_scale, weight=scale_of(key, plan, qparams))
-            own = base | {bias: forward_mode(fake_quant)(params[bias], jax.lax.stop_gradient(acc_scale), _BIAS)}
+            own |= {bias: forward_mode(fake_quant)(params[bias], jax.lax.stop_gradient(acc_scale), _BIAS)}
         return float_rule(plan.graph, own, rng)(node, *operands)
 
     return rule
 
 
 def fake_quant_weight(key: str, plan: Plan, params: Params, qparams: QParams) -> Array:
-    """A weight on its grid, in the form that its quantizer trains with."""
+    """A weight on its grid, in the form that its quantizer trains with; before the transposition in `plan.turned`."""
     weight, spec = params[key], plan.weights[key]
     quantizer, parameter = quantizer_of(spec), expand_weight(key, plan, qparams, weight.ndim)
     axes = plan.turned.get(key)
@@ -179,7 +182,7 @@ def fake_quant_weight(key: str, plan: Plan, params: Params, qparams: QParams) ->
     lead = parameter.ndim - weight.ndim
     if lead >= 0:
         parameter = parameter.transpose(*range(lead), *(lead + axis for axis in back))
-    return quantizer(weight.transpose(back), parameter, spec).transpose(axes)
+    return quantizer(weight.transpose(back), parameter, spec)
 
 
 def expand_weight(key: str, plan: Plan, qparams: QParams, rank: int) -> Array:
@@ -193,15 +196,32 @@ def expand_weight(key: str, plan: Plan, qparams: QParams, rank: int) -> Array:
 
 def fake_quant_tap(plan: Plan, qparams: QParams) -> Callable[[str, Array], Array]:
     """Quantizes every value that has a scale of its own."""
-    owned = set(plan.owned)
+    owned, states = set(plan.owned), _recurrent(plan.graph) - set(plan.exact)
 
     def tap(name: str, value: Array) -> Array:
-        if name not in owned:
-            return value
-        spec = plan.spec(name)
-        return quantizer_of(spec)(value, parameter_of(name, spec, qparams), spec)
+        if name in owned:
+            spec = plan.spec(name)
+            value = quantizer_of(spec)(value, parameter_of(name, spec, qparams), spec)
+        return computed_once(value) if name in states else value
 
     return tap
+
+
+def _recurrent(graph: Graph) -> set[str]:
+    """Where values are joined, if a layer runs several times: the states of a recurrence that was unrolled."""
+    weights = ((node, role) for node in graph.nodes for role in node.op.weight_roles if role in node.params)
+    layers = Counter((type(node.op), node.params[role]) for node, role in weights)
+    repeats = max(layers.values(), default=0) > 1
+    return {node.name for node in graph.nodes if len(node.inputs) > 1} if repeats else set()
+
+
+def computed_once(x: Array) -> Array:
+    """x, divided by a 1 that XLA takes for data, since it repeats no division.
+
+    It does repeat cheap work in everything that reads the result, and so a chain of states from its beginning in every
+    step: the time of a training step, and that of its gradient, would grow with the square of the steps.
+    """
+    return x / jax.lax.stop_gradient(jnp.where(jnp.isnan(x), x, 1.0))
 
 
 def evaluate_plan(

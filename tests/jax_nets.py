@@ -209,31 +209,42 @@ def channels_first(params, x):
 
 
 class EncoderBlock(nn.Module):
+    heads: int = 2
+    hidden: int = 24
+
     @nn.compact
     def __call__(self, x):
         y = nn.LayerNorm(name="norm1")(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(y, deterministic=True)
-        y = nn.Dense(24, name="up")(nn.LayerNorm(name="norm2")(x))
+        x = x + nn.MultiHeadDotProductAttention(num_heads=self.heads, name="attention")(y, deterministic=True)
+        y = nn.Dense(self.hidden, name="up")(nn.LayerNorm(name="norm2")(x))
         return x + nn.Dense(x.shape[-1], name="down")(nn.gelu(y, approximate=False))
 
 
 class VisionTransformer(nn.Module):
+    features: int = 12
+    heads: int = 2
+    hidden: int = 24
+
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(12, (4, 4), (4, 4), padding="VALID", name="patches")(x)
+        x = nn.Conv(self.features, (4, 4), (4, 4), padding="VALID", name="patches")(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        token = self.param("token", nn.initializers.normal(0.5), (1, 1, 12))
+        token = self.param("token", nn.initializers.normal(0.5), (1, 1, self.features))
         x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
-        x = x + self.param("position", nn.initializers.normal(0.5), (1, x.shape[1], 12))
-        x = EncoderBlock(name="block")(x)
+        x = x + self.param("position", nn.initializers.normal(0.5), (1, x.shape[1], self.features))
+        x = EncoderBlock(self.heads, self.hidden, name="block")(x)
         return nn.Dense(5, name="head")(nn.LayerNorm(name="norm")(x)[:, 0])
 
 
+def _between(outer: int, inner: int, rngs: nnx.Rngs) -> tuple[nnx.Linear, nnx.Linear]:
+    return nnx.Linear(outer, inner, rngs=rngs), nnx.Linear(inner, outer, rngs=rngs)
+
+
 class MixerBlock(nnx.Module):
-    def __init__(self, tokens: int, features: int, rngs: nnx.Rngs):
+    def __init__(self, tokens: int, features: int, hidden: tuple[int, int], rngs: nnx.Rngs):
         self.norm1, self.norm2 = nnx.LayerNorm(features, rngs=rngs), nnx.LayerNorm(features, rngs=rngs)
-        self.tokens1, self.tokens2 = nnx.Linear(tokens, 8, rngs=rngs), nnx.Linear(8, tokens, rngs=rngs)
-        self.channels1, self.channels2 = nnx.Linear(features, 16, rngs=rngs), nnx.Linear(16, features, rngs=rngs)
+        self.tokens1, self.tokens2 = _between(tokens, hidden[0], rngs)
+        self.channels1, self.channels2 = _between(features, hidden[1], rngs)
 
     def __call__(self, x):
         y = jnp.swapaxes(self.norm1(x), 1, 2)
@@ -242,10 +253,10 @@ class MixerBlock(nnx.Module):
 
 
 class Mixer(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.patches = nnx.Conv(3, 8, (4, 4), (4, 4), padding="VALID", rngs=rngs)
-        self.blocks = nnx.List([MixerBlock(9, 8, rngs)])
-        self.head = nnx.Linear(8, 4, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, tokens: int = 9, features: int = 8, hidden: tuple[int, int] = (8, 16)):
+        self.patches = nnx.Conv(3, features, (4, 4), (4, 4), padding="VALID", rngs=rngs)
+        self.blocks = nnx.List([MixerBlock(tokens, features, hidden, rngs)])
+        self.head = nnx.Linear(features, 4, rngs=rngs)
 
     def __call__(self, x):
         x = self.patches(x)
@@ -256,10 +267,13 @@ class Mixer(nnx.Module):
 
 
 class LstmClassifier(nn.Module):
+    embedded: int = 6
+    hidden: int = 8
+
     @nn.compact
     def __call__(self, ids):
-        x = nn.Embed(13, 6, name="embed")(ids)
-        x = nn.RNN(nn.OptimizedLSTMCell(8), name="lstm")(x)
+        x = nn.Embed(13, self.embedded, name="embed")(ids)
+        x = nn.RNN(nn.OptimizedLSTMCell(self.hidden), name="lstm")(x)
         return nn.Dense(3, name="head")(x[:, -1])
 
 
@@ -282,13 +296,13 @@ def rotate(x, base: float = 100.0):
 
 
 class DecoderBlock(nnx.Module):
-    def __init__(self, features: int, heads: int, rngs: nnx.Rngs):
+    def __init__(self, features: int, heads: int, hidden: int, rngs: nnx.Rngs):
         self.heads = heads
         self.norm1, self.norm2 = nnx.RMSNorm(features, rngs=rngs), nnx.RMSNorm(features, rngs=rngs)
         self.qkv = nnx.Linear(features, 3 * features, use_bias=False, rngs=rngs)
         self.out = nnx.Linear(features, features, use_bias=False, rngs=rngs)
-        self.gate, self.up = (nnx.Linear(features, 16, use_bias=False, rngs=rngs) for _ in range(2))
-        self.down = nnx.Linear(16, features, use_bias=False, rngs=rngs)
+        self.gate, self.up = (nnx.Linear(features, hidden, use_bias=False, rngs=rngs) for _ in range(2))
+        self.down = nnx.Linear(hidden, features, use_bias=False, rngs=rngs)
 
     def __call__(self, x):
         n, t, c = x.shape
@@ -304,10 +318,10 @@ class DecoderBlock(nnx.Module):
 class Decoder(nnx.Module):
     """A tiny language model, its output tied to its embedding."""
 
-    def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(17, 12, rngs=rngs)
-        self.blocks = nnx.List([DecoderBlock(12, 2, rngs) for _ in range(2)])
-        self.norm = nnx.RMSNorm(12, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, features: int = 12, heads: int = 2, hidden: int = 16):
+        self.embed = nnx.Embed(17, features, rngs=rngs)
+        self.blocks = nnx.List([DecoderBlock(features, heads, hidden, rngs) for _ in range(2)])
+        self.norm = nnx.RMSNorm(features, rngs=rngs)
 
     def __call__(self, ids):
         x = self.embed(ids)

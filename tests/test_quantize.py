@@ -173,16 +173,39 @@ def test_weights_are_quantized_as_the_function_stores_them(quantizer: jq.Quantiz
         own = (plan_params[key], variables["qparams"])
         found, pull = jax.vjp(partial(rounded, qfn.plan), *own)
         expected, pull_plain = jax.vjp(partial(rounded, plain), *own)
-        np.testing.assert_array_equal(found, expected)
+        axes = qfn.plan.turned.get(key, tuple(range(len(shape))))
+        np.testing.assert_array_equal(found.transpose(axes), expected)
         gradient = jax_nets.images(*found.shape, seed=3)
         to_weight, to_scales = pull(gradient)
-        plain_to_weight, plain_to_scales = pull_plain(gradient)
+        plain_to_weight, plain_to_scales = pull_plain(gradient.transpose(axes))
         np.testing.assert_array_equal(to_weight, plain_to_weight)
         # Two orders of one sum: at most n ulp of sum |slope * gradient| each, a slope being at most 8.
         bound = 2 * found.size * 8 * float(np.abs(gradient).sum()) * 2.0**-24
         np.testing.assert_allclose(to_scales[key], plain_to_scales[key], rtol=0, atol=bound)
         calls = [e for e in jax.make_jaxpr(partial(rounded, qfn.plan))(*own).eqns if "custom_vjp" in e.primitive.name]
-        assert [call.invars[0].aval.shape for call in calls] == [shape if key in qfn.plan.turned else found.shape]
+        assert [call.invars[0].aval.shape for call in calls] == [found.shape]
+        assert found.shape == (shape if key in qfn.plan.turned else plan_params[key].shape)
+
+
+def test_the_work_of_a_recurrence_grows_with_its_steps() -> None:
+    """What XLA computes for a step of training: with states that it repeats, it would grow with their square."""
+
+    def work(steps: int) -> float:
+        def fn(params, x):
+            state = x
+            for _ in range(steps):
+                gate = jax.nn.sigmoid(jnp.tanh(state) @ params["gate"])
+                state = gate * state + (1.0 - gate) * x
+            return state
+
+        params, x = {"gate": jax_nets.images(8, 8)}, jax_nets.images(4, 8)
+        qfn, variables = jq.quantize(fn, params, INT8, [x])
+        np.testing.assert_allclose(qfn(variables, x), fn(params, x), atol=0.1)
+        step = jax.jit(jax.grad(lambda v: (qfn(v, x) ** 2).sum()))
+        return step.lower(variables).compile().cost_analysis()["flops"]
+
+    first, second, third = work(6), work(12), work(24)
+    np.testing.assert_allclose(third - second, 2 * (second - first), rtol=0.02)
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lstm", "decoder")]

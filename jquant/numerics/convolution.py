@@ -137,8 +137,12 @@ def convolve(x: Array, weight: Array, window: Window, groups: int = 1, kernel: s
 
 
 def matmul(x: Array, weight: Array) -> Array:
-    """[..., I] times [I, O], accumulated in int32 for integers and float32 for floats."""
-    return _product(x, weight, (x.ndim - 1, 0))
+    """[..., I] times [I, O], accumulated in int32 for integers and float32 for floats.
+
+    As a matrix, since XLA copies a gradient that is summed over several axes into another order, slowly.
+    """
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim > 2 else x
+    return _product(rows, weight, (rows.ndim - 1, 0)).reshape(*x.shape[:-1], weight.shape[1])
 
 
 def _product(a: Array, b: Array, contracted: tuple[int, int], batched: tuple[Axes, Axes] = ((), ())) -> Array:
