@@ -62,8 +62,7 @@ SMALL = {name: (*VISION[name], False) for name in VISION} | {
     name: (*OTHER[name], name in architectures_other.TOKENS) for name in OTHER
 }
 QUICK = (
-    "resnet50", "squeezenet", "efficientnet", "segformer", "detr", "fcos", "yolo", "centrenet", "flow", "bert", "llama",
-    "conformer", "translate", "pointnet", "in_place",
+    "resnet50", "segformer", "detr", "fcos", "yolo", "flow", "bert", "llama", "pointnet", "in_place",
 )  # fmt: skip
 
 
