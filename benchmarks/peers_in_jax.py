@@ -11,7 +11,7 @@ import argparse
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,13 +51,14 @@ class Candidate(NamedTuple):
     """What a library made of a subject.
 
     `answer`  the quantized outputs on the held-out inputs
-    `step`    a jitted gradient with respect to `leaves`, of the held-out inputs
+    `step`    a jitted gradient on the held-out inputs with respect to the first of `leaves`, what is trained
+    `leaves`  what is trained, and what is not: scales, which get no gradient from `fake_quant`
     `int8`    matrix products and convolutions with int8 operands, of all
     """
 
     answer: jax.Array
-    step: Callable[[Any], Any]
-    leaves: Any
+    step: Callable[..., Any]
+    leaves: tuple[Any, Any]
     int8: str
 
 
@@ -100,16 +101,18 @@ def net_of(subject: Subject) -> jax_nets.Net:
     return make(subject.module, *subject.inputs)
 
 
-def _gradient(run: Callable[..., jax.Array], inputs: tuple[jax.Array, ...]) -> Callable[[Any], Any]:
-    def loss(leaves: Any) -> jax.Array:
-        return jnp.mean(run(leaves, *inputs) ** 2)
+def _gradient(run: Callable[..., jax.Array], inputs: tuple[jax.Array, ...]) -> Callable[..., Any]:
+    """Of `run(trained, *inputs)`, or `run({"params": trained, "qparams": scales}, *inputs)`."""
+
+    def loss(trained: Any, scales: Any) -> jax.Array:
+        return jnp.mean(run({"params": trained, "qparams": scales} if scales else trained, *inputs) ** 2)
 
     return jax.jit(jax.value_and_grad(loss, allow_int=True))
 
 
 def in_float(subject: Subject) -> Candidate:
     net, inputs = net_of(subject), held_out(subject.inputs)
-    return Candidate(net.fn(net.params, *inputs), _gradient(net.fn, inputs), net.params, "")
+    return Candidate(net.fn(net.params, *inputs), _gradient(net.fn, inputs), (net.params, {}), "")
 
 
 def by_jquant(subject: Subject) -> Candidate:
@@ -117,7 +120,11 @@ def by_jquant(subject: Subject) -> Candidate:
     net, inputs = net_of(subject), held_out(subject.inputs)
     qfn, variables = jq.quantize(net.fn, net.params, EVERYTHING, [subject.inputs])
     serve = partial(jq.run, qfn.lower(variables))
-    return Candidate(serve(*inputs), _gradient(qfn, inputs), variables, _int8_share(serve, inputs))
+    return Candidate(serve(*inputs), _gradient(qfn, inputs), _leaves(variables), _int8_share(serve, inputs))
+
+
+def _leaves(variables: Mapping[str, Any]) -> tuple[Any, Any]:
+    return variables["params"], variables["qparams"]
 
 
 def products_by_jquant(subject: Subject) -> Candidate:
@@ -130,7 +137,7 @@ def products_by_jquant(subject: Subject) -> Candidate:
         for kind in kinds
     }
     qfn, variables = jq.quantize(net.fn, net.params, jq.QConfig({"*": None, **rules}), [subject.inputs])
-    return Candidate(qfn(variables, *inputs), _gradient(qfn, inputs), variables, "in float")
+    return Candidate(qfn(variables, *inputs), _gradient(qfn, inputs), _leaves(variables), "in float")
 
 
 def by_qwix(subject: Subject) -> Candidate:
@@ -145,11 +152,12 @@ def by_qwix(subject: Subject) -> Candidate:
         abstract = jax.eval_shape(answers.init, jax.random.key(0), *inputs)["params"]
         own = {**net.params, "params": qwix.quantize_params(net.params["params"], abstract)}
         serve = partial(answers.apply, own)
-        return Candidate(serve(*inputs), _gradient(train, inputs), net.params, _int8_share(serve, inputs))
+        return Candidate(serve(*inputs), _gradient(train, inputs), (net.params, {}), _int8_share(serve, inputs))
     nnx.update(subject.module, net.params)
     definition, state = nnx.split(qwix.quantize_model(subject.module, trained, *subject.inputs))
     serve = partial(_merged, *nnx.split(qwix.quantize_model(subject.module, served, *subject.inputs)))
-    return Candidate(serve(*inputs), _gradient(partial(_merged, definition), inputs), state, _int8_share(serve, inputs))
+    step = _gradient(partial(_merged, definition), inputs)
+    return Candidate(serve(*inputs), step, (state, {}), _int8_share(serve, inputs))
 
 
 def _merged(definition: Any, state: Any, *inputs: jax.Array) -> jax.Array:
@@ -191,7 +199,7 @@ def sqnr(float_answer: jax.Array, answer: jax.Array) -> float:
 def compiled(candidate: Candidate) -> float:
     """Seconds from tracing to a program that runs."""
     start = time.perf_counter()
-    candidate.step.lower(candidate.leaves).compile()  # type: ignore[attr-defined]
+    candidate.step.lower(*candidate.leaves).compile()  # type: ignore[attr-defined]
     return time.perf_counter() - start
 
 
@@ -215,7 +223,7 @@ def rounds_for(contenders: list[Contender], least: int) -> int:
 
 def reached(candidate: Candidate) -> str:
     """Kernels whose gradient is not zero throughout."""
-    _, gradient = candidate.step(candidate.leaves)
+    _, gradient = candidate.step(*candidate.leaves)
     kernels = [
         leaf
         for path, leaf in jax.tree.leaves_with_path(gradient)
@@ -228,7 +236,7 @@ def compare(name: str, rounds: int) -> list[list[str]]:
     """The rows of a net: a row for each library that is here."""
     base = in_float(SUBJECTS[name]())
     seconds = compiled(base)
-    rows, contenders = {}, [Contender("float", lambda: jax.block_until_ready(base.step(base.leaves)), "float")]
+    rows, contenders = {}, [Contender("float", lambda: jax.block_until_ready(base.step(*base.leaves)), "float")]
     for library, (package, quantize) in LIBRARIES.items():
         title = [f"{name}, {SUBJECTS[name]().framework}", library]
         if find_spec(package) is None:
@@ -242,7 +250,7 @@ def compare(name: str, rounds: int) -> list[list[str]]:
             words = str(error).strip().splitlines() or [""]
             rows[library] = [*title, f"{type(error).__name__}: {words[0][:80]}", *["-"] * 4]
             continue
-        step = partial(lambda c: jax.block_until_ready(c.step(c.leaves)), found)
+        step = partial(lambda c: jax.block_until_ready(c.step(*c.leaves)), found)
         contenders.append(Contender(library, step, "float"))
     times = measure(contenders, rounds_for(contenders, rounds))
     for contender in contenders[1:]:

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import jquant as jq
-from jquant.simulate import fake_quant_weight
+from jquant.simulate import computed_once, fake_quant_weight
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 INT8 = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
@@ -206,6 +206,19 @@ def test_the_work_of_a_recurrence_grows_with_its_steps() -> None:
 
     first, second, third = work(6), work(12), work(24)
     np.testing.assert_allclose(third - second, 2 * (second - first), rtol=0.02)
+
+
+def test_a_state_is_computed_once_and_stays_what_it_is() -> None:
+    x = jnp.asarray([-0.0, 1e-30, -3.5, jnp.inf, jnp.nan], jnp.float32)
+    found = jax.jit(computed_once)(x)
+    np.testing.assert_array_equal(found, x)
+    np.testing.assert_array_equal(jnp.signbit(found), jnp.signbit(x))
+    value, tangent = jax.jvp(computed_once, (x[:4],), (jnp.arange(4.0),))
+    np.testing.assert_array_equal(value, x[:4])
+    np.testing.assert_array_equal(tangent, jnp.arange(4.0))
+    np.testing.assert_array_equal(
+        jax.grad(lambda v: (computed_once(v) * jnp.arange(4.0)).sum())(x[:4]), jnp.arange(4.0)
+    )
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lstm", "decoder")]
