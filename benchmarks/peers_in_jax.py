@@ -206,8 +206,8 @@ def compiled(candidate: Candidate) -> float:
 EXPLAINED = """SQNR is that of the quantized outputs on inputs that calibrated nothing; with all values quantized, that
 of the integers. qwix takes a scale for each row of values from the row itself, jquant one for the whole tensor from
 calibration, as the chip has it. qwix multiplies integers in the forward pass and takes the gradient of the unquantized
-operands; jquant that of the quantized ones, 0 beyond their range. Nets called wide have layers of 256 to 1024 features.
-A step of the others takes a few milliseconds or less, of which the call is a large part."""
+operands; jquant that of the quantized ones, 0 beyond their range. Nets called wide have layers of up to 1024 features.
+The transformer, mixer, lstm and decoder beside them are so small that the call is a large part of a step."""
 COLUMNS = ("net", "library", "SQNR, dB", "int8 products", "step / float step", "compile / float", "kernels reached")
 
 
