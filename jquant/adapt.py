@@ -18,8 +18,12 @@ Policies = Mapping[str, Requested]
 
 
 def insert_requantize(graph: Graph, policies: Policies) -> tuple[Graph, dict[str, Requested]]:
-    """Gives an operand that `Policy.input` wants in another format a node of its own, named `consumer.port`."""
+    """Gives an operand that `Policy.input` wants in another format a node of its own, named `consumer.port`.
+
+    Consumers that want a value in one format share the node of the first: one rounding, one scale.
+    """
     nodes, policies = [], dict(policies)
+    made: dict[tuple[str, QuantSpec | None], str] = {}
     for node in graph.nodes:
         ports, operands = node.op.ports, list(node.inputs)
         for port, spec in policies[node.name].input.items():
@@ -27,10 +31,13 @@ def insert_requantize(graph: Graph, policies: Policies) -> tuple[Graph, dict[str
                 raise QConfigError(
                     f"node {node.name!r} ({type(node.op).__name__}) has no input {port!r}; it has {', '.join(ports)}"
                 )
-            name, index = f"{node.name}.{port}", ports.index(port)
-            nodes.append(Node(name, Requantize(), (operands[index],)))
-            policies[name] = Requested(output=spec)
-            operands[index] = name
+            index = ports.index(port)
+            value = operands[index]
+            if (value, spec) not in made:
+                name = made[value, spec] = f"{node.name}.{port}"
+                nodes.append(Node(name, Requantize(), (value,)))
+                policies[name] = Requested(output=spec)
+            operands[index] = made[value, spec]
         policies[node.name] = replace(policies[node.name], input=FrozenMap())
         nodes.append(replace(node, inputs=tuple(operands)))
     return replace(graph, nodes=tuple(nodes)), policies

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params, is_finite
+from jquant.numerics.fusion import computed_once
 from jquant.ops.base import derived_scale, eval_float
 from jquant.quantizers import fake_quant, float16_cast, forward_mode
 from jquant.text import did_you_mean
@@ -213,15 +214,6 @@ def _recurrent(graph: Graph) -> set[str]:
     layers = Counter((type(node.op), node.params[role]) for node, role in weights)
     repeats = max(layers.values(), default=0) > 1
     return {node.name for node in graph.nodes if len(node.inputs) > 1} if repeats else set()
-
-
-def computed_once(x: Array) -> Array:
-    """x, divided by a 1 that XLA takes for data, since it repeats no division.
-
-    It does repeat cheap work in everything that reads the result, and so a chain of states from its beginning in every
-    step: the time of a training step, and that of its gradient, would grow with the square of the steps.
-    """
-    return x / jax.lax.stop_gradient(jnp.where(jnp.isnan(x), x, 1.0))
 
 
 def evaluate_plan(

@@ -16,7 +16,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import jquant as jq
-from jquant.simulate import computed_once, fake_quant_weight
+from jquant.numerics.fusion import computed_once
+from jquant.simulate import fake_quant_weight
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 INT8 = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jquant.numerics.fusion import computed_once
 from jquant.numerics.rounding import divide, expand, round_ties, snap_to_pow2
 from jquant.types import MIN_SCALE, Array, InputError, Quantizer, QuantSpec
 
@@ -126,7 +127,7 @@ def differentiable(forward: Core, slopes: Callable[[Array, tuple[Array, ...], Qu
             jnp.zeros_like(leaf) if slope is None else sum_to(gradient * slope, leaf.shape) * factor
             for leaf, slope in zip(leaves, each, strict=True)
         )
-        return jnp.where(inside, gradient, 0.0), to_leaves
+        return computed_once(jnp.where(inside, gradient, 0.0)), to_leaves
 
     reverse.defvjp(reverse_forward, reverse_backward)
 
