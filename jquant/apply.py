@@ -13,6 +13,7 @@ from jquant.ir.evaluate import bind_inputs, evaluate
 from jquant.ir.graph import check_params
 from jquant.lower import lower_traced
 from jquant.ops.lookup import table_float
+from jquant.rolled import evaluate_outputs
 from jquant.simulate import (
     check_qparams,
     evaluate_plan,
@@ -29,7 +30,7 @@ MODES = ("float", "calibration", "qat", "validation", "pre_export", "bit_true")
 Outputs = Any  # one array, or a tuple of arrays where the graph has several outputs
 
 
-@partial(jax.jit, static_argnames=("plan", "mode", "selected"))
+@partial(jax.jit, static_argnames=("plan", "mode", "selected", "outputs_alone"))
 def evaluate_mode(
     plan: Plan,
     mode: Mode,
@@ -38,21 +39,26 @@ def evaluate_mode(
     inputs: dict[str, Array],
     rng: Array | None,
     selected: tuple[str, ...] | None = None,
+    outputs_alone: bool = False,
 ) -> dict[str, Array]:
     """All values of the plan's graph by name, kept batch norms folded. `rng` activates stochastic operators.
 
-    `selected` are the nodes that mode "bit_true" takes from the integer program; None for all.
+    `selected` are the nodes that mode "bit_true" takes from the integer program; None for all. `outputs_alone` leaves
+    other values out, as far as that saves time.
     """
+    evaluate_both = evaluate_outputs if outputs_alone else evaluate_plan
     if mode in ("float", "calibration"):
-        return evaluate_plan(plan, params, qparams, inputs, quantized=False, rng=rng)
+        return evaluate_both(plan, params, qparams, inputs, quantized=False, rng=rng)
     plan, params, qparams = fold_kept(plan, params, qparams)
     if mode == "bit_true" and selected is not None:
         rule = fake_quant_rule(plan, params, qparams, rng)
         return evaluate(plan.graph, inputs, *partly_bit_true(plan, params, qparams, rule, selected))
     if mode == "pre_export":
         return evaluate(plan.graph, inputs, table_rule(plan, params, qparams, rng), fake_quant_tap(plan, qparams))
-    values = evaluate_plan(plan, params, qparams, inputs, quantized=True, rng=rng)
-    return bit_true_values(lower_traced(plan, params, qparams), inputs, values) if mode == "bit_true" else values
+    if mode == "bit_true":
+        values = evaluate_plan(plan, params, qparams, inputs, quantized=True, rng=rng)
+        return bit_true_values(lower_traced(plan, params, qparams), inputs, values)
+    return evaluate_both(plan, params, qparams, inputs, quantized=True, rng=rng)
 
 
 def table_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | None) -> Callable[..., Array]:
@@ -119,7 +125,8 @@ def apply_with_taps(
     check_params(plan.graph, params)
     if mode not in ("float", "calibration"):
         check_qparams(plan, qparams)
-    values = evaluate_mode(plan, mode, dict(params), dict(qparams), bind_inputs(plan.graph, inputs), None, selected)
+    bound = bind_inputs(plan.graph, inputs)
+    values = evaluate_mode(plan, mode, dict(params), dict(qparams), bound, None, selected, outputs_alone=taps is None)
     outputs = unpack([values[name] for name in plan.graph.outputs])
     kept = {n: v for n, v in values.items() if (n in plan.graph.outputs if taps is None else fnmatchcase(n, taps))}
     return outputs, kept

@@ -77,7 +77,8 @@ def apply_train(
         check_qparams(plan, qparams)
     bound = bind_inputs(plan.graph, inputs)
     if all(norm.statistics == "running" for node in kept_nodes(plan) if (norm := kept_batch_norm(node))):
-        values, moved = evaluate_mode(plan, mode, params, dict(qparams), bound, rngs, selected), {}
+        outputs = evaluate_mode(plan, mode, params, dict(qparams), bound, rngs, selected, outputs_alone=True)
+        values, moved = outputs, dict[str, Array]()
     else:
         values, moved = evaluate_training(plan, mode, params, dict(qparams), bound, rngs, selected)
     held = {key: params[key] for key in untrained(plan)}

@@ -1,7 +1,7 @@
 """The float and fake-quant meanings of a plan, as rules and taps of the evaluation loop."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,15 +18,25 @@ from jquant.types import Array, CalibrationError, Graph, Node, Params, Plan, QPa
 _BIAS = QuantSpec(dtype="int32")
 
 
-def float_rule(graph: Graph, params: Params, rng: Array | None = None) -> Callable[..., Array]:
-    """The rule of the float meaning. With `rng`, stochastic operators are active, each with a key of its own."""
-    position = {node.name: i for i, node in enumerate(graph.nodes)}
+def float_rule(
+    graph: Graph, params: Params, rng: Array | None = None, positions: Mapping[str, Any] | None = None
+) -> Callable[..., Array]:
+    """The rule of the float meaning. With `rng`, stochastic operators are active, each with a key of its own.
+
+    The key is made of a node's position, in the graph or as `positions` has it.
+    """
+    if positions is None:
+        positions = positions_of(graph) if rng is not None else {}
 
     def rule(node: Node, *operands: Array) -> Array:
-        key = {"rng": jax.random.fold_in(rng, position[node.name])} if rng is not None and node.op.stochastic else {}
+        key = {"rng": jax.random.fold_in(rng, positions[node.name])} if rng is not None and node.op.stochastic else {}
         return eval_float(node.op, *operands, **{role: params[k] for role, k in node.params.items()}, **key)
 
     return rule
+
+
+def positions_of(graph: Graph) -> dict[str, int]:
+    return {node.name: i for i, node in enumerate(graph.nodes)}
 
 
 def evaluate_float(graph: Graph, params: Params, *inputs: Array) -> tuple[Array, ...]:
@@ -82,31 +92,54 @@ def parameter_of(name: str, spec: QuantSpec, qparams: QParams) -> Array:
     return qparams[name]
 
 
+class Scales(Mapping[str, Array | None]):
+    """The scale (real per LSB) of every value: scalar, per channel for an accumulator, None for float and exact.
+
+    Each is computed when it is asked for, since a trace of hundreds that nobody reads takes seconds. `given` replaces
+    some.
+    """
+
+    def __init__(self, plan: Plan, qparams: QParams, given: Mapping[str, Array | None] | None = None) -> None:
+        self._plan, self._qparams, self._given = plan, qparams, {} if given is None else given
+        self._owned = {name for name in plan.owned if not plan.spec(name).is_float}
+        self._inputs = {entry.name for entry in plan.graph.inputs}
+
+    def __getitem__(self, name: str) -> Array | None:
+        if name in self._given:
+            return self._given[name]
+        if name in self._owned:
+            return scale_of(name, self._plan, self._qparams)
+        return None if name in self._inputs else self._follow(self._plan.graph.by_name[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan.graph.values)
+
+    def __len__(self) -> int:
+        return len(self._plan.graph.values)
+
+    def _follow(self, node: Node) -> Array | None:
+        """The scale of a value that has none of its own."""
+        plan = self._plan
+        spec = plan.values[node.name]
+        if spec is None or spec.is_float:
+            return None
+        numbers = [v for v in node.inputs if v not in plan.exact]
+        operands = [scale for v in numbers if (scale := self[v]) is not None]
+        weights = {r: scale_of(k, plan, self._qparams) for r, k in node.params.items() if k in plan.weights}
+        if len(operands) < len(numbers) or not all(r in weights for r in node.op.weight_roles):
+            return None
+        if node.op.scale_rule == "same_as_input":
+            return operands[0]
+        return derived_scale(node.op, *operands, **weights)
+
+
 def value_scales(plan: Plan, qparams: QParams) -> dict[str, Array | None]:
-    """The scale (real per LSB) of every value: scalar, per channel for an accumulator, None for float and exact."""
-    scales: dict[str, Array | None] = {}
-    owned = {name for name in plan.owned if not plan.spec(name).is_float}
-    for entry in plan.graph.inputs:
-        scales[entry.name] = scale_of(entry.name, plan, qparams) if entry.name in owned else None
-    for node in plan.graph.nodes:
-        scales[node.name] = (
-            scale_of(node.name, plan, qparams) if node.name in owned else _follow(node, plan, qparams, scales)
-        )
-    return scales
-
-
-def _follow(node: Node, plan: Plan, qparams: QParams, scales: Mapping[str, Array | None]) -> Array | None:
-    """The scale of a value that has none of its own."""
-    numbers = [v for v in node.inputs if v not in plan.exact]
-    operands = [scale for v in numbers if (scale := scales[v]) is not None]
-    weights = {r: scale_of(k, plan, qparams) for r, k in node.params.items() if k in plan.weights}
-    complete = len(operands) == len(numbers) and all(r in weights for r in node.op.weight_roles)
-    spec = plan.values[node.name]
-    if spec is None or spec.is_float or not complete:
-        return None
-    if node.op.scale_rule == "same_as_input":
-        return operands[0]
-    return derived_scale(node.op, *operands, **weights)
+    """`Scales`, all computed."""
+    found: dict[str, Array | None] = {}
+    scales = Scales(plan, qparams, given=found)
+    for name in plan.graph.values:
+        found[name] = scales[name]
+    return found
 
 
 def scale_of(name: str, plan: Plan, qparams: QParams) -> Array:
@@ -153,23 +186,46 @@ def check_qparams(plan: Plan, qparams: QParams) -> None:
             )
 
 
-def fake_quant_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | None = None) -> Callable[..., Array]:
-    """The rule of the fake-quant meaning: weights and bias on their integer grids, then the float operator."""
-    scales = value_scales(plan, qparams)
-    base = dict(params) | {key: fake_quant_weight(key, plan, params, qparams) for key in plan.weights}
+def fake_quant_rule(
+    plan: Plan,
+    params: Params,
+    qparams: QParams,
+    rng: Array | None = None,
+    *,
+    weights: Params | None = None,
+    scales: Mapping[str, Array | None] | None = None,
+    positions: Mapping[str, Any] | None = None,
+) -> Callable[..., Array]:
+    """The rule of the fake-quant meaning: weights and bias on their integer grids, then the float operator.
+
+    `weights` are those of `fake_quant_weights`, `scales` `Scales`, `positions` as for `float_rule`: given
+    where the nodes to evaluate are not quite those of the plan.
+    """
+    scales = Scales(plan, qparams) if scales is None else scales
+    base = {**params, **(fake_quant_weights(plan, params, qparams) if weights is None else weights)}
+    if positions is None:
+        positions = positions_of(plan.graph) if rng is not None else {}
 
     def rule(node: Node, *operands: Array) -> Array:
         # Where it is used, not before: the gradients of several uses are summed as the weight is stored.
         turned = [k for k in node.params.values() if k in plan.turned and k in plan.weights]
         own = base | {k: base[k].transpose(plan.turned[k]) for k in turned}
-        key, bias = node.params.get("weight"), node.params.get("bias")
-        x_scale = scales[node.inputs[0]] if node.inputs else None
-        if key in plan.weights and key is not None and bias is not None and x_scale is not None:
+        if needs_operand_scale(node, plan) and (x_scale := scales[node.inputs[0]]) is not None:
+            key, bias = node.params["weight"], node.params["bias"]
             acc_scale = derived_scale(node.op, x_scale, weight=scale_of(key, plan, qparams))
             own |= {bias: forward_mode(fake_quant)(params[bias], jax.lax.stop_gradient(acc_scale), _BIAS)}
-        return float_rule(plan.graph, own, rng)(node, *operands)
+        return float_rule(plan.graph, own, rng, positions)(node, *operands)
 
     return rule
+
+
+def needs_operand_scale(node: Node, plan: Plan) -> bool:
+    """Whether the node has a bias on the grid of its accumulator."""
+    return node.params.get("weight") in plan.weights and "bias" in node.params and bool(node.inputs)
+
+
+def fake_quant_weights(plan: Plan, params: Params, qparams: QParams) -> dict[str, Array]:
+    return {key: fake_quant_weight(key, plan, params, qparams) for key in plan.weights}
 
 
 def fake_quant_weight(key: str, plan: Plan, params: Params, qparams: QParams) -> Array:
@@ -195,9 +251,9 @@ def expand_weight(key: str, plan: Plan, qparams: QParams, rank: int) -> Array:
     return parameter.reshape(*leading, *(-1 if i == axis else 1 for i in range(rank)))
 
 
-def fake_quant_tap(plan: Plan, qparams: QParams) -> Callable[[str, Array], Array]:
-    """Quantizes every value that has a scale of its own."""
-    owned, states = set(plan.owned), _recurrent(plan.graph) - set(plan.exact)
+def fake_quant_tap(plan: Plan, qparams: QParams, *, unrolled: bool = True) -> Callable[[str, Array], Array]:
+    """Quantizes every value that has a scale of its own. `unrolled`: the steps of a recurrence follow one another."""
+    owned, states = set(plan.owned), _recurrent(plan.graph) - set(plan.exact) if unrolled else set()
 
     def tap(name: str, value: Array) -> Array:
         if name in owned:

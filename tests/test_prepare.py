@@ -287,6 +287,18 @@ def test_an_input_policy_inserts_a_requantize() -> None:
     assert jq.run_with_taps(program, x)[f"{z}.b"].dtype == jnp.int16
 
 
+def test_consumers_that_want_one_format_share_a_requantize() -> None:
+    build = builder()
+    x = relu(build, build.conv("x", 4, 3))
+    first, second, third = (build.add(ops.Mul(), (x, x), (4, 8, 8)) for _ in range(3))
+    total = add(build, add(build, first, second), third)
+    wide, narrow = jq.Policy(input={"b": jq.int16()}), jq.Policy(input={"b": jq.int8(scale_form="pow2")})
+    config = jq.QConfig({"*": INT8.rules["*"], first: wide, second: wide, third: narrow})
+    plan, folded = prepared(build, total, config=config)
+    assert [plan.graph.by_name[n].inputs[1] for n in (first, second, third)] == [f"{first}.b"] * 2 + [f"{third}.b"]
+    assert f"{second}.b" not in jq.calibrate(plan, folded, [graphs.images(0, plan.graph)])
+
+
 def test_an_unknown_port_names_the_known_ones() -> None:
     build = builder()
     z = add(build, build.conv("x", 4, 3), "x")

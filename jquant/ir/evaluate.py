@@ -1,6 +1,6 @@
 """The one evaluation loop. Float, fake-quant and integer meanings differ only in the rule applied at a node."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,21 +25,23 @@ def evaluate(graph: Graph, inputs: Mapping[str, Array], rule: Rule, tap: Tap | N
       GraphError: whatever a rule raised, with the node, its operator and the operand shapes.
     """
     values: dict[str, Array] = {}
-
-    def keep(name: str, value: Array) -> None:
-        values[name] = value if tap is None else tap(name, value)
-
     for entry in graph.inputs:
-        keep(entry.name, inputs[entry.name])
-    for node in graph.nodes:
+        values[entry.name] = inputs[entry.name] if tap is None else tap(entry.name, inputs[entry.name])
+    evaluate_nodes(graph.nodes, values, rule, tap)
+    return values
+
+
+def evaluate_nodes(nodes: Iterable[Node], values: dict[str, Array], rule: Rule, tap: Tap | None = None) -> None:
+    """Adds the values of some nodes to those of their operands, as `evaluate`."""
+    for node in nodes:
         operands = [values[name] for name in node.inputs]
         try:
-            keep(node.name, rule(node, *operands))
+            value = rule(node, *operands)
+            values[node.name] = value if tap is None else tap(node.name, value)
         except JQuantError as error:
             raise type(error)(f"{describe(node, operands)}: {error}") from error
         except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
             raise GraphError(f"{describe(node, operands)}: {error}") from error
-    return values
 
 
 def describe(node: Node, operands: Sequence[Array]) -> str:

@@ -24,7 +24,7 @@ def apart(v: Array) -> Array:
 def computed_once(x: Array) -> Array:
     """A float x, divided by a 1 that XLA takes for data, since it repeats no division.
 
-    For values in floats that are read several times and made of long chains: the states of an unrolled recurrence, whose
-    training step would take a time that grows with the square of its length, and gradients behind a mask.
+    For values that are read several times and made of long chains: the states of an unrolled recurrence, whose training
+    step would take a time that grows with the square of its length, and gradients behind a mask.
     """
     return x / jax.lax.stop_gradient(jnp.where(jnp.isnan(x), x, 1.0))

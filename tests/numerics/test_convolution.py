@@ -69,6 +69,12 @@ CASES = {
     "dense wide padding": ((5, 4), 8, (2, 3), 4, 1, Window((1, 2), ((2, 1), (3, 0)), (1, 1))),
     "dense stem": ((9, 9), 3, (3, 3), 8, 1, Window((2, 2), ((1, 1), (1, 1)), (1, 1))),
     "dense one channel": ((6, 5), 1, (3, 3), 4, 1, Window((1, 1), ((1, 1), (0, 1)), (1, 1))),
+    "dense pointwise": ((5, 4), 6, (1, 1), 7, 1, Window((1, 1), ((0, 0), (0, 0)), (1, 1))),
+    "dense pointwise strided": ((7, 6), 5, (1, 1), 4, 1, Window((3, 2), ((1, 0), (0, 0)), (2, 1))),
+    "dense disjoint": ((9, 8), 3, (4, 2), 6, 1, Window((4, 2), ((0, 0), (1, 0)), (1, 1))),
+    "dense disjoint but dilated": ((9, 8), 3, (2, 2), 6, 1, Window((2, 2), ((0, 0), (0, 0)), (2, 1))),
+    "dense disjoint 1d": ((11,), 4, (3,), 5, 1, Window((3,), ((0, 0),), (1,))),
+    "dense disjoint 3d": ((5, 4, 6), 2, (2, 1, 3), 4, 1, Window((2, 1, 3), ((0, 0),) * 3, (1, 1, 1))),
     "dense 1d": ((11,), 8, (3,), 4, 1, Window((2,), ((1, 0),), (1,))),
     "dense 1d one channel": ((12,), 1, (4,), 3, 1, Window((1,), ((2, 1),), (2,))),
     "dense 3d": ((4, 5, 3), 6, (2, 3, 1), 3, 1, Window((1, 1, 1), ((0, 1), (1, 1), (0, 0)), (1, 1, 1))),
@@ -178,6 +184,25 @@ def test_float_takes_the_same_sums(case: str) -> None:
     got = convolution.convolve(x, weight, window, groups)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, slow(x, weight, window, groups))
+
+
+@pytest.mark.parametrize("case", ["dense pointwise", "dense pointwise strided", "dense disjoint", "dense disjoint 3d"])
+def test_windows_that_do_not_overlap_are_products_in_the_gradient_too(case: str) -> None:
+    """Small integers again, so that the gradients of XLA's own convolution are equal."""
+    spatial, channels, kernel, out, _, window = CASES[case]
+    rng = np.random.default_rng(3)
+    x = rng.integers(-9, 10, (2, *spatial, channels)).astype(np.float32)
+    weight = rng.integers(-9, 10, (*kernel, channels, out)).astype(np.float32)
+    upstream = rng.integers(-9, 10, convolution.convolve(x, weight, window).shape).astype(np.float32)
+
+    def gradient(run):
+        return jax.jit(jax.grad(lambda x, w: jnp.sum(run(x, w, window, 1) * upstream), argnums=(0, 1)))
+
+    found, expected = gradient(convolution.convolve), gradient(convolution._native)
+    for a, b in zip(found(x, weight), expected(x, weight), strict=True):
+        np.testing.assert_array_equal(a, b)
+    if jax.default_backend() == "cpu":
+        assert " convolution(" not in found.lower(x, weight).compile().as_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
