@@ -101,7 +101,10 @@ def _evaluate(plan: Plan, inputs: Mapping[str, Array], meaning: Meaning, rolled:
     for each in rolled:
         evaluate_nodes(graph.nodes[begin : each.loop.start], values, rule, tap)
         evaluate_nodes(each.loop.before, values, rule, tap)
-        values |= _run(each, values, meaning, _read_later(plan, each.loop))
+        found = _run(each, values, meaning, _read_later(plan, each.loop))
+        if found is None:
+            evaluate_nodes(graph.nodes[each.loop.start : each.loop.stop], values, rule, tap)
+        values |= found or {}
         begin = each.loop.stop
     evaluate_nodes(graph.nodes[begin:], values, rule, tap)
     return values
@@ -113,8 +116,8 @@ def _read_later(plan: Plan, loop: Loop) -> set[str]:
     return later & {name for row in loop.steps for name in row}
 
 
-def _run(rolled: _Rolled, values: Mapping[str, Array], meaning: Meaning, wanted: set[str]) -> dict[str, Array]:
-    """The wanted values of a loop."""
+def _run(rolled: _Rolled, values: Mapping[str, Array], meaning: Meaning, wanted: set[str]) -> dict[str, Array] | None:
+    """The wanted values of a loop; None where shapes change from step to step, as those of a cache that grows."""
     loop = rolled.loop
     last = {loop.steps[-1][i]: key for key, (_, i) in loop.carried.items()}
     columns = {
@@ -130,7 +133,14 @@ def _run(rolled: _Rolled, values: Mapping[str, Array], meaning: Meaning, wanted:
         return {key: found[loop.body[i].name] for key, (_, i) in loop.carried.items()}, {n: found[n] for n in columns}
 
     start = {key: values[first] for key, (first, _) in loop.carried.items()}
-    given = {key: jnp.stack([values[name] for name in names]) for key, names in loop.given.items()}
+    each = {key: [values[name] for name in names] for key, names in loop.given.items()}
+    if any(len({(v.shape, v.dtype) for v in steps}) > 1 for steps in each.values()):
+        return None
+    first = {key: steps[0] for key, steps in each.items()}, jax.tree.map(lambda v: v[0], rolled.own)
+    after, _ = jax.eval_shape(step, start, first)
+    if any((after[key].shape, after[key].dtype) != (v.shape, v.dtype) for key, v in start.items()):
+        return None
+    given = {key: jnp.stack(steps) for key, steps in each.items()}
     final, kept = jax.lax.scan(step, start, (given, rolled.own))
     found = {name: kept[n][t] for n, names in columns.items() for t, name in enumerate(names) if name in wanted}
     return found | {name: final[key] for name, key in last.items() if name in wanted}

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import jax_nets
 import numpy as np
@@ -168,6 +169,24 @@ def test_loops_under_jvp_vmap_and_in_float() -> None:
     np.testing.assert_allclose(tangent.sum(), (jax.grad(lambda x: run(x).sum())(x) * direction).sum(), rtol=1e-4)
 
 
+def test_loops_inside_shard_map_and_exported() -> None:
+    net = recurrence(9, ALL)
+    assert net.loops()
+
+    def run(x: jax.Array, start: jax.Array) -> jax.Array:
+        return jq.apply(net.plan, net.params, net.qparams, x, start, mode="qat")[0]
+
+    expected = run(*net.inputs)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    split = jax.shard_map(run, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    np.testing.assert_array_equal(jax.jit(split)(*net.inputs), expected)
+    scope = jax.export.SymbolicScope()
+    shapes = [jax.export.symbolic_shape(f"batch, {n}, {FEATURES}", scope=scope) for n in (9, 1)]
+    exported = jax.export.export(jax.jit(run))(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    np.testing.assert_array_equal(exported.call(*net.inputs), expected)
+
+
 def test_the_program_does_not_grow_with_the_steps() -> None:
     def size(steps: int) -> int:
         net = recurrence(steps, PRODUCTS)
@@ -196,6 +215,24 @@ def test_steps_that_do_not_wait_for_one_another_are_no_loop() -> None:
     order = [node for pair in zip(nodes[:10], nodes[10:], strict=True) for node in pair]
     graph = jq.Graph((jq.Input("x", (None, 10, FEATURES)),), tuple(order), ("y9",))
     assert not find_loops(graph, lambda node: (node.op, node.params))
+
+
+def test_a_cache_that_grows_is_read_step_by_step() -> None:
+    nodes, cache = [], "x"
+    for t in range(10):
+        mean = jq.Node(f"mean{t}", ops.Mean(axes=(1,), keepdims=True), (cache,))
+        product = jq.Node(f"product{t}", ops.Linear(), (mean.name,), jq.FrozenMap({"weight": "w", "bias": "b"}))
+        nodes += [mean, product, jq.Node(f"cache{t}", ops.Cat(axis=1), (cache, product.name))]
+        cache = f"cache{t}"
+    graph = jq.Graph((jq.Input("x", (None, 2, FEATURES)),), tuple(nodes), (cache,))
+    params = {"w": 0.3 * jax_nets.images(FEATURES, FEATURES), "b": jax_nets.images(FEATURES)}
+    plan, params = jq.prepare(graph, params, ALL, target=NASH_E)
+    x = jax_nets.images(BATCH, 2, FEATURES)
+    net = Net(plan, params, jq.calibrate(plan, params, [x]), (x,))
+    assert net.loops()
+    found = jq.apply(plan, params, net.qparams, x)
+    assert found.shape == (BATCH, 12, FEATURES)
+    assert_close([found], net.step_by_step())
 
 
 def test_a_step_in_another_format_stays_out_of_the_loop() -> None:
