@@ -32,7 +32,19 @@ LAYERS = (
         "plan_file",
         "prepare",
     }
-    | {"flax", "ptq", "qat", "quantize", "quantize_params", "region", "rolled", "simulate", "stablehlo", "states", "trace"}
+    | {
+        "flax",
+        "ptq",
+        "qat",
+        "quantize",
+        "quantize_params",
+        "region",
+        "rolled",
+        "simulate",
+        "stablehlo",
+        "states",
+        "trace",
+    }
     | {"training"},
     {"analysis", "reference"},
     {"cli", "__main__"},
