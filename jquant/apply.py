@@ -46,9 +46,9 @@ def evaluate_mode(
     `selected` are the nodes that mode "bit_true" takes from the integer program; None for all. `outputs_alone` leaves
     other values out, as far as that saves time.
     """
-    evaluate_both = evaluate_outputs if outputs_alone else evaluate_plan
+    evaluate_values = evaluate_outputs if outputs_alone else evaluate_plan
     if mode in ("float", "calibration"):
-        return evaluate_both(plan, params, qparams, inputs, quantized=False, rng=rng)
+        return evaluate_values(plan, params, qparams, inputs, quantized=False, rng=rng)
     plan, params, qparams = fold_kept(plan, params, qparams)
     if mode == "bit_true" and selected is not None:
         rule = fake_quant_rule(plan, params, qparams, rng)
@@ -58,7 +58,7 @@ def evaluate_mode(
     if mode == "bit_true":
         values = evaluate_plan(plan, params, qparams, inputs, quantized=True, rng=rng)
         return bit_true_values(lower_traced(plan, params, qparams), inputs, values)
-    return evaluate_both(plan, params, qparams, inputs, quantized=True, rng=rng)
+    return evaluate_values(plan, params, qparams, inputs, quantized=True, rng=rng)
 
 
 def table_rule(plan: Plan, params: Params, qparams: QParams, rng: Array | None) -> Callable[..., Array]:

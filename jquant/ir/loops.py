@@ -1,7 +1,7 @@
 """Finds recurrences that were unrolled: steps of the same operators and weights, one after the other.
 
 A graph has every step, because each value of each step has a format and a scale of its own. What evaluates the graph
-may still run the steps as one loop, which compiles in a time that does not grow with their number.
+may still run the steps as one loop, whose program hardly grows with their number.
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from jquant.types import Graph, Node
 
-LEAST_STEPS = 6  # fewer run faster one after the other
+LEAST_STEPS = 6  # of a loop; fewer, in a program that is small anyway, stay one after the other
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ The choice is made here and nowhere else: `kernel_of` by static shape, which is 
 by platform. Measured on a CPU, where XLA hands int8 x int8 to its fast library in some forms only:
 
 dense      two spatial axes, channels in fours, more than 16 in or out, padding up to "same": others are made so; a
-           matrix product where windows do not overlap, as in a pointwise convolution: XLA takes 2 to 3 times as long
-           forward, and up to 30 times for the gradient
+           matrix product where windows do not overlap, as in a pointwise convolution: XLA's own takes longer
+           forward, and many times as long for the gradient
 grouped    the same with groups, where small ones are merged first, by a weight that is block diagonal
 depthwise  a sum of shifted products, many times faster than a grouped convolution of one channel a group
 matmul     no window at all
