@@ -13,6 +13,10 @@ import pytest
 # A silent int8 + float32 -> float32 is the bug that this library exists to prevent.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# An accelerator would multiply float32 with 8 to 11 bits of each factor; the bounds of the tests are those of float32.
+if jax.default_backend() != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
+
 # The first call of a jitted function compiles, so a deadline would fail at random. CI draws the same examples every
 # time; elsewhere they vary, and print_blob tells how to replay a failure.
 hypothesis.settings.register_profile("jquant", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)

@@ -13,9 +13,10 @@ patches    im2col and a matrix product: any window, slower
 
 XLA lowers no integer convolution on a GPU: off the CPU, dense and grouped run as patches. Nor is its integer matrix
 product on a GPU to be trusted: on an H100 it was silently wrong for small shapes, and did not compile for others. There
-the bytes are multiplied as bfloat16, which holds each of them, in slices whose float32 sums are exact (`_product`). The
-bits are the same everywhere. A grouped float convolution runs as patches on the CPU, where the gradient of XLA's own is
-20 to 200 times slower.
+the bytes are multiplied as float32, in slices whose sums are exact (`_product`): operands, products and sums are
+integers below 2^24, and a matrix unit that keeps few bits of an operand keeps a byte. As bfloat16 the products
+themselves were seen rounded (jax 0.11.2 on an H200, two groups of two channels). The bits are the same everywhere. A
+grouped float convolution runs as patches on the CPU, where the gradient of XLA's own is 20 to 200 times slower.
 """
 
 from collections.abc import Sequence
@@ -149,10 +150,10 @@ def _product(a: Array, b: Array, contracted: tuple[int, int], batched: tuple[Axe
     total = jnp.int32(0)
     for start in range(0, a.shape[contracted[0]], _EXACT_PRODUCTS):
         x, y = (
-            jax.lax.slice_in_dim(v, start, min(start + _EXACT_PRODUCTS, v.shape[axis]), axis=axis).astype(jnp.bfloat16)
+            jax.lax.slice_in_dim(v, start, min(start + _EXACT_PRODUCTS, v.shape[axis]), axis=axis).astype(jnp.float32)
             for v, axis in zip((a, b), contracted, strict=True)
         )
-        total += jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32).astype(jnp.int32)
+        total += jax.lax.dot_general(x, y, axes, precision=jax.lax.Precision.DEFAULT).astype(jnp.int32)
     return total
 
 

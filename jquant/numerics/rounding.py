@@ -18,7 +18,8 @@ def divide(x: Array, scale: Array) -> Array:
     if platform() != "gpu":
         return quotient
     rough, x, scale = jax.lax.stop_gradient((quotient, x, scale))
-    return quotient + (nearest_quotient(rough, x, scale) - rough)  # a few ulp, so that difference and sum are exact
+    step = nearest_quotient(rough, x, scale) - rough  # a few ulp, so that difference and sum are exact
+    return quotient + jnp.where(jnp.isfinite(step), step, 0.0)  # infinity less infinity is no number
 
 
 def nearest_quotient(q: Array, x: Array, scale: Array) -> Array:

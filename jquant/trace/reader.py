@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -227,7 +227,7 @@ def _cond(reader: Reader, equation: Any, operands: list[Value]) -> list[Value]:
 def _scan(reader: Reader, equation: Any, operands: list[Value]) -> list[Value]:
     """A loop of known length, step by step."""
     params = equation.params
-    length, constants, carries = params["length"], params["num_consts"], params["num_carry"]
+    length, (constants, carries) = params["length"], _roles(params)
     if all(isinstance(v, Known) for v in operands):
         return reader.fold(equation, [cast(Known, v) for v in operands])
     if length > MAX_UNROLLED:
@@ -246,6 +246,14 @@ def _scan(reader: Reader, equation: Any, operands: list[Value]) -> list[Value]:
     if params["reverse"]:
         made.reverse()
     return [*state, *(_stacked(reader, list(parts)) for parts in zip(*made, strict=True))]
+
+
+def _roles(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Of the operands of a scan: how many are constants, and how many are carried. jax 0.11 has them as trees."""
+    if "ft_in" in params:
+        constants, carried, _ = params["ft_in"].unpack()
+        return len(constants), len(carried)
+    return params["num_consts"], params["num_carry"]
 
 
 def _part(reader: Reader, stack: Value, i: int) -> Value:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jquant.numerics.platform import tracing_for
-from jquant.numerics.rounding import divide, nearest_quotient
+from jquant.numerics.rounding import divide, nearest_quotient, quantize
 
 COUNT = 2**20
 
@@ -36,6 +36,14 @@ def test_what_is_not_finite_stays() -> None:
     with np.errstate(all="ignore"):
         exact = x / scale
     np.testing.assert_array_equal(jax.jit(nearest_quotient)(exact, x, scale), exact)
+
+
+def test_division_for_a_gpu_keeps_infinities() -> None:
+    x = np.float32([np.inf, -np.inf, 1e30, -1e30, np.nan])
+    with tracing_for(["cuda"]):
+        np.testing.assert_array_equal(jax.jit(lambda x: divide(x, np.float32(1e-10)))(x), np.sign(x) * np.inf)
+        saturated = jax.jit(lambda x: quantize(x, np.float32(0.5), "int16"))(x[:4])
+    np.testing.assert_array_equal(saturated, [32767, -32768, 32767, -32768])
 
 
 def test_division_for_a_gpu_keeps_value_and_gradient() -> None:
