@@ -36,6 +36,7 @@ from timing import THREADS, Contender, measure  # noqa: E402
 BATCH = 32
 WIDE = (256, 4, 1024)  # features, heads, hidden: as wide as the layers of a small model in use
 EVERYTHING = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
+_NUDGED = 20  # entries of a kernel
 _OPERANDS = {"Conv": ("x",), "Linear": ("x",), "MatMul": ("a", "b")}
 
 
@@ -206,9 +207,10 @@ def compiled(candidate: Candidate) -> float:
 EXPLAINED = """SQNR is that of the quantized outputs on inputs that calibrated nothing; with all values quantized, that
 of the integers. qwix takes a scale for each row of values from the row itself, jquant one for the whole tensor from
 calibration, as the chip has it. qwix multiplies integers in the forward pass and takes the gradient of the unquantized
-operands; jquant that of the quantized ones, 0 beyond their range. Nets called wide have layers of up to 1024 features.
-The transformer, mixer, lstm and decoder beside them are so small that the call is a large part of a step."""
-COLUMNS = ("net", "library", "SQNR, dB", "int8 products", "step / float step", "compile / float", "kernels reached")
+operands; jquant that of the quantized ones, 0 beyond their range. A kernel counts as quantized where training has it on
+a grid; with few of them, a step is a float step. Nets called wide have layers of up to 1024 features. The transformer,
+mixer, lstm and decoder beside them are so small that the call is a large part of a step."""
+COLUMNS = ("net", "library", "SQNR, dB", "int8 products", "kernels quantized", "step / float step", "compile / float")
 
 
 def rounds_for(contenders: list[Contender], least: int) -> int:
@@ -221,15 +223,33 @@ def rounds_for(contenders: list[Contender], least: int) -> int:
     return max(least, min(300, int(5 / (time.perf_counter() - start))))
 
 
-def reached(candidate: Candidate) -> str:
-    """Kernels whose gradient is not zero throughout."""
-    _, gradient = candidate.step(*candidate.leaves)
-    kernels = [
-        leaf
-        for path, leaf in jax.tree.leaves_with_path(gradient)
-        if "kernel" in (name := jax.tree_util.keystr(path)) and "qparams" not in name
-    ]
-    return f"{sum(bool(jnp.any(k != 0)) for k in kernels)} of {len(kernels)}"
+def quantized_kernels(candidate: Candidate) -> str:
+    """How many kernels a step trains on a grid: entries moved by a tenth of an LSB mostly move no bit of the loss.
+
+    Raises:
+      ValueError: a kernel without a gradient.
+    """
+    trained, scales = candidate.leaves
+    loss, gradient = candidate.step(trained, scales)
+    leaves, tree = jax.tree.flatten(trained)
+    found = []
+    for i, (path, slope) in enumerate(jax.tree.leaves_with_path(gradient)):
+        name = jax.tree_util.keystr(path)
+        if "kernel" not in name:
+            continue
+        if not jnp.any(slope != 0):
+            raise ValueError(f"no gradient reaches {name}")
+        kernel, slope = np.asarray(leaves[i]), np.abs(np.asarray(slope))
+        size = np.abs(kernel)
+        inner = np.all([size < 0.8 * size.max(axis, keepdims=True) for axis in range(kernel.ndim)], axis=0)
+        still = 0
+        for entry in np.argsort(np.where(inner, slope, -1.0), axis=None)[-_NUDGED:]:
+            nudged = kernel.copy()
+            nudged.flat[entry] += 0.1 * size.max() / 127
+            moved, _ = candidate.step(tree.unflatten([*leaves[:i], nudged, *leaves[i + 1 :]]), scales)
+            still += bool(moved == loss)
+        found.append(still > _NUDGED // 2)
+    return f"{sum(found)} of {len(found)}"
 
 
 def compare(name: str, rounds: int) -> list[list[str]]:
@@ -243,9 +263,9 @@ def compare(name: str, rounds: int) -> list[list[str]]:
             continue
         try:
             found = quantize(SUBJECTS[name]())
-            made = [f"{sqnr(base.answer, found.answer):.1f}", found.int8]
             ratio = f"{compiled(found) / seconds:.1f}"
-            rows[library] = [*title, *made, "", ratio, reached(found)]
+            made = [f"{sqnr(base.answer, found.answer):.1f}", found.int8, quantized_kernels(found)]
+            rows[library] = [*title, *made, "", ratio]
         except Exception as error:  # whatever a library raises is its answer
             words = str(error).strip().splitlines() or [""]
             rows[library] = [*title, f"{type(error).__name__}: {words[0][:80]}", *["-"] * 4]
@@ -255,7 +275,7 @@ def compare(name: str, rounds: int) -> list[list[str]]:
     times = measure(contenders, rounds_for(contenders, rounds))
     for contender in contenders[1:]:
         low, middle, high = np.quantile(np.divide(times[contender.name], times["float"]), (0.25, 0.5, 0.75))
-        rows[contender.name][4] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        rows[contender.name][5] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
     return list(rows.values())
 
 

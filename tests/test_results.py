@@ -56,8 +56,10 @@ def test_a_net_is_compared_in_accuracy_and_time(monkeypatch: pytest.MonkeyPatch)
     assert {"jquant, all values", "jquant, products alone"} <= set(found)
     for row in found.values():
         assert float(row[2]) > 20
-        assert row[6] == "6 of 6"
+        assert row[4] == "6 of 6"
     assert found["jquant, all values"][3] == "6 of 6"
+    floats = bench.in_float(bench.SUBJECTS["mixer"]())
+    assert bench.quantized_kernels(floats) == "0 of 6"
     monkeypatch.setitem(bench.LIBRARIES, "broken", ("jquant", lambda subject: 1 / 0))
     assert [row[2] for row in bench.compare("mixer", 1) if row[1] == "broken"] == [
         "ZeroDivisionError: division by zero"
