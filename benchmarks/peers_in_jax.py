@@ -1,6 +1,6 @@
 """The same linen and nnx nets quantized by jquant and by qwix, W8A8: accuracy, steps, compile time. Writes RESULTS.md.
 
-python benchmarks/peers_in_jax.py [--nets resnet lstm] [--rounds 10] [--no-write]
+python benchmarks/peers_in_jax.py [--nets resnet lstm] [--rounds 30] [--no-write]
 
 qwix is measured where it is installed, by `pip install --no-deps -r benchmarks/requirements.txt`. It is used as its
 documentation says, `QtProvider` for training and `PtqProvider` for inference: values get a scale for each row, from the
@@ -282,7 +282,7 @@ def compare(name: str, rounds: int) -> list[list[str]]:
 def main(argv: list[str] | None = None) -> list[list[str]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-write", action="store_true", help="do not write RESULTS.md")
     options = parser.parse_args(argv)
     if options.rounds < 1:

@@ -1,6 +1,7 @@
 """How a benchmark times: contenders in alternating rounds, and each as a ratio of its base."""
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -27,13 +28,17 @@ class Contender(NamedTuple):
 
 
 def measure(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds by name; a round has a step of each, so that what else the machine does meets all."""
+    """Seconds by name; a round has a step of each, so that what else the machine does meets all.
+
+    In an order of its own: a step finds caches and memory as the one before it left them.
+    """
     for contender in track(contenders, "first steps"):
         for _ in range(2):
             contender.step()
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    order = random.Random(0)
     for _ in track(range(rounds), "rounds"):
-        for contender in contenders:
+        for contender in order.sample(contenders, len(contenders)):
             start = time.perf_counter()
             contender.step()
             times[contender.name].append(time.perf_counter() - start)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jquant.numerics.platform import tracing_for
-from jquant.numerics.rounding import divide, nearest_quotient, quantize
+from jquant.numerics.rounding import divide, nearest_quotient, quantize, round_ties
 
 COUNT = 2**20
 
@@ -57,3 +57,12 @@ def test_division_for_a_gpu_keeps_value_and_gradient() -> None:
         by_x, by_scale = jax.jit(jax.grad(total, (0, 1)))(x, scale)
     np.testing.assert_allclose(by_x, 1 / scale.astype(np.float64), rtol=1e-6)
     np.testing.assert_allclose(by_scale, -x.astype(np.float64) / scale.astype(np.float64) ** 2, rtol=1e-6)
+
+
+def test_half_up_rounds_no_sum() -> None:
+    """Where the float32 sum v + 1/2 rounds, or a half is lost: below 1/2, at odd numbers from 2^23 on."""
+    edges = np.float32([0.0, 0.25, 0.5, 1.5, 2.5, 2**22 + 0.5, 2**23 - 0.5, 2**23 + 1, 2**24, 2**31, 2**126])
+    near = np.concatenate([edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(np.inf))])
+    v = np.concatenate([near, -near, pairs("real")[0], np.float32([np.inf, -np.inf])])
+    found = jax.jit(lambda v: round_ties(v, "half_up"))(v)
+    np.testing.assert_array_equal(found, np.floor(v.astype(np.float64) + 0.5))
