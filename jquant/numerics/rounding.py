@@ -101,8 +101,14 @@ def dequantize(q: Array, scale: Array) -> Array:
 
 
 def to_float16(x: Array) -> Array:
-    """Float32 to float16: to nearest, ties to even, clamped to +-65504."""
-    return jnp.clip(x, -65504.0, 65504.0).astype(jnp.float16)
+    """Float32 to float16: to nearest, ties to even, clamped to +-65504.
+
+    Rounded before it is cast: for a GPU, XLA takes out a cast that is followed by the one back, with its rounding.
+    """
+    x = jnp.clip(x, -65504.0, 65504.0)
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+    subnormal = jnp.round(x * 2.0**24) * 2.0**-24
+    return jnp.where(jnp.abs(x) < 2.0**-14, subnormal, normal).astype(jnp.float16)
 
 
 def saturate(v: Array, dtype: str) -> Array:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jquant.numerics.platform import tracing_for
-from jquant.numerics.rounding import divide, nearest_quotient, quantize, round_ties
+from jquant.numerics.rounding import divide, nearest_quotient, quantize, round_ties, to_float16
 
 COUNT = 2**20
 
@@ -66,3 +66,18 @@ def test_half_up_rounds_no_sum() -> None:
     v = np.concatenate([near, -near, pairs("real")[0], np.float32([np.inf, -np.inf])])
     found = jax.jit(lambda v: round_ties(v, "half_up"))(v)
     np.testing.assert_array_equal(found, np.floor(v.astype(np.float64) + 0.5))
+
+
+def test_float16_is_rounded_before_the_cast() -> None:
+    """Every float16, its neighbours, what lies half-way to the next, and beyond the largest."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    finite = np.sort(every[np.isfinite(every)])
+    middle = (finite[1:] + finite[:-1]) / 2
+    some = np.concatenate([finite, middle, np.float32([65519, 65520, 1e6, np.inf, 1e-9, 0.0])])
+    near = [np.nextafter(some, np.float32(to)) for to in (-np.inf, np.inf)]
+    v = np.concatenate([some, *near, -some])
+    expected = np.clip(v, -65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(jax.jit(to_float16)(v), expected)
+    assert np.isnan(to_float16(np.float32(np.nan)))
+    before = str(jax.make_jaxpr(to_float16)(v)).split("convert_element_type[new_dtype=float16")[0]
+    assert "reduce_precision" in before
