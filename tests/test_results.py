@@ -26,9 +26,12 @@ def test_a_step_is_measured_against_its_own_base(monkeypatch: pytest.MonkeyPatch
         bench.Contender("float", lambda: done.append("float"), "float"),
         bench.Contender("qat", lambda: done.append("qat"), "float", 1.1),
     ]
-    times = bench.measure(contenders, 3)
-    assert done == ["float", "float", "qat", "qat"] + ["float", "qat"] * 3
-    assert {name: len(values) for name, values in times.items()} == {"float": 3, "qat": 3}
+    times = bench.measure(contenders, 8)
+    assert done[:4] == ["float", "float", "qat", "qat"]
+    rounds = [tuple(done[i : i + 2]) for i in range(4, 20, 2)]
+    assert set(rounds) == {("float", "qat"), ("qat", "float")}
+    assert len(done) == 20
+    assert {name: len(values) for name, values in times.items()} == {"float": 8, "qat": 8}
     assert bench.rows(contenders, {"float": [1.0, 2.0, 4.0], "qat": [2.0, 3.0, 10.0]}) == [
         ["qat", "float", "2.00", "1.75 to 2.25", "1.10"]
     ]
