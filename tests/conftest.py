@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported; set it outside to test on an accelerator
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported; set it to cuda,cpu to test on a GPU
 
 import hypothesis
 import jax

@@ -227,7 +227,7 @@ def _cond(reader: Reader, equation: Any, operands: list[Value]) -> list[Value]:
 def _scan(reader: Reader, equation: Any, operands: list[Value]) -> list[Value]:
     """A loop of known length, step by step."""
     params = equation.params
-    length, (constants, carries) = params["length"], _roles(params)
+    length, (constants, carries) = params["length"], _operand_counts(params)
     if all(isinstance(v, Known) for v in operands):
         return reader.fold(equation, [cast(Known, v) for v in operands])
     if length > MAX_UNROLLED:
@@ -248,8 +248,8 @@ def _scan(reader: Reader, equation: Any, operands: list[Value]) -> list[Value]:
     return [*state, *(_stacked(reader, list(parts)) for parts in zip(*made, strict=True))]
 
 
-def _roles(params: Mapping[str, Any]) -> tuple[int, int]:
-    """Of the operands of a scan: how many are constants, and how many are carried. jax 0.11 has them as trees."""
+def _operand_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried; jax has them as trees from 0.11 on."""
     if "ft_in" in params:
         constants, carried, _ = params["ft_in"].unpack()
         return len(constants), len(carried)
