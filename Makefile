@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-models conformance support figures lint format wheel clean
+.PHONY: help venv demo test test-slow test-models conformance foreign support figures lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ demo: $(STAMP)  ## quantize a small MNIST network, from float to integers
 	@$(BIN)/python examples/mnist.py
 
 test: $(STAMP)  ## run the tests
-	@$(BIN)/pytest -q -n 2 --dist worksteal
+	@$(BIN)/pytest -q -n 2 --dist worksteal --durations=10
 
 test-slow: $(STAMP)  ## run only the tests marked slow
 	@$(BIN)/pytest -q -n 2 --dist worksteal -m slow
@@ -42,8 +42,14 @@ test-models: $(STAMP)  ## install torchvision, timm and transformers, and import
 conformance: $(STAMP)  ## compare every operator with the reference in bulk, write tests/conformance/RESULTS.md
 	@$(BIN)/python tests/conformance/run.py
 
-support: $(STAMP)  ## write the table of operators, docs/operators.md
+# Each tool goes into an environment of its own, which is removed in the end.
+foreign: $(STAMP)  ## install other tools and make the files in tests/foreign anew, then docs/other-tools.md
+	@$(BIN)/python tests/foreign/make/make.py
+	@PYTHONPATH=tests $(BIN)/python tests/support/foreign_files.py > .venv/tools.md && mv .venv/tools.md docs/other-tools.md
+
+support: $(STAMP)  ## write the table of operators, docs/operators.md, and the pages of help, jquant/cli/help.json
 	@$(BIN)/python -m jquant_converters.support > docs/operators.md
+	@$(BIN)/python -m jquant.cli.help > .venv/help.json && mv .venv/help.json jquant/cli/help.json
 
 # Hours on two cores; a run that was finished before is not repeated.
 figures: $(STAMP)  ## measure QAT on the checkpoints and pictures in DATA, write docs/qat-*.md

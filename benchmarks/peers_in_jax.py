@@ -24,13 +24,13 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 import jquant as jq
-from jquant.progress import track
+from jquant.host.progress import track
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
-import jax_nets  # noqa: E402
 from keeping import markdown_table  # noqa: E402
 from results import write_section  # noqa: E402
+from support import jax_nets  # noqa: E402
 from timing import THREADS, Contender, measure  # noqa: E402
 
 BATCH = 32

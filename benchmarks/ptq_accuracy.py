@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jquant as jq
-from jquant.progress import track
+from jquant.host.progress import track
 from jquant_converters import from_torch
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ from mobilenet_v2 import MEAN, STD, load_folder  # noqa: E402
 from nets import load_cifar_resnet, load_mobilenet_v2  # noqa: E402
 
 TARGET = jq.targets.NASH_E
-MSE = jq.mse()
+MSE = jq.observers.mse()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,27 +40,41 @@ class Recipe:
     `weight`   bits of the weights; the first and the last layer have 8
     `output`   bits of the values
     `axis`     "out": a scale for each output channel, None: one for the tensor
-    `method`   how scales of values follow from the histograms of calibration
+    `method`   the observer of values; None: the default
+    `recipe`   of `jq.ptq.recipe`, in the place of calibration and steps
     `relu`     relu in the place of relu6, which no channel can be scaled through: another network, equal below 6
-    `steps`    what comes between `prepare` and `lower`, in order: equalize, search, adaround, bias
+    `picture`  bits of the picture; None: those of the other values
+    `wide`     the share of the bytes that values at int16 may take, chosen by `jq.analysis.mix_precision`
+    `steps`    what comes between `prepare` and `lower`, in order: equalize, search, adaround, blocks, bias
     """
 
     name: str
     weight: int = 8
     output: int = 8
     axis: str | None = "out"
-    method: jq.Observer = MSE
+    method: jq.observers.Observer | None = MSE
+    recipe: Literal["default", "best", "fast"] | None = None
     relu: bool = False
+    picture: int | None = None
+    wide: float | None = None
     steps: tuple[str, ...] = ()
 
 
-BEST = Recipe(name="mse, weight search, bias correction", steps=("search", "bias"))
-MOBILENET = (
-    Recipe(name="min-max", method=jq.min_max()),
-    Recipe(name="percentile 99.99", method=jq.percentile(99.99)),
+BEST = Recipe(name="nmse, weight search, bias correction", method=None, steps=("search", "bias"))
+OBSERVERS = (
+    Recipe(name="default (nmse)", method=None),
+    Recipe(name="min-max", method=jq.observers.min_max()),
+    Recipe(name="mean of maxima", method=jq.observers.mean_of_maxima()),
+    Recipe(name="percentile 99.99", method=jq.observers.percentile(99.99)),
     Recipe(name="mse"),
+)
+RECIPES = tuple(Recipe(name=f'jq.ptq.recipe("{name}")', method=None, recipe=name) for name in jq.ptq.RECIPES)
+MOBILENET = (
+    *OBSERVERS,
+    Recipe(name="mse, weight search, bias correction", steps=("search", "bias")),
     BEST,
-    replace(BEST, name="the same, int16 values", output=16),
+    *RECIPES,
+    replace(BEST, name="int16 values, nmse, weight search, bias correction", output=16),
     Recipe(name="per tensor", axis=None),
     Recipe(name="per tensor, relu for relu6", axis=None, relu=True),
     Recipe(name="per tensor, relu for relu6, equalized", axis=None, relu=True, steps=("equalize",)),
@@ -74,11 +88,13 @@ MOBILENET = (
     Recipe(name="nearest, bias correction", weight=4, steps=("search", "bias")),
     Recipe(name="adaround", weight=4, steps=("search", "adaround")),
     Recipe(name="adaround, bias correction", weight=4, steps=("search", "adaround", "bias")),
+    Recipe(name="block reconstruction, bias correction", weight=4, steps=("search", "blocks", "bias")),
+    Recipe(name="int16 for 10 % of the bytes", method=None, wide=0.1, steps=("search", "bias")),
 )
 RESNET = (
-    Recipe(name="min-max", method=jq.min_max()),
-    Recipe(name="mse"),
+    *OBSERVERS,
     BEST,
+    *RECIPES,
     Recipe(name="per tensor", axis=None),
     Recipe(name="per tensor, equalized", axis=None, steps=("equalize",)),
     *(
@@ -89,6 +105,16 @@ RESNET = (
             ("nearest, bias correction", ("search", "bias")),
             ("adaround", ("search", "adaround")),
             ("adaround, bias correction", ("search", "adaround", "bias")),
+            ("block reconstruction", ("search", "blocks")),
+            ("block reconstruction, bias correction", ("search", "blocks", "bias")),
+        )
+    ),
+    *(
+        Recipe(name=f"picture int8, {name}", weight=4, output=4, picture=8, steps=steps)
+        for name, steps in (
+            ("nearest", ("search",)),
+            ("adaround, bias correction", ("search", "adaround", "bias")),
+            ("block reconstruction", ("search", "blocks")),
         )
     ),
 )
@@ -135,8 +161,8 @@ def in_batches(images: np.ndarray, size: int) -> list:
     return [jnp.asarray(images[i : i + size]) for i in range(0, len(images), size)]
 
 
-def classes(run: Callable, images: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([np.asarray(run(batch)).argmax(-1) for batch in in_batches(images, size)])
+def logits(run: Callable, images: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([np.asarray(run(batch)) for batch in in_batches(images, size)])
 
 
 def without_relu6(graph: jq.Graph) -> jq.Graph:
@@ -146,73 +172,115 @@ def without_relu6(graph: jq.Graph) -> jq.Graph:
 
 def qconfig(graph: jq.Graph, recipe: Recipe) -> jq.QConfig:
     layers = [n.name for n in graph.nodes if n.op.weight_roles]
-    output = {8: jq.int8, 16: jq.int16, 4: jq.int4}[recipe.output](observer=jq.histogram())
+    values = {8: jq.int8, 16: jq.int16, 4: jq.int4}
+    output = values[recipe.output](observer=recipe.method)
     rules = {"*": jq.Policy(weight=jq.QuantSpec(dtype=f"int{recipe.weight}", axis=recipe.axis), output=output)}
     ends = jq.Policy(weight=jq.int8(axis=recipe.axis))
-    return jq.QConfig(rules | {layers[0]: ends, layers[-1]: ends})
+    picture = {} if recipe.picture is None else {graph.inputs[0].name: jq.Policy(output=values[recipe.picture]())}
+    return jq.QConfig(rules | picture | {layers[0]: ends, layers[-1]: ends})
 
 
-def quantized(graph: jq.Graph, float_params: dict, recipe: Recipe, batches: list, steps: int) -> Callable:
-    """A function from images to logits: the integers, or fake-quant for formats that the chip has not."""
+def quantized(graph: jq.Graph, float_params: dict, recipe: Recipe, batches: list, steps: int) -> dict[str, Callable]:
+    """{meaning: a function from images to logits}: fake-quant, and the integers where the chip has the formats."""
     graph = without_relu6(graph) if recipe.relu else graph
     target = TARGET if recipe.output >= 8 else jq.targets.NASH_P  # for fake-quant alone
-    plan, params = jq.prepare(graph, float_params, qconfig(graph, recipe), target=target)
+    rules = qconfig(graph, recipe)
+    if recipe.wide is not None:
+        mixed = jq.analysis.mix_precision(graph, float_params, rules, batches, target=target, share=recipe.wide)
+        print(mixed)
+        rules = jq.QConfig({**rules.rules, **mixed.rules()})
+    model = tuned(jq.prepare(graph, float_params, rules, target=target), recipe, batches, steps)
+    found: dict[str, Callable] = {"fake-quant": lambda x: jq.apply(model, x)}
+    if recipe.output >= 8:
+        program = jq.lower(model)
+        found["integer"] = lambda x: jq.run(program, x)
+    return found
+
+
+def tuned(model: jq.Model, recipe: Recipe, batches: list, steps: int) -> jq.Model:
+    """The model calibrated by a recipe."""
+    if recipe.recipe:
+        found = jq.ptq.recipe(recipe.recipe, model, batches, steps=steps)
+        print(found)
+        return found.model
     if "equalize" in recipe.steps:
-        params = jq.ptq.equalize(plan, params)
-    qparams = jq.reset_scale(plan, params, jq.collect(plan, params, batches), recipe.method)
-    before = params
+        model = jq.ptq.equalize(model)
+    model = before = jq.calibrate(model, batches)
     for step in recipe.steps:
         match step:
             case "search":
-                qparams = jq.ptq.search_weight_scales(plan, params, qparams)
+                model = jq.ptq.search_weight_scales(model)
             case "adaround":
-                params = jq.ptq.adaround(plan, params, qparams, batches, steps=steps)
+                model = jq.ptq.adaround(model, batches, steps=steps)
+            case "blocks":
+                model = jq.ptq.reconstruct_blocks(model, batches, steps=steps)
             case "bias":
-                params = jq.ptq.correct_bias(plan, params, qparams, batches, reference=before)
-    if recipe.output < 8:
-        return lambda x: jq.apply(plan, params, qparams, x)
-    program = jq.lower(plan, params, qparams)
-    return lambda x: jq.run(program, x)
+                model = jq.ptq.correct_bias(model, batches, reference=before)
+    return model
 
 
 class Row(NamedTuple):
+    """A recipe under a meaning; a figure for each seed."""
+
     task: str
     recipe: Recipe
+    runs: str
     float_accuracy: tuple[float, ...]
     accuracy: tuple[float, ...]
+    agreement: tuple[float, ...]  # %, of the classes of float and quantized
+    sqnr: tuple[float, ...]  # dB, of the logits
 
     @property
     def cells(self) -> tuple[str, ...]:
         loss = np.subtract(self.float_accuracy, self.accuracy)
         what = f"W{self.recipe.weight}A{self.recipe.output}"
-        runs = "integer" if self.recipe.output >= 8 else "fake-quant"
-        return (what, self.recipe.name, runs, mean(self.float_accuracy), mean(self.accuracy), mean(loss))
+        figures = (self.float_accuracy, self.accuracy, loss, self.agreement, self.sqnr)
+        return (what, self.recipe.name, self.runs, *map(mean, figures))
+
+
+def figures(wanted: np.ndarray, got: np.ndarray, labels: np.ndarray) -> tuple[float, float, float, float]:
+    """Accuracy of float and quantized, their agreement (%), and the SQNR of the logits (dB)."""
+    classes, found = wanted.argmax(-1), got.argmax(-1)
+    shares = (100 * float(np.mean(a == b)) for a, b in ((classes, labels), (found, labels), (found, classes)))
+    noise = np.sum(np.square(np.float64(got) - wanted))
+    return (*shares, float(10 * np.log10(np.sum(np.square(np.float64(wanted))) / max(noise, 1e-30))))
 
 
 def mean(values: np.ndarray | tuple[float, ...]) -> str:
     return f"{np.mean(values):.2f} ({np.min(values):.2f} to {np.max(values):.2f})"
 
 
-COLUMNS = ("format", "recipe", "run as", "float, top-1 %", "quantized, top-1 %", "loss, points")
+COLUMNS = (
+    "format",
+    "recipe",
+    "run as",
+    "float, top-1 %",
+    "quantized, top-1 %",
+    "loss, points",
+    "agrees with float, %",
+    "SQNR of the logits, dB",
+)
 
 
 def measure(task: Task, data: Path, seeds: list[int], wanted: str, steps: int, console: Console) -> list[Row]:
     net, images, labels, free = task.load(data)
     graph, params = from_torch(net, (torch.zeros(1, *images.shape[1:]),))
-    plain, folded = jq.prepare(graph, params, jq.QConfig({"*": None}), target=TARGET)
-    baseline = classes(lambda x: jq.apply(plain, folded, {}, x, mode="float"), images[:free], task.batch)
+    plain = jq.prepare(graph, params, jq.QConfig({"*": None}), target=TARGET)
+    baseline = logits(lambda x: jq.apply(plain, x, mode="float"), images[:free], task.batch)
     rows = []
     for recipe in track([r for r in task.recipes if wanted in f"W{r.weight}A{r.output} {r.name}"], task.title):
-        found: list[tuple[float, float]] = []
+        found: dict[str, list[tuple[float, ...]]] = {}
         for seed in seeds:
             calibrating, measuring = split(labels, free, task.calibration, seed)
-            run = quantized(graph, params, recipe, in_batches(images[calibrating], task.batch), steps)
-            got = classes(run, images[measuring], task.batch)
-            right = labels[measuring]
-            found.append((100 * float((baseline[measuring] == right).mean()), 100 * float((got == right).mean())))
-        rows.append(Row(task.title, recipe, *zip(*found, strict=True)))
+            for runs, run in quantized(
+                graph, params, recipe, in_batches(images[calibrating], task.batch), steps
+            ).items():
+                got = logits(run, images[measuring], task.batch)
+                found.setdefault(runs, []).append(figures(baseline[measuring], got, labels[measuring]))
+        for runs, by_seed in found.items():
+            rows.append(Row(task.title, recipe, runs, *zip(*by_seed, strict=True)))
+            console.print(*rows[-1].cells, sep=" | ")
         jax.clear_caches()  # no recipe runs what another one compiled
-        console.print(*rows[-1].cells, sep=" | ")
     return rows
 
 
@@ -223,15 +291,15 @@ def markdown(rows: list[Row], seeds: list[int], steps: int) -> str:
         "Written by `python benchmarks/ptq_accuracy.py --data DIR`. Mean over the seeds",
         f"{', '.join(map(str, seeds))} (smallest to largest); a seed decides which images calibrate. Float is measured",
         "on the images of the quantized net. Weights have a scale per output channel where nothing else is said, the",
-        "first and the last layer 8 bits; values take the scale of least squared error;",
-        f"AdaRound takes {steps} steps. The chip has no 4-bit values: W4A4 is fake-quant, with signed values behind a",
-        "relu as well.",
+        "first and the last layer 8 bits. Values take the scale of least squared error where no observer is named.",
+        f"AdaRound takes {steps} steps, and so does each block. The chip has no 4-bit values: W4A4 is fake-quant,",
+        "with signed values behind a relu as well; the picture has 4 bits too unless the recipe says otherwise.",
         "Integers are the simulated nash-e program; nothing here was compared with a board.",
     ]
     for title in dict.fromkeys(row.task for row in rows):
         task = next(t for t in TASKS.values() if t.title == title)
         lines += ["", f"## {title}", "", f"{task.calibration} images calibrate.", ""]
-        lines += [f"| {' | '.join(COLUMNS)} |", "|---|---|---|---:|---:|---:|"]
+        lines += [f"| {' | '.join(COLUMNS)} |", "|---|---|---|---:|---:|---:|---:|---:|"]
         lines += [f"| {' | '.join(row.cells)} |" for row in rows if row.task == title]
     return "\n".join(lines) + "\n"
 
@@ -242,7 +310,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--recipes", default="", help="only those whose format and name contain this")
-    parser.add_argument("--steps", type=int, default=300, help="of AdaRound")
+    parser.add_argument("--steps", type=int, default=300, help="of AdaRound, and of each block")
     parser.add_argument("--no-write", action="store_true", help="do not write PTQ.md")
     options = parser.parse_args(argv)
     if not options.data.is_dir():

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jquant as jq
-from jquant.progress import track
+from jquant.host.progress import track
 from jquant_converters import from_torch
 
 HERE = Path(__file__).parent
@@ -144,7 +144,7 @@ class Net(NamedTuple):
 def rules(values: Values) -> dict[str, jq.Policy | None]:
     if values == "float":
         return {"*": None}
-    spec = (jq.int16 if values == "int16" else jq.int8)(quantizer=jq.lsq, observer=jq.histogram())
+    spec = (jq.int16 if values == "int16" else jq.int8)(quantizer=jq.lsq, observer=jq.observers.histogram())
     return {"*": jq.Policy(weight=jq.int8(axis="out", quantizer=jq.lsq), output=spec)}
 
 
@@ -152,12 +152,12 @@ def mixed_rules(net: Net, frames: list[jax.Array]) -> dict[str, jq.Policy | None
     """int16 for the values that lose most at int8, within a budget of bytes; chosen once, and kept."""
     every = rules("int8")
     if (kept := read_kept(KEPT, "int16_values")) is None:
-        plan, params = jq.prepare(net.graph, net.params, jq.QConfig(every), target=NASH)
-        qparams = calibrate(plan, params, frames)
+        model = jq.prepare(net.graph, net.params, jq.QConfig(every), target=NASH)
+        model = calibrate(model, frames)
         ranking = jq.analysis.sensitivity(
-            plan, params, qparams, [frames[0][:1]], metric="mse", kinds=("activation",), activations=("int8", "int16")
+            model, [frames[0][:1]], metric="mse", kinds=("activation",), activations=("int8", "int16")
         )
-        choose = partial(jq.analysis.search_mixed_precision, plan, ranking, cost="bytes")
+        choose = partial(jq.analysis.search_mixed_precision, model, ranking, cost="bytes")
         found = choose(budget=BUDGET * choose(budget=math.inf).lowest)
         kept = {"names": [name for name, rule in found.rules().items() if rule is not None]}
         keep(KEPT, "int16_values", kept)
@@ -166,9 +166,9 @@ def mixed_rules(net: Net, frames: list[jax.Array]) -> dict[str, jq.Policy | None
     return every | {name: jq.Policy(output=everywhere.output) for name in kept["names"]}
 
 
-def calibrate(plan: jq.Plan, params: dict, frames: list[jax.Array]) -> dict:
-    qparams = jq.reset_scale(plan, params, jq.collect(plan, params, frames), jq.mse())
-    return jq.ptq.search_weight_scales(plan, params, qparams)
+def calibrate(model: jq.Model, frames: list[jax.Array]) -> jq.Model:
+    model = jq.calibration.reset_scale(model, jq.calibration.collect(model, frames), jq.observers.mse())
+    return jq.ptq.search_weight_scales(model)
 
 
 def batches(frames: Frames, steps: int, seed: int) -> Iterator[Batch]:
@@ -195,20 +195,20 @@ def loss_of(labels: np.ndarray) -> Callable[[jax.Array, Batch], jax.Array]:
     return loss
 
 
-def quantized(net: Net, train: Frames, run: Run, mixed: Callable[[], dict]) -> tuple[jq.Plan, dict, dict]:
-    """A plan with calibrated, and where the run says so trained, parameters."""
+def quantized(net: Net, train: Frames, run: Run, mixed: Callable[[], dict]) -> jq.Model:
+    """A model with calibrated, and where the run says so trained, parameters."""
     frames = calibrating(train, run.seed)
     chosen = mixed() if run.values == "mixed" else rules(run.values)
-    plan, params = jq.prepare(net.graph, net.params, jq.QConfig(chosen), target=NASH)
-    qparams = calibrate(plan, params, frames) if run.values != "float" else {}
+    model = jq.prepare(net.graph, net.params, jq.QConfig(chosen), target=NASH)
+    model = calibrate(model, frames) if run.values != "float" else model
     if not run.steps:
-        return plan, params, qparams
+        return model
     rate = jq.training.cosine_decay(RATE, steps=run.steps)
-    tx = jq.training.make_optimizer(plan, optimizer="adamw", learning_rate=rate, scale_rate=rate, clip=1.0)
-    state = jq.TrainState.create(plan, params, qparams, tx=tx)
-    step = jq.training.make_step(plan, loss_of(train.labels), mode="float" if run.values == "float" else "qat")
+    tx = jq.training.make_optimizer(model, optimizer="adamw", learning_rate=rate, scale_rate=rate, clip=1.0)
+    state = jq.TrainState.create(model, tx=tx)
+    step = jq.training.make_step(loss_of(train.labels), mode="float" if run.values == "float" else "fake_quant")
     state, _ = jq.training.fit(step, state, batches(train, run.steps, run.seed), total=run.steps, report_every=5)
-    return plan, state.params, jq.raise_collapsed_scales(plan, state.params, state.qparams)
+    return jq.training.raise_collapsed_scales(state.model)
 
 
 def calibrating(train: Frames, seed: int) -> list[jax.Array]:
@@ -216,11 +216,11 @@ def calibrating(train: Frames, seed: int) -> list[jax.Array]:
     return [jnp.asarray(chosen[i : i + 4]) for i in range(0, len(chosen), 4)]
 
 
-def runner(plan: jq.Plan, params: dict, qparams: dict, values: Values) -> Callable[[jax.Array], jax.Array]:
+def runner(model: jq.Model, values: Values) -> Callable[[jax.Array], jax.Array]:
     """The float net, or the integers."""
     if values == "float":
-        return lambda x: jq.apply(plan, params, qparams, x, mode="float")
-    program = jq.lower(plan, params, qparams)
+        return lambda x: jq.apply(model, x, mode="float")
+    program = jq.lower(model)
     return lambda x: jq.run(program, x)
 
 
@@ -289,16 +289,20 @@ def draw(test: Frames, shown: dict[str, np.ndarray], chosen: list[int], path: Pa
 def measure(net: Net, train: Frames, test: Frames, wanted: list[Run], console: Console) -> dict[Run, Outcome]:
     """Runs what is not kept. Of each, the classes of the frames that are shown are kept beside it."""
     mixed = cache(lambda: mixed_rules(net, calibrating(train, wanted[0].seed)))
-    plain, folded = jq.prepare(net.graph, net.params, jq.QConfig({"*": None}), target=NASH)
-    reference = segment(runner(plain, folded, {}, "float"), test.images)
+    plain = jq.prepare(net.graph, net.params, jq.QConfig({"*": None}), target=NASH)
+    reference = segment(runner(plain, "float"), test.images)
     outcomes = {}
     for run in track(wanted, "ESPNet"):
         if (kept := read_kept(KEPT, run.name)) is not None:
             outcomes[run] = Outcome(**kept)
         else:
-            plan, params, qparams = quantized(net, train, run, mixed)
-            found = segment(runner(plan, params, qparams, run.values), test.images)
-            wide = [spec is not None and spec.dtype == "int16" for name in plan.owned for spec in (plan.values[name],)]
+            model = quantized(net, train, run, mixed)
+            found = segment(runner(model, run.values), test.images)
+            wide = [
+                spec is not None and spec.dtype == "int16"
+                for name in model.plan.owned
+                for spec in (model.plan.values[name],)
+            ]
             outcomes[run] = Outcome(
                 intersection_over_union(found, test.labels),
                 100 * float((found == reference).mean()),

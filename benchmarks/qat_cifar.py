@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jquant as jq
-from jquant.progress import track
+from jquant.host.progress import track
 from jquant_converters import from_torch
 
 HERE = Path(__file__).parent
@@ -38,7 +38,12 @@ BATCH, CALIBRATION = 64, 256
 RATE = 0.01  # a tenth of the rate of float training
 RATES = (RATE, 0.001)  # of the table of batch norms
 BATCH_NORMS = ("fold", "live", "frozen", "reverse_fold")
-QUANTIZERS = {"fake_quant": jq.fake_quant, "pact": jq.pact, "lsq": jq.lsq, "lsq_plus": jq.lsq_plus}
+QUANTIZERS = {
+    "fake_quant": jq.fake_quant,
+    "pact": jq.pact,
+    "lsq": jq.lsq,
+    "lsq_plus": jq.lsq_plus,
+}
 TITLES = {"fake_quant": "fake-quant", "pact": "PACT", "lsq": "LSQ", "lsq_plus": "LSQ+"}
 WIDTHS = (8, 4, 3, 2)
 KEPT = "qat_cifar"
@@ -133,8 +138,11 @@ def qconfig(graph: jq.Graph, run: Run) -> jq.QConfig:
     """Values behind a relu are unsigned below 8 bits; at 8 bits they are int8, which the chip has."""
     if not run.bits:
         return jq.QConfig({"*": None})
-    of_values = {"quantizer": QUANTIZERS[run.quantizer], "observer": jq.histogram()}
-    of_weights = {"quantizer": jq.lsq if run.quantizer.startswith("lsq") else jq.fake_quant, "axis": "out"}
+    of_values = {"quantizer": QUANTIZERS[run.quantizer], "observer": jq.observers.histogram()}
+    of_weights = {
+        "quantizer": jq.lsq if run.quantizer.startswith("lsq") else jq.fake_quant,
+        "axis": "out",
+    }
     value = jq.QuantSpec(dtype="int8" if run.bits == 8 else f"uint{run.bits}", **of_values)
     layers = [n.name for n in graph.nodes if n.op.weight_roles]
     ends = jq.Policy(weight=jq.int8(**of_weights))
@@ -148,11 +156,11 @@ def qconfig(graph: jq.Graph, run: Run) -> jq.QConfig:
     )
 
 
-def calibrated(plan: jq.Plan, params: dict, data: Data, seed: int) -> dict:
-    """Scales of least squared error, of values and of weights."""
+def calibrated(model: jq.Model, data: Data, seed: int) -> jq.Model:
+    """With scales of least squared error, of values and of weights."""
     chosen = data.train[np.random.default_rng(seed).permutation(len(data.train))[:CALIBRATION]]
-    stats = jq.collect(plan, params, [jnp.asarray(chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)])
-    return jq.ptq.search_weight_scales(plan, params, jq.reset_scale(plan, params, stats, jq.mse()))
+    stats = jq.calibration.collect(model, [jnp.asarray(chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)])
+    return jq.ptq.search_weight_scales(jq.calibration.reset_scale(model, stats, jq.observers.mse()))
 
 
 def accuracy(run: Callable[[jax.Array], jax.Array], data: Data, size: int = 250) -> float:
@@ -167,22 +175,22 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
 
 def train(graph: jq.Graph, float_params: dict, data: Data, run: Run) -> Outcome:
     target = jq.targets.NASH_E if run.bits in (0, 8) else jq.targets.NASH_P  # the latter for fake-quant alone
-    plan, params = jq.prepare(graph, float_params, qconfig(graph, run), target=target, batch_norm=run.batch_norm)
-    qparams = calibrated(plan, params, data, run.seed) if run.bits else {}
-    mode: Any = "validation" if run.bits else "float"
-    before = accuracy(lambda x: jq.apply(plan, params, qparams, x, mode=mode), data)
+    model = jq.prepare(graph, float_params, qconfig(graph, run), target=target, batch_norm=run.batch_norm)
+    model = calibrated(model, data, run.seed) if run.bits else model
+    mode: Any = "fake_quant" if run.bits else "float"
+    before = accuracy(lambda x: jq.apply(model, x, mode=mode), data)
 
     steps = run.epochs * (len(data.train) // BATCH)
     rate = jq.training.cosine_decay(run.rate, steps=steps)
-    tx = jq.training.make_optimizer(plan, learning_rate=rate, weight_decay=1e-4)
-    state = jq.TrainState.create(plan, params, qparams, tx=tx)
-    step = jq.training.make_step(plan, cross_entropy, mode="qat" if run.bits else "float")
+    tx = jq.training.make_optimizer(model, learning_rate=rate, weight_decay=1e-4)
+    state = jq.TrainState.create(model, tx=tx)
+    step = jq.training.make_step(cross_entropy, mode="fake_quant" if run.bits else "float")
     state, history = jq.training.fit(step, state, batches(data, run), total=steps, report_every=10)
 
-    after = accuracy(lambda x: jq.apply(plan, state.params, state.qparams, x, mode=mode), data)
+    after = accuracy(lambda x: jq.apply(state.model, x, mode=mode), data)
     integer = None
     if run.bits == 8 and run.quantizer != "lsq_plus":  # no march has a zero point
-        program = jq.lower(plan, state.params, state.qparams)
+        program = jq.lower(state.model)
         integer = accuracy(lambda x: jq.run(program, x), data)
     return Outcome(before, after, integer, history.metrics["loss"])
 

@@ -46,13 +46,13 @@ def own_steps(net: torch.nn.Module, data: Data) -> list[Contender]:
     graph, raw = from_torch(net, (torch.zeros(1, 3, 32, 32),))
     batch = jnp.asarray(data.images), jnp.asarray(data.labels)
 
-    def step(quantizer: jq.Quantizer, mode: Any, batch_norm: Any = "fold") -> Step:
+    def step(quantizer: jq.quantizers.Quantizer, mode: Any, batch_norm: Any = "fold") -> Step:
         spec = {"quantizer": quantizer}
         rules = {"*": jq.Policy(weight=jq.int8(axis="out", **spec), output=jq.int8(**spec))}
-        plan, params = jq.prepare(graph, raw, jq.QConfig(rules), target=jq.targets.NASH_E, batch_norm=batch_norm)
-        qparams = jq.calibrate(plan, params, [batch[0]])
-        state = jq.TrainState.create(plan, params, qparams, tx=optax.sgd(1e-5, momentum=0.9))
-        one = jq.training.make_step(plan, cross_entropy, mode=mode)
+        model = jq.prepare(graph, raw, jq.QConfig(rules), target=jq.targets.NASH_E, batch_norm=batch_norm)
+        model = jq.calibrate(model, [batch[0]])
+        state = jq.TrainState.create(model, tx=optax.sgd(1e-5, momentum=0.9))
+        one = jq.training.make_step(cross_entropy, mode=mode)
 
         def run() -> None:
             nonlocal state
@@ -64,11 +64,11 @@ def own_steps(net: torch.nn.Module, data: Data) -> list[Contender]:
     folded, live = "jquant float, batch norm folded", "jquant float, batch norm live"
     return [
         Contender(folded, step(jq.fake_quant, "float"), "torch float, batch norm folded", 1.2),
-        Contender("jquant fake-quant, folded", step(jq.fake_quant, "qat"), folded, 1.10),
-        Contender("jquant LSQ, folded", step(jq.lsq, "qat"), folded, 1.15),
+        Contender("jquant fake-quant, folded", step(jq.fake_quant, "fake_quant"), folded, 1.10),
+        Contender("jquant LSQ, folded", step(jq.lsq, "fake_quant"), folded, 1.15),
         Contender("jquant bit-true, folded", step(jq.fake_quant, "bit_true"), folded, 1.8),
         Contender(live, step(jq.fake_quant, "float", "live"), "torch float, batch norm live", 1.2),
-        Contender("jquant LSQ, live", step(jq.lsq, "qat", "live"), live, 1.15),
+        Contender("jquant LSQ, live", step(jq.lsq, "fake_quant", "live"), live, 1.15),
     ]
 
 

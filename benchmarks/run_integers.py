@@ -47,14 +47,14 @@ def contenders_of(workload: Workload) -> list[Contender]:
     data = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     graph, raw = from_torch(workload.net, (torch.from_numpy(data[:1]),))
     config = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
-    plan, params = jq.prepare(graph, raw, config, target=jq.targets.NASH_E)
+    model = jq.prepare(graph, raw, config, target=jq.targets.NASH_E)
     x = jnp.asarray(data)
-    qparams = jq.calibrate(plan, params, [x[:1]])
-    program = jq.lower(plan, params, qparams)
-    own = jax.jit(lambda p, x: jq.apply(plan, p, qparams, x, mode="float"))
+    model = jq.calibrate(model, [x[:1]])
+    program = jq.lower(model)
+    own = jax.jit(lambda p, x: jq.apply(model.replace(params=p), x, mode="float"))
     base = f"jquant float, {workload.name}"
     found = [
-        Contender(base, _waited(lambda: own(params, x)), base),
+        Contender(base, _waited(lambda: own(model.params, x)), base),
         Contender(f"jquant integers, {workload.name}", _waited(lambda: jq.run(program, x)), base),
     ]
     if jax.default_backend() == "cpu":

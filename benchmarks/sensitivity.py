@@ -20,8 +20,9 @@ import numpy as np
 import jquant as jq
 from jquant import analysis
 from jquant.analysis.metrics import sqnr
-from jquant.ir.evaluate import evaluate
-from jquant.simulate import fake_quant_tap, float_rule
+from jquant.graph.evaluate import evaluate
+from jquant.graph.float import float_rule
+from jquant.meanings.fake_quant import fake_quant_tap
 
 
 def small() -> tuple[jq.Graph, dict, tuple[int, ...]]:
@@ -40,19 +41,18 @@ def mobilenet() -> tuple[jq.Graph, dict, tuple[int, ...]]:
     return *from_torch(load_mobilenet_v2(), (torch.zeros(1, 3, 64, 64),)), (3, 64, 64)
 
 
-def compiling_loop(plan: jq.Plan, params: dict, qparams: dict, x: jax.Array) -> None:
+def compiling_loop(model: jq.Model, x: jax.Array) -> None:
     """A compilation and an evaluation for each quantizer."""
-    (output,) = plan.graph.outputs
-    tap = fake_quant_tap(plan, qparams)
-    baseline = jq.apply(plan, params, qparams, x, mode="float")
-    for name in plan.owned:
+    (output,) = model.plan.graph.outputs
+    tap = fake_quant_tap(model.plan, model.qparams)
+    baseline = jq.apply(model, x, mode="float")
+    for name in model.plan.owned:
 
         @jax.jit
         def run(x: jax.Array, on: str = name) -> jax.Array:
-            inputs = {plan.graph.inputs[0].name: x}
-            return evaluate(
-                plan.graph, inputs, float_rule(plan.graph, params), lambda n, v: tap(n, v) if n == on else v
-            )[output]
+            inputs = {model.plan.graph.inputs[0].name: x}
+            rule = float_rule(model.plan.graph, model.params)
+            return evaluate(model.plan.graph, inputs, rule, lambda n, v: tap(n, v) if n == on else v)[output]
 
         float(sqnr(baseline, run(x)))
 
@@ -67,16 +67,16 @@ def main() -> None:
     graph, params, shape = {"small": small, "mobilenet": mobilenet}[options.net]()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(options.batch, *shape)), jnp.float32)
     config = jq.QConfig(jq.templates.int8_default())
-    plan, params = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
-    qparams = jq.calibrate(plan, params, [x])
+    model = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
+    model = jq.calibrate(model, [x])
 
     def lanes(count: int) -> None:
-        analysis.sensitivity(plan, params, qparams, [x], kinds=["activation"], lanes=count)
+        analysis.sensitivity(model, [x], kinds=["activation"], lanes=count)
 
     runs: dict[str, Callable[[], None]] = {
         "lanes": lambda: lanes(options.lanes),
         "loop, compiled once": lambda: lanes(1),
-        "loop, compiled each": lambda: compiling_loop(plan, params, qparams, x),
+        "loop, compiled each": lambda: compiling_loop(model, x),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
@@ -87,7 +87,7 @@ def main() -> None:
             seconds[name].append(time.process_time() - start)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = {f"lanes / {name}": medians["lanes"] / m for name, m in medians.items() if name != "lanes"}
-    print(json.dumps({"quantizers": len(plan.owned), "cpu seconds": medians, "ratios": ratios}, indent=1))
+    print(json.dumps({"quantizers": len(model.plan.owned), "cpu seconds": medians, "ratios": ratios}, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from keeping import markdown_table
 from rich.console import Console
 from rich.table import Table
 
-from jquant.progress import track
+from jquant.host.progress import track
 
 THREADS = os.cpu_count() or 1
 Step = Callable[[], Any]  # one step, waited for

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from jquant.types import Array, ConversionError, FormatError, Graph, Plan
+from jquant.types import Array, ConversionError, FormatError, Graph, Model
 
 from .torch_import import from_torch
 from .torch_out.module import to_torch
@@ -54,7 +54,7 @@ def _load(module: torch.nn.Module, path: Path) -> None:
         raise FormatError(f"{path}: {error}") from error
 
 
-def torch_archive(plan: Plan | Graph, params: Mapping[str, Array], qparams: Mapping[str, Array] | None = None) -> bytes:
+def torch_archive(source: Model | Graph, params: Mapping[str, Array] | None = None) -> bytes:
     """`to_torch` as the bytes of a .pt2 archive, with a symbolic batch.
 
     `torch.export.load` reads it once `import torch.ao.quantization.fx._decomposed` has defined the operators.
@@ -62,14 +62,14 @@ def torch_archive(plan: Plan | Graph, params: Mapping[str, Array], qparams: Mapp
     Raises:
       ConversionError: as `to_torch`.
     """
-    graph = plan if isinstance(plan, Graph) else plan.graph
+    graph = source if isinstance(source, Graph) else source.plan.graph
     inputs = tuple(
         torch.zeros([2 if n is None else n for n in entry.shape], dtype=getattr(torch, entry.dtype))
         for entry in graph.inputs
     )
     batch = torch.export.Dim("batch", min=1)
     dynamic = tuple({0: batch} if entry.shape[:1] == (None,) else None for entry in graph.inputs)
-    module = to_torch(plan, params, qparams)
+    module = to_torch(source, params)
     program = torch.export.export(module, inputs, dynamic_shapes=(dynamic,) if _takes_any(module) else dynamic)
     stream = io.BytesIO()
     torch.export.save(program, stream)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-import jax
 import torch
 from torch.fx import Node as FxNode
 
-from jquant.ops.base import eval_float
-from jquant.ops.compare import MaskedFill
-from jquant.ops.composite import Softmax
+from jquant.graph.float import result_type
 from jquant.ops.elementwise import IntegerConstant
 from jquant.ops.indexing import Slice
 from jquant.ops.movement import Reshape, Stack
 from jquant.types import Input, JQuantError, Op
 
-from .aten import VERY_NEGATIVE, Unsupported
-from .exact import DTYPES, takes_exact
+from .aten import Unsupported
+from .exact import DTYPES
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,20 +67,6 @@ def integer_constant(tensor: torch.Tensor) -> IntegerConstant:
     return IntegerConstant(shape=tuple(tensor.shape), values=tuple(int(v) for v in values), dtype=dtype)
 
 
-def join_mask(draft: Draft) -> None:
-    """Softmax of scores that a mask filled with something very negative: the mask becomes an operand of it.
-
-    Its integer form is exact there, while the fill would be the smallest integer, which may be near the scores.
-    """
-    filled = draft.operands[0] if draft.operands else None
-    if not isinstance(draft.op, Softmax) or not isinstance(filled, Draft) or not isinstance(filled.op, MaskedFill):
-        return
-    scores = filled.operands[0]
-    grows = isinstance(scores, Draft) and scores.value.shape != filled.value.shape  # the mask broadcasts the scores
-    if filled.op.value <= VERY_NEGATIVE and not grows:
-        draft.operands = filled.operands
-
-
 def unchanged(draft: Draft) -> Draft | None:
     """What a draft only takes apart again: the one state of a stack of one, or a slice of everything."""
     source = draft.operands[0] if draft.operands else None
@@ -103,21 +85,14 @@ def evaluate(draft: Draft, batch: int) -> Any:
     for operand in draft.operands:
         value = operand.value if isinstance(operand, Draft) else operand
         dtype = str(value.dtype)
-        if dtype != "float32" and not takes_exact(draft.op):
+        if dtype != "float32" and not draft.op.takes_exact:
             raise Unsupported(f"{type(draft.op).__name__} of {dtype}; convert it to float32 before")
         operands.append((tuple(batch if n is None else n for n in value.shape), dtype))
     params = tuple((role, tuple(p.tensor.shape)) for role, p in draft.params.items())
     try:
-        return _shape_of_op(draft.op, tuple(operands), params)
+        return result_type(draft.op, tuple(operands), params)
     except (JQuantError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise Unsupported(str(error).splitlines()[0]) from error
-
-
-@lru_cache(maxsize=4096)
-def _shape_of_op(op: Op, operands: tuple[Any, ...], params: tuple[Any, ...]) -> Any:
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands]
-    weights = {role: jax.ShapeDtypeStruct(shape, "float32") for role, shape in params}
-    return jax.eval_shape(lambda a, w: eval_float(op, *a, **w), arrays, weights)
 
 
 def check_value(draft: Draft, expected: torch.Tensor) -> None:

@@ -1,8 +1,6 @@
-"""Exact values: masks, indices and pixels, which are never quantized. What torch calls them, and who takes them."""
+"""Exact values: masks, indices and pixels, which are never quantized. What torch calls them."""
 
 import torch
-
-from .exact_values import takes_exact
 
 # Of values in the graph. Integers of any width are int32 there.
 DTYPES = {
@@ -14,5 +12,3 @@ DTYPES = {
     torch.int32: "int32",
     torch.int64: "int32",
 }
-
-__all__ = ["DTYPES", "takes_exact"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -11,10 +12,15 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from jquant.types import ConversionError
 
 from .exact import DTYPES
+
+OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)  # which are read as float32
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+_FLOAT = ("FloatFunctional", "FXFloatFunctional")  # float modules that torch keeps in a package of _QUANTIZED
 
 
 def check_arguments(example_inputs: Any, dynamic_batch: bool) -> tuple[Any, ...]:
@@ -25,8 +31,15 @@ def check_arguments(example_inputs: Any, dynamic_batch: bool) -> tuple[Any, ...]
         raise ConversionError("example_inputs is empty; pass the forward's arguments, such as (x,)")
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
+            if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+                raise ConversionError(
+                    f"example input {i} is a {type(leaf).__name__}; give it as torch.from_numpy(array)"
+                )
             raise ConversionError(f"example input {i} is {leaf!r}, not a tensor; wrap the module to fix this argument")
-        if leaf.dtype not in DTYPES:
+        if leaf.is_nested or leaf.layout != torch.strided or is_traceable_wrapper_subclass(leaf):
+            kind = "nested" if leaf.is_nested else type(leaf).__name__ if leaf.layout == torch.strided else leaf.layout
+            raise ConversionError(f"example input {i} is no plain tensor but {kind}; make it dense before the model")
+        if leaf.dtype not in DTYPES and leaf.dtype not in OTHER_FLOATS:
             raise ConversionError(f"example input {i} is {leaf.dtype}; convert it to float32 before the model")
     if dynamic_batch:
         batches = sorted({leaf.shape[0] if leaf.ndim else None for leaf in leaves}, key=str)
@@ -37,13 +50,69 @@ def check_arguments(example_inputs: Any, dynamic_batch: bool) -> tuple[Any, ...]
                 "give them equal batches, or pass dynamic_batch=False to fix all shapes"
             )
     repeats = 2 if dynamic_batch and leaves[0].shape[0] == 1 else 1
-    return pytree.tree_map(lambda x: torch.cat([x.detach()] * repeats) if x.ndim else x.detach().clone(), arguments)
+    return pytree.tree_map(lambda x: _fresh(x, repeats), arguments)
+
+
+def _fresh(x: torch.Tensor, repeats: int) -> torch.Tensor:
+    fresh = torch.cat([x.detach()] * repeats) if x.ndim else x.detach().clone()
+    return fresh.float() if x.dtype in OTHER_FLOATS else fresh
+
+
+def in_float32(module: torch.nn.Module) -> torch.nn.Module:
+    """The module, or a copy of it in float32 where a parameter or buffer has another float dtype.
+
+    Raises:
+      ConversionError: a module that cannot be copied.
+    """
+    others = [(key, x.dtype) for key, x in _tensors(module) if x.dtype in OTHER_FLOATS]
+    if not others:
+        return module
+    try:
+        return copy.deepcopy(module).float()
+    except Exception as error:  # whatever the model's own code raises
+        raise ConversionError(
+            f"parameter {others[0][0]!r} is {others[0][1]}, and {type(module).__name__} cannot be copied to "
+            f"float32 ({_first_line(error)}); convert it with module.float() first"
+        ) from error
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def check_dtypes(module: torch.nn.Module) -> None:
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
+    """Raises ConversionError for parameters that are no plain real numbers, and for modules of integers."""
+    for name, inner in module.named_modules():
+        called = f"module {name!r}" if name else "the model"
+        if type(inner).__module__.startswith(_QUANTIZED) and type(inner).__name__ not in _FLOAT:
+            raise ConversionError(
+                f"{called} is a {type(inner).__module__}.{type(inner).__name__}, which computes on integers of torch's "
+                "own. Import the float model, and quantize it with jq.prepare"
+            )
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise ConversionError(f"{called} is TorchScript, which torch.export does not take; import its nn.Module")
+    for key, tensor in _tensors(module):
+        check_plain(key, tensor)
+        known = tensor.dtype in (torch.float32, *OTHER_FLOATS)
+        if (tensor.is_floating_point() or tensor.is_complex()) and not known:
             raise ConversionError(f"parameter {key!r} is {tensor.dtype}; convert the model with module.float() first")
+
+
+def check_plain(key: str, tensor: torch.Tensor) -> None:
+    """Raises ConversionError for a tensor without plain numbers: of another tool's class, sparse, on "meta"."""
+    if is_traceable_wrapper_subclass(tensor):
+        raise ConversionError(
+            f"parameter {key!r} is a {type(tensor).__name__}, a tensor class of another tool. Import the model before "
+            "that tool changed it, or put plain weights back: layer.weight = torch.nn.Parameter(weight.dequantize())"
+        )
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+        raise ConversionError(f"parameter {key!r} is {kind}; make it a plain tensor, with .dequantize() or .to_dense()")
+    if tensor.device.type == "meta":
+        raise ConversionError(f"parameter {key!r} is on the meta device and has no numbers; load the weights before")
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        raise ConversionError(f"parameter {key!r} of a lazy module has no shape yet; call the module once before")
 
 
 def check_exported(program: Any, dynamic_batch: bool) -> None:
@@ -73,6 +142,11 @@ def export(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: b
     except Exception as error:  # torch.export raises a dozen types, and whatever the model's own code raises
         where, message = _user_line(error), _first_line(error)
         if dynamic_batch and _traces(module, arguments):
+            if (place := _exported_part(module)) is not None:
+                raise ConversionError(
+                    f"the batch axis cannot stay symbolic: {place} is an exported program with a fixed batch. Export "
+                    "it with dynamic_shapes=({0: torch.export.Dim('batch')},), or pass dynamic_batch=False"
+                ) from error
             raise ConversionError(
                 f"the batch axis cannot stay symbolic: the model works for some batch sizes only{where} ({message}). "
                 "Use flatten(1) or sizes taken from the input, or pass dynamic_batch=False to fix the batch"
@@ -110,6 +184,18 @@ def _traces(module: torch.nn.Module, arguments: tuple[Any, ...]) -> bool:
     except Exception:
         return False
     return True
+
+
+def _exported_part(module: torch.nn.Module) -> str | None:
+    """Where a model holds an exported program, or the module of one; None: nowhere."""
+    for name, inner in module.named_modules():
+        place = f"module {name!r}" if name else "the model"
+        if isinstance(inner, torch.fx.GraphModule):
+            return place
+        held = [key for key, v in vars(inner).items() if isinstance(v, torch.export.ExportedProgram)]
+        if held:
+            return f"the attribute {held[0]!r} of {place}"
+    return None
 
 
 def _user_line(error: BaseException | None) -> str:

@@ -34,18 +34,25 @@ _EXPRESSION = {  # what torch.export writes for sizes
     "StrictLessThan", "Symbol", "Unequality", "true", "false",
 }  # fmt: skip
 _SIZE = re.compile(r"[su]\d{1,6}")
+_FOREIGN = r"\b(?:GLOBAL|unrecognized function|instance of type) <?(?:class |function )?'?([\w.]+)"  # as torch words it
 _MAX_ENTRIES = 100_000
 _MAX_EXPRESSION = 10_000
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a `.pt` or `.pth` file, by key.
+    """The tensors of a `.pt`, `.pth` or `.safetensors` file, by key.
+
+    Of safetensors, int8 and FP8 weights are multiplied by the scale beside them (`layer.weight_scale`).
 
     Raises:
       FormatError: a file that is damaged, holds something else than tensors by name, or claims more than it holds.
       FileNotFoundError: no file.
     """
     path = _existing(path)
+    if path.suffix == ".safetensors":
+        from .safetensors_files import read_safetensors
+
+        return read_safetensors(path)
     if _is_archive(path):
         with _archive(path) as archive:
             _check_sizes(archive, path)
@@ -54,19 +61,44 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
-        raise FormatError(f"{path}: not a readable state dict: {_first_line(error)}") from error
+        raise FormatError(f"{path}: not a readable state dict: {_why_unreadable(error)}") from error
     if not isinstance(state, Mapping):
         raise FormatError(f"{path}: it holds a {type(state).__name__}, not tensors by name")
     size = path.stat().st_size
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise FormatError(
-                f"{path}: the entry {str(key)[:80]!r} is a {type(tensor).__name__}, not a tensor; if the state dict is "
-                f"in one of {', '.join(map(repr, list(state)[:5]))}, load the file with weights_only=True and pass that"
+                f"{path}: the entry {str(key)[:80]!r} is a {type(tensor).__name__}, not a tensor{_where_weights(state)}"
             )
         if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > size:
             raise FormatError(f"{path}: {key[:80]!r} claims the shape {list(tensor.shape)}, more than the file holds")
     return dict(state)
+
+
+def _where_weights(state: Mapping[Any, Any]) -> str:
+    """How to take the state dict out of a checkpoint that holds more."""
+    from .torch_out.prefixes import containers, indexed
+
+    found = [indexed(way) for way, _ in containers(state)]
+    if not found:
+        return f"; its entries are {', '.join(map(repr, list(state)[:5]))}, and none of them holds tensors by name"
+    also = f" (or {', '.join(found[1:5])})" if found[1:] else ""
+    return (
+        f"; the weights are in {found[0]}{also}: pass torch.load(path, map_location='cpu', weights_only=True){found[0]}"
+    )
+
+
+def _why_unreadable(error: Exception) -> str:
+    """What torch says, or the class that the file needs beside tensors: training scripts store more than weights."""
+    found = re.search(_FOREIGN, str(error))
+    if found is None:
+        return _first_line(error) if str(error).count(" ") else f"torch cannot read it ({error!r})"
+    return (
+        f"it holds {found.group(1)} beside tensors, and reading that could run code. If you trust the file, take the "
+        "weights out where its framework is installed: checkpoint = torch.load(path, weights_only=False); "
+        "torch.save(checkpoint['state_dict'], 'weights.pth'), with the key that it has, or "
+        "torch.save(checkpoint.state_dict(), 'weights.pth') if it is a module"
+    )
 
 
 def read_exported(path: str | os.PathLike[str]) -> Any:
@@ -139,7 +171,7 @@ def _check_content(archive: zipfile.ZipFile, path: Path) -> None:
     for entry in archive.infolist():
         name = entry.filename.partition("/")[2]
         if not any(PurePosixPath(name).match(pattern) and _depth(name) == _depth(pattern) for pattern in _ENTRIES):
-            raise FormatError(f"{path}: {entry.filename[:80]!r} has no place in an exported program; save it anew")
+            raise FormatError(f"{path}: {entry.filename[:80]!r} has no place in an exported program; save it again")
         if name.endswith("_config.json"):
             _check_config(json.loads(archive.read(entry)), archive, entry.filename, path)
         elif name.startswith("models/"):

@@ -11,16 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import torch
 from torch.fx import Node as FxNode
+from torch.utils import _pytree as pytree
 
-from jquant.ir.graph import validate
-from jquant.ir.passes import prune
-from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, Node
+from jquant.drafts.graphs import simplified
+from jquant.drafts.names import snake_case, unique
+from jquant.graph.checks import validate
+from jquant.graph.passes import prune
+from jquant.graph.structure import structure_from
+from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, Node, Op, Params, Structure
 
 from .drafts import Draft, Param
 from .habits import mark_of
+from .index_arithmetic import exact_indices, types_of
+from .keys import key_of_part
 
 Names = Mapping[Draft, str]
 Keys = dict[Param, str]  # of the constants of the code
@@ -30,6 +36,32 @@ def path_of(node: FxNode) -> str:
     """The path of the module that makes a call; "" at the top level."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return stack[-1][0] if stack else ""
+
+
+def _structures(program: Any, graph: Graph) -> tuple[Structure | None, Structure | None]:
+    """How the model nests its arguments and its result."""
+
+    def arguments(leaves: list[int]) -> Any:
+        positional, named = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+        return (*positional, named) if named else positional
+
+    def result(leaves: list[int]) -> Any:
+        of_tensors = iter(leaves)
+        every = [None if none else next(of_tensors) for none in nones]
+        return pytree.tree_unflatten(every, program.call_spec.out_spec)
+
+    nones = _nones(program)
+    specs, inputs, outputs = program.call_spec, len(graph.inputs), len(graph.outputs)
+    takes = structure_from(arguments, inputs, arguments=True) if specs.in_spec.num_leaves == inputs else None
+    return takes, structure_from(result, outputs) if specs.out_spec.num_leaves == len(nones) else None
+
+
+def _nones(program: Any) -> list[bool]:
+    """Which of the model's results are None: in torch they are leaves, and a graph has no output for them."""
+    output = next(n for n in program.graph.nodes if n.op == "output")
+    specs = program.graph_signature.output_specs
+    pairs = zip(specs, output.args[0], strict=True)
+    return [value is None for spec, value in pairs if spec.kind.name == "USER_OUTPUT"]
 
 
 def name_graph(
@@ -45,18 +77,58 @@ def name_graph(
     drafts = _read_by(outputs, drafts)
     taken: set[str] = set()
     known = {*program.state_dict, *program.constants}  # no constant of the code takes one of these keys
-    names, keys = _name_drafts(_layers(module, program, drafts), drafts, taken, known)
+    layers = _layers(module, program, drafts)
+    names, keys = _name_drafts(layers, drafts, taken, known)
+    calls = {draft: path for draft in layers if (path := path_of(draft.source)) != names[draft]}
     _report_reuse(module, names)
-    entries = {entry.name: replace(entry, name=_unique(entry.name, taken)) for entry in inputs}
+    entries = {entry.name: replace(entry, name=unique(entry.name, taken)) for entry in inputs}
     params: dict[str, Array] = {}
     nodes = []
     for draft in drafts:
         roles = _name_params(draft, names[draft], keys, known, params)
         operands = tuple(entries[o.name].name if isinstance(o, Input) else names[o] for o in draft.operands)
-        nodes.append(Node(names[draft], draft.op, operands, roles))
+        nodes.append(Node(names[draft], draft.op, operands, roles, calls.get(draft, "")))
     graph = prune(Graph(tuple(entries.values()), tuple(nodes), tuple(names[o] for o in outputs)))
+    takes, gives = _structures(program, graph)
+    graph = replace(graph, takes=takes, gives=gives)
     params = {key: params[key] for key in graph.param_names}
-    return validate(graph, params), params
+    validate(graph, params)
+    trained = {spec.target for spec in program.graph_signature.input_specs if spec.kind.name == "PARAMETER"}
+    graph, found = simplified(graph, params, fixed=params.keys() - trained, name=_named_by_operator)
+    graph, found = _with_views(graph, found, params)
+    return exact_indices(graph, lambda: types_of(graph, found), lambda: _widths(names)), dict(found)
+
+
+def _with_views(graph: Graph, found: Params, params: Params) -> tuple[Graph, Params]:
+    """Parameters that an operator reads in another shape get the key of a view, so that they find their way back."""
+    renamed: dict[str, str] = {}
+    for key in found.keys() & params.keys():
+        if found[key].shape != params[key].shape:
+            whole = torch.empty(params[key].shape)
+            renamed[key] = key_of_part(key, whole, whole.reshape(found[key].shape)) or key
+    if not renamed:
+        return graph, found
+    nodes = []
+    for node in graph.nodes:
+        roles = {role: renamed.get(key, key) for role, key in node.params.items()}
+        nodes.append(replace(node, params=FrozenMap(roles)))
+    return replace(graph, nodes=tuple(nodes)), {renamed.get(key, key): array for key, array in found.items()}
+
+
+def _named_by_operator(name: str, op: Op) -> str:
+    """A call's name, with the operator in the place of the function of torch."""
+    path, dot, _ = name.rpartition(".")
+    return f"{path}{dot}{snake_case(type(op).__name__)}"
+
+
+def _widths(names: Names) -> dict[str, str]:
+    """{value: its integer dtype in torch} of calls; the helpers of a call count with the widest."""
+    found = {}
+    for draft, name in names.items():
+        value = draft.source.meta.get("val")
+        if not draft.label and isinstance(value, torch.Tensor) and not value.is_floating_point():
+            found[name] = str(value.dtype).removeprefix("torch.")
+    return found
 
 
 def _read_by(outputs: list[Draft], drafts: Sequence[Draft]) -> list[Draft]:
@@ -102,7 +174,7 @@ def _is_layer(module: torch.nn.Module | None, parents: set[str], node: FxNode) -
         return False
     bases = type(found).__mro__
     known = any(b.__module__.startswith("torch.nn.") and b is not torch.nn.Module for b in bases)
-    return bool(path) and known and not any(True for _ in found.children())
+    return bool(path) and known and all(name == "parametrizations" for name, _ in found.named_children())
 
 
 def _parents(program: Any) -> set[str]:
@@ -128,23 +200,30 @@ def _name_drafts(
     others = [d for d in drafts if d.constant is None]
     names: dict[Draft, str] = {}
     keys: Keys = {}
-    for draft in layers:
-        names[draft] = _unique(path_of(draft.source), taken)
+    later = []
+    for draft in layers:  # a later call takes no name that another module has
+        path = path_of(draft.source)
+        if path in taken:
+            later.append(draft)
+        else:
+            names[draft] = unique(path, taken)
+    for draft in later:
+        names[draft] = unique(path_of(draft.source), taken)
     for draft in constants:
         if draft.constant is not None and draft.constant.key:
-            names[draft] = _unique(draft.constant.key, taken)
+            names[draft] = unique(draft.constant.key, taken)
     for draft in others:
         if draft not in names:
             parts = (path_of(draft.source), _op_name(draft.source), draft.label)
-            names[draft] = _unique(".".join(p for p in parts if p), taken)
+            names[draft] = unique(".".join(p for p in parts if p), taken)
     for draft in constants:
         if draft not in names:
             reader, role = draft.constant_of
             if reader is not None and reader not in names:  # another one took its operands
                 reader = next(d for d in others if draft in d.operands)
-            names[draft] = _unique(f"{names[reader]}.{role}" if reader else "constant", taken)
+            names[draft] = unique(f"{names[reader]}.{role}" if reader else "constant", taken)
             if draft.constant is not None:
-                keys[draft.constant] = _unique(names[draft], known)
+                keys[draft.constant] = unique(names[draft], known)
     return names, keys
 
 
@@ -152,7 +231,7 @@ def _name_params(draft: Draft, name: str, keys: Keys, known: set[str], params: d
     """{role: key} of a draft; what is new goes into `keys` and `params`."""
     roles = {}
     for role, parameter in draft.params.items():
-        key = parameter.key or keys.get(parameter) or _unique(f"{name}.{role}", known)
+        key = parameter.key or keys.get(parameter) or unique(f"{name}.{role}", known)
         keys[parameter] = key
         if key not in params:
             params[key] = _to_array(key, parameter.tensor)
@@ -175,7 +254,7 @@ def _report_reuse(module: torch.nn.Module | None, names: Names) -> None:
             warnings.warn(
                 f"the float functional {path!r} is called at {len(calls)} places; each has a scale of its own "
                 f"here, as {', '.join(map(repr, calls.values()))}",
-                stacklevel=4,  # the caller of from_torch
+                stacklevel=6,  # the caller of from_torch
             )
 
 
@@ -185,16 +264,14 @@ def _op_name(node: FxNode) -> str:
     return name.split("::")[-1].strip("_")
 
 
-def _unique(name: str, taken: set[str]) -> str:
-    candidates = (name if i == 0 else f"{name}_{i}" for i in range(len(taken) + 1))
-    found = next(c for c in candidates if c not in taken)
-    taken.add(found)
-    return found
-
-
 def _to_array(key: str, tensor: torch.Tensor) -> Array:
     if tensor.dtype != torch.float32:
         raise ConversionError(f"parameter {key!r} is {tensor.dtype}; convert it to float32 in the model")
     if not bool(torch.isfinite(tensor).all()):
-        raise ConversionError(f"parameter {key!r} contains NaN or infinite values; was the checkpoint loaded wrongly?")
-    return jnp.array(tensor.detach().cpu().numpy())  # a copy: training the module further must not change it
+        if bool(torch.isnan(tensor).any()):
+            raise ConversionError(f"parameter {key!r} contains NaN; was the checkpoint loaded wrongly?")
+        raise ConversionError(
+            f"parameter {key!r} contains infinite values, which have no scale. Where it masks scores, give the model a "
+            "mask of bool: scores.masked_fill(mask, float('-inf'))"
+        )
+    return jax.device_put(tensor.detach().cpu().numpy().copy())  # training the module further must not change it

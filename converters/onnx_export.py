@@ -12,19 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 import onnx
 
 import jquant.ops as ops
-from jquant.batch_norm import fold_batch_norm, kept_nodes
-from jquant.ir.graph import check_params, validate
-from jquant.lower import check_offsets
+from jquant.graph.checks import check_params, validate
+from jquant.graph.float import value_types
+from jquant.graph.operator import derived_scale
+from jquant.host.whole_files import replacing
+from jquant.numerics.namespace import array_namespace, real, to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
-from jquant.ops.base import derived_scale
-from jquant.simulate import check_qparams, scale_of, value_scales, value_types
-from jquant.types import Array, ConversionError, Graph, Node, Op, Params, Plan, QParams, QuantSpec
+from jquant.ops.conv import quantized_bias
+from jquant.plan.batch_norm import fold_batch_norm
+from jquant.plan.scales import scale_of, value_scales
+from jquant.program.lower import check_offsets
+from jquant.types import Array, ConversionError, Graph, Model, Node, Op, Params, Plan, QuantSpec
 
+from .foreign.qonnx_out import to_quant
+from .onnx_groups import Group, group_of
 from .onnx_notes import write_notes
 from .onnx_out import (
     TYPES,
@@ -38,9 +43,11 @@ from .onnx_out import (
     refuse,
 )
 
-Form = Literal["qdq", "float"]
-QDQ_OPSET, FLOAT_OPSET = 21, 19
-IR_VERSIONS = {QDQ_OPSET: 10, FLOAT_OPSET: 9}
+Form = Literal["qdq", "float", "qonnx"]
+# The first opset whose QuantizeLinear has int16 and int4, and the opset of all else: at opset 21, onnxruntime's default
+# optimizations make files of int8 that it then refuses ("output_dtype INT8 does not match y_zero_point type UINT8").
+NARROW_AND_WIDE_OPSET, PLAIN_OPSET = 21, 19
+IR_VERSIONS = {NARROW_AND_WIDE_OPSET: 10, PLAIN_OPSET: 9}
 METADATA = "jquant.quantization"  # key of the model's metadata: `quantization_table` as JSON
 
 # Operators that keep the scale of their operand and still leave its grid: the smallest integer saturates (Neg, Abs), or
@@ -51,25 +58,26 @@ _REGRIDDED = (
 _DTYPES = ("int8", "int16")  # of quantized values; weights may be int2 to int4 too
 
 
+@np.errstate(all="ignore")
 def to_onnx(
-    model: Plan | Graph,
-    params: Params,
-    qparams: QParams | None = None,
+    source: Model | Graph,
+    params: Params | None = None,
     *,
     path: str | os.PathLike[str] | None = None,
     form: Form | None = None,
 ) -> onnx.ModelProto:
-    """Exports a plan or a float graph. Names are jquant's; the layout is the framework's, NCHW; the batch is symbolic.
+    """Exports a model or a float graph. Names are jquant's; the layout is the framework's, NCHW; the batch is symbolic.
 
     Args:
-      model: a plan of `jq.prepare`, or a float graph.
-      params: its parameters.
-      qparams: the scales of a plan.
-      path: where to write the model. With form "float" of a plan, `quantization_table` goes beside it as JSON, under
+      source: a calibrated model, or a float graph.
+      params: the parameters of a graph.
+      path: where to write the file. With form "float" of a model, `quantization_table` goes beside it as JSON, under
         the same name with the suffix `.json`.
-      form: "qdq" (of a plan, the default): opset 21, QuantizeLinear and DequantizeLinear with zero point 0, weights
-        int4, int8 or int16, biases int32. "float": opset 19, IR version 9, weights on their grids, the rest float; the
-        table is in the metadata too, under "jquant.quantization".
+      form: "qdq" (of a model, the default): QuantizeLinear and DequantizeLinear with zero point 0, weights int4, int8
+        or int16, biases int32; opset 21 (IR version 10) where there is int16 or int4, else opset 19 (IR version 9).
+        "qonnx": the same with a Quant node of QONNX in place of each pair; onnxruntime does not run it.
+        "float": opset 19, weights on their grids, the rest float; the table is in the metadata too, under
+        "jquant.quantization".
 
     Returns:
       The model, checked by onnx.checker.
@@ -84,23 +92,25 @@ def to_onnx(
       >>> [node.op_type for node in to_onnx(graph, {}).graph.node]
       ['Relu']
     """
-    if not isinstance(model, Plan | Graph):
-        raise ConversionError(f"to_onnx exports a Plan or a Graph, not {type(model).__name__}; jq.prepare makes a plan")
-    form = form or ("qdq" if isinstance(model, Plan) else "float")
-    if form not in ("qdq", "float") or (form == "qdq" and isinstance(model, Graph)):
+    if not isinstance(source, Model | Graph) or (params is None) == isinstance(source, Graph):
         raise ConversionError(
-            f'form {form!r} of a {type(model).__name__}: a plan has "qdq" and "float", a graph "float"'
+            f"to_onnx exports a Model, or a Graph with its params, not {type(source).__name__}"
+            f"{'' if params is None else ' and params'}; jq.prepare makes a model"
         )
-    if isinstance(model, Plan) and kept_nodes(model):
-        model, params, qparams = fold_batch_norm(model, params, qparams or {})
-    if isinstance(model, Plan) and any(getattr(n.op, "batch_norm", None) is not None for n in model.graph.nodes):
-        model, params, qparams = fold_batch_norm(model, params, qparams or {})
-    graph = model.graph if isinstance(model, Plan) else validate(model)
-    check_params(graph, params)
-    table = None
-    if isinstance(model, Plan):
-        check_qparams(model, qparams or {})
-        check_offsets(model, qparams or {})
+    form = form or ("qdq" if isinstance(source, Model) else "float")
+    if form not in ("qdq", "float", "qonnx") or (form != "float" and isinstance(source, Graph)):
+        raise ConversionError(
+            f'form {form!r} of a {type(source).__name__}: a model has "qdq", "qonnx" and "float", a graph "float"'
+        )
+    model, table = None, None
+    if isinstance(source, Graph):
+        graph, params = validate(source), to_host(params or {})
+        check_params(graph, params)
+        graph = channels_first(graph, {name: kind.shape for name, kind in value_types(graph, params).items()})
+    else:
+        model = fold_batch_norm(Model(source.plan, to_host(source.params), to_host(source.qparams)))
+        graph, params = model.plan.graph, model.params
+        check_offsets(model.plan, model.qparams)
         shapes = {name: kind.shape for name, kind in value_types(graph, params).items()}
         graph = framework_layout(graph, shapes)
         if own := [node.name for node in graph.nodes if getattr(node.op, "channels_last", False)]:
@@ -108,15 +118,16 @@ def to_onnx(
                 f"node {own[0]!r} runs channels-last in the traced function itself; ONNX has channels first. Export "
                 "the float graph that jq.trace returned, or a function in the layout [N, C, H, W]"
             )
-        table = quantization_table(model, params, qparams or {}) if form == "float" else None
-    else:
-        graph = channels_first(graph, {name: kind.shape for name, kind in value_types(graph, params).items()})
+        table = quantization_table(model) if form == "float" else None
     numbers: _Numbers = _Float(dict(params))
-    if isinstance(model, Plan):
-        numbers = (_Qdq if form == "qdq" else _Snapped)(dict(params), model, dict(qparams or {}))
-    exported = _Exporter(graph, params, numbers, QDQ_OPSET if form == "qdq" else FLOAT_OPSET).export()
-    if isinstance(model, Plan) and form == "qdq":
-        write_notes(exported, model)
+    if model is not None:
+        numbers = (_Snapped if form == "float" else _Qdq)(dict(params), model.plan, dict(model.qparams))
+    exporter = _Exporter(graph, params, numbers, numbers.opset())
+    exported = exporter.export()
+    if model is not None and form != "float":
+        write_notes(exported, model.plan, exporter.groups)
+    if form == "qonnx":
+        exported = to_quant(exported)
     text = None if table is None else json.dumps(table, indent=1)
     if text is not None:
         exported.metadata_props.add(key=METADATA, value=text)
@@ -128,13 +139,14 @@ def to_onnx(
     return exported
 
 
-def quantization_table(plan: Plan, params: Params, qparams: QParams) -> dict[str, Any]:
-    """What a PTQ tool needs to know of a plan, by node: dtype, scale and threshold of its output and its weight.
+def quantization_table(model: Model) -> dict[str, Any]:
+    """What a PTQ tool needs to know of a model, by node: dtype, scale and threshold of its output and its weight.
 
     A threshold is the real number that the smallest integer stands for: 128 scales of int8, 32768 of int16. Lists are
     per output channel, along `axis` of the weight. A value without an entry stays float, or keeps the format of its
     operand where its operator moves data.
     """
+    plan, qparams = model.plan, to_host(model.qparams)
     scales = value_scales(plan, qparams)
     nodes: dict[str, dict[str, Any]] = {}
     for name in plan.owned:
@@ -163,12 +175,8 @@ def _entry(spec: QuantSpec, scale: Array | None) -> dict[str, Any]:
 
 def _write(path: Path, content: bytes) -> None:
     """An interrupted write leaves an existing file as it was."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +190,10 @@ class _Float:
     params: dict[str, Array]
     # {(parameter, whether as a weight): its value in the file}. An embedding may share its table with a linear layer.
     written: dict[tuple[str, bool], str] = field(default_factory=dict)
+
+    @property
+    def number_rounding(self) -> str:
+        return "half_up"
 
     def param(self, writer: Writer, node: Node, role: str) -> str:
         """The value of a parameter, written once."""
@@ -200,7 +212,7 @@ class _Float:
     def snap(self, name: str, value: float) -> float:
         return value
 
-    def scales(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+    def scales(self, node: Node) -> tuple[Any, ...]:
         return ()
 
     def dtype(self, name: str) -> str:
@@ -209,6 +221,9 @@ class _Float:
     def integers(self, writer: Writer, node: Node) -> bool:
         """Writes a constant in integers, if it has such."""
         return False
+
+    def opset(self) -> int:
+        return PLAIN_OPSET
 
 
 @dataclass
@@ -221,6 +236,10 @@ class _Snapped(_Float):
     def __init__(self, params: dict[str, Array], plan: Plan, qparams: dict[str, Array]) -> None:
         super().__init__(params)
         self.plan, self.qparams = plan, qparams
+
+    @property
+    def number_rounding(self) -> str:
+        return self.plan.target.number_rounding
 
     def array(self, node: Node, role: str) -> Array:
         key = node.params[role]
@@ -272,9 +291,11 @@ class _Qdq(_Snapped):
 
     def write_bias(self, writer: Writer, node: Node, x_scale: Array, weight: str) -> str:
         key = node.params["bias"]
-        scale = derived_scale(node.op, x_scale, weight=scale_of(weight, self.plan, self.qparams))
-        integers = quantize(self.params[key], scale, "int32")
-        channels = jnp.broadcast_to(scale, integers.shape) if scale.size > 1 else scale.reshape(())
+        weight_scale = scale_of(weight, self.plan, self.qparams)
+        assert isinstance(node.op, ops.Conv | ops.ConvTranspose | ops.Linear)
+        scale = derived_scale(node.op, x_scale, weight=weight_scale)
+        integers = quantized_bias(node.op, self.params[key], x_scale, weight_scale, self.plan.target)
+        channels = array_namespace(scale).broadcast_to(scale, integers.shape) if scale.size > 1 else scale.reshape(())
         axis = 0 if channels.ndim else None
         return _dequantized(writer, key, writer.initializer(key, np.asarray(integers)), channels, axis)
 
@@ -283,26 +304,41 @@ class _Qdq(_Snapped):
         if name in self.plan.owned and spec is not None and spec.is_float:
             return lambda x: _through_float16(writer, x, name)
         negated = isinstance(op, ops.Scale) and op.factor < 0
-        if scale is None or spec is None or not (name in self.owned or isinstance(op, _REGRIDDED) or negated):
+        moves = op is not None and (op.scale_rule == "same_as_input" or isinstance(op, ops.Permute))
+        moved = moves and self.writes_moved(spec)
+        if scale is None or spec is None or not (name in self.owned or isinstance(op, _REGRIDDED) or negated or moved):
             return None
         if spec.is_high_precision:
             return None
         result = writer.unique(f"{name}:dequantized") if op is None else name
         return lambda x: writer.pair(x, scale, spec.dtype, name, result)
 
+    def writes_moved(self, spec: QuantSpec | None) -> bool:
+        """Whether values that an operator only moves get a pair as well, which changes none of them.
+
+        At opset 21 onnxruntime would put one there itself, and then refuse its own file.
+        """
+        return spec is not None and spec.dtype == "int8" and self.opset() == NARROW_AND_WIDE_OPSET
+
     def snap(self, name: str, value: float) -> float:
-        """A bound or a fill as the integers have it: floor(v / s + 1/2), saturated."""
+        """A bound or a fill as the integers have it: rounded, saturated."""
         spec, scale = self.plan.values[name], self.value_scales[name]
         if spec is None or scale is None or scale.ndim or spec.is_float or spec.is_high_precision:
             return value
-        return float(dequantize(quantize(jnp.float32(value), scale, spec.dtype, "half_up"), scale))
+        return float(dequantize(quantize(real(value), scale, spec.dtype, self.plan.target.number_rounding), scale))
 
-    def scales(self, names: tuple[str, ...]) -> tuple[Any, ...]:
-        return tuple(self.value_scales[name] for name in names)
+    def scales(self, node: Node) -> tuple[Any, ...]:
+        if self.plan.values[node.name] is None and node.name not in self.plan.exact:
+            return ()  # a rule keeps the node float
+        return tuple(self.value_scales[name] for name in node.inputs)
 
     def dtype(self, name: str) -> str:
         spec = self.plan.values[name]
         return "" if spec is None else spec.dtype
+
+    def opset(self) -> int:
+        found = {spec.dtype for spec in (*self.plan.values.values(), *self.plan.weights.values()) if spec is not None}
+        return NARROW_AND_WIDE_OPSET if found & {"int4", "int16"} else PLAIN_OPSET
 
     def integers(self, writer: Writer, node: Node) -> bool:
         spec = self.plan.values[node.name]
@@ -352,6 +388,7 @@ class _Exporter:
             for name, kind in small.items()
         }
         self.names: dict[str, str] = {}  # {value: its name in the file}
+        self.groups: dict[str, Group] = {}  # operators that are several nodes
         self.problems: list[ConversionError] = []
 
     def export(self) -> onnx.ModelProto:
@@ -378,23 +415,35 @@ class _Exporter:
         keep = self.numbers.keep(self.writer, node.name, node.op)
         result = self.writer.unique(f"{node.name}:real") if keep else node.name
         _, dtype = self.types[node.name]
-        emit(
-            node.op,
-            Call(
-                self.writer,
-                node.name,
-                tuple(self.operand(v) for v in node.inputs),
-                Operand(result, self.types[node.name][0], str(dtype)),
-                params={role: self.numbers.param(self.writer, node, role) for role in self.written_roles(node)},
-                param_shapes={role: self.params[key].shape for role, key in node.params.items()},
-                arrays={role: np.asarray(self.numbers.array(node, role)) for role in node.params},
-                snap=lambda value: self.numbers.snap(node.name, value),
-                scales=self.numbers.scales(node.inputs),
-                dtype=self.numbers.dtype(node.inputs[0]) if node.inputs else "",
-            ),
+        call = Call(
+            self.writer,
+            node.name,
+            tuple(self.operand(v) for v in node.inputs),
+            Operand(result, self.types[node.name][0], str(dtype)),
+            params={role: self.numbers.param(self.writer, node, role) for role in self.written_roles(node)},
+            param_shapes={role: self.params[key].shape for role, key in node.params.items()},
+            arrays={role: np.asarray(self.numbers.array(node, role)) for role in node.params},
+            snap=lambda value: self.numbers.snap(node.name, value),
+            scales=self.numbers.scales(node),
+            dtype=self.numbers.dtype(node.inputs[0]) if node.inputs else "",
+            number_rounding=self.numbers.number_rounding,
+            dtypes=tuple(self.numbers.dtype(name) for name in node.inputs),
         )
+        nodes, tensors = len(self.writer.nodes), len(self.writer.initializers)
+        emit(node.op, call)
+        self.note(node, call, self.writer.nodes[nodes:], self.writer.initializers[tensors:])
         if keep:
             keep(result)
+
+    def note(self, node: Node, call: Call, nodes: list[onnx.NodeProto], tensors: list[onnx.TensorProto]) -> None:
+        """Remembers an operator that became several nodes, or one of them as an operand.
+
+        What a convolution takes in is recognized without a note.
+        """
+        several = len(nodes) > 1 or isinstance(node.op, ops.Mod)
+        if several and not isinstance(node.op, ops.Conv | ops.ConvTranspose | ops.Linear):
+            read = [operand.name for operand in call.inputs]
+            self.groups[node.name] = group_of(node.op, read, call.params, nodes, tensors)
 
     @staticmethod
     def written_roles(node: Node) -> list[str]:

@@ -1,4 +1,4 @@
-"""`from_onnx`: a float ONNX model as a graph and its params. `plan_from_onnx`: a QDQ model as a calibrated plan."""
+"""`from_onnx`: a float ONNX model as a graph and its params. `model_from_onnx`: a QDQ model as a calibrated plan."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import onnx
 
 import jquant.ops as ops
-from jquant.ir.graph import validate
-from jquant.ir.passes import prune
+from jquant.drafts.graphs import simplified
+from jquant.drafts.names import unique
+from jquant.graph.checks import validate
+from jquant.graph.passes import prune
+from jquant.plan.masks import VERY_NEGATIVE
 from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, JQuantError, Node, Op
 
+from .foreign import MODES, Change, Refusals, ZeroPoint, is_quantized, to_qdq
+from .foreign.branches import without_branches
+from .index_arithmetic import exact_indices
+from .onnx_groups import Group, unchanged
 from .onnx_in import (
     BATCHES,
     FOLDS,
@@ -48,7 +55,7 @@ _DAMAGE = (TypeError, ValueError, IndexError, KeyError, OverflowError, ZeroDivis
 def from_onnx(
     source: Any, *, shapes: Mapping[str, Sequence[int | None]] | None = None
 ) -> tuple[Graph, dict[str, Array]]:
-    """Imports a float ONNX model of opset 10 to 21.
+    """Imports a float ONNX model of opset 10 to 28.
 
     Args:
       source: a path, the bytes of a file, or an `onnx.ModelProto`.
@@ -68,13 +75,16 @@ def from_onnx(
       >>> from_onnx(to_onnx(graph, {}))[0] == graph
       True
     """
-    imported = read(source, shapes)
-    if imported.grids or imported.weights:
-        raise ConversionError(
-            "the model has QuantizeLinear or DequantizeLinear: jquant_converters.plan_from_onnx(model, target=...) "
-            "reads it as a calibrated plan"
-        )
-    return imported.graph, imported.params
+    imported = read(source, shapes, plain=True)
+    fixed = {key for key, array in imported.params.items() if is_constant(array)}
+    graph, params = simplified(imported.graph, imported.params, fixed=fixed)
+    return graph, dict(params)
+
+
+def is_constant(array: Any) -> bool:
+    """Whether an initializer is no weight: one number, or a mask."""
+    numbers = np.asarray(array)
+    return numbers.size == 1 or bool(np.all((numbers == 0) | (numbers <= VERY_NEGATIVE)))
 
 
 @dataclass(frozen=True)
@@ -99,15 +109,39 @@ class Imported:
     grids: dict[str, OnGrid]
     weights: dict[str, Grid]
     notes: Notes = field(default_factory=Notes)
+    changes: tuple[Change, ...] = ()  # of what the file says, by its names
+    dynamic: bool = False  # whether scales of values follow from the data
 
 
-def read(source: Any, shapes: Mapping[str, Sequence[int | None]] | None = None) -> Imported:
-    """Reads a model with its quantization."""
+def read(
+    source: Any,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
+    zero_point: ZeroPoint = "refuse",
+    *,
+    plain: bool = False,
+) -> Imported:
+    """Reads a model with its quantization, of whatever form; `plain` refuses one that has any."""
     model, folder = load_model(source)
+    if zero_point not in MODES:
+        raise ConversionError(f"zero_point is {zero_point!r}; it is one of {', '.join(map(repr, MODES))}")
     try:
-        reader = _Reader(model, folder, dict(shapes or {}))
+        notes = read_notes(model)
+        model = without_branches(model)
+        changes: tuple[Change, ...] = ()
+        dynamic = False
+        if is_quantized(model):
+            if plain:
+                raise ConversionError(
+                    "the model is quantized (QuantizeLinear, integer operators or the like): "
+                    "jquant_converters.model_from_onnx(model, target=...) reads it with its scales"
+                )
+            rewritten = to_qdq(model, folder, zero_point)
+            model, changes, dynamic = rewritten.model, tuple(rewritten.changes), bool(rewritten.calibrated)
+        reader = _Reader(model, folder, dict(shapes or {}), groups=unchanged(model, notes.groups))
         reader.read()
-        return replace(reader.build(), notes=read_notes(model))
+        return replace(reader.build(), notes=notes, changes=(*changes, *reader.changes), dynamic=dynamic)
+    except Refusals as reason:
+        raise ConversionError(str(reason)) from reason
     except Unsupported as reason:
         raise ConversionError(f"an output or initializer of the model: {reason}") from reason
     except _DAMAGE as error:
@@ -125,6 +159,7 @@ class _Reader:
     model: onnx.ModelProto
     folder: Path | None
     shapes: dict[str, Sequence[int | None]]
+    groups: dict[str, tuple[str, Group]] = field(default_factory=dict)  # {result: operator of several nodes}
     results: dict[str, Result] = field(default_factory=dict)  # by ONNX name
     nodes: dict[str, Node] = field(default_factory=dict)
     made: dict[str, Value] = field(default_factory=dict)  # {node or input: its value}
@@ -138,6 +173,7 @@ class _Reader:
     problems: list[str] = field(default_factory=list)
     batch: Value | None = None
     opset: int = 0
+    changes: list[Change] = field(default_factory=list)
 
     def read(self) -> None:
         graph = self.model.graph
@@ -157,8 +193,10 @@ class _Reader:
                 self.read_input(entry)
         for tensor in graph.initializer:
             self.define(tensor.name, self.read_tensor(tensor))
+        inner = {name for _, group in self.groups.values() for name in group.results[:-1]}
         for node in graph.node:
-            self.read_node(node)
+            if not inner.intersection(node.output):
+                self.read_node(node)
         if self.problems:
             raise ConversionError(
                 "jquant cannot import:\n  "
@@ -239,6 +277,8 @@ class _Reader:
             raise Unsupported(f"domain {node.domain!r}; only ONNX's own operators are known")
         if node.op_type not in TABLE and node.op_type not in FOLDS and node.op_type not in OF_SHAPES:
             raise Unsupported("there is no such operator in jquant")
+        if node.output and node.output[0] in self.groups:
+            return [self.convert_group(node, *self.groups[node.output[0]])]
         inputs = tuple(self.resolve(i) if i else None for i in node.input)
         if any(isinstance(x, Refused) and not x.reason for x in inputs):
             raise Unsupported("")
@@ -251,6 +291,18 @@ class _Reader:
         found = TABLE[node.op_type](call)
         return list(found) if isinstance(found, list) else [found]
 
+    def convert_group(self, node: onnx.NodeProto, name: str, group: Group) -> Result:
+        """The operator that a group of nodes was written for."""
+        inputs = tuple(map(self.resolve, group.inputs))
+        params = {role: self.resolve(value) for role, value in group.params.items()}
+        if any(isinstance(x, Refused) and not x.reason for x in (*inputs, *params.values())):
+            raise Unsupported("")
+        if not all(isinstance(value, Known) for value in params.values()):
+            raise Unsupported("a parameter that the model computes")
+        call = Call(node, name, self.opset, inputs, self)
+        known = {role: value for role, value in params.items() if isinstance(value, Known)}
+        return self.made[self.add(name, group.op, tuple(call.values()), known)]
+
     def resolve(self, name: str) -> Result:
         if name not in self.results:
             raise ConversionError(
@@ -261,21 +313,23 @@ class _Reader:
     # -- what handlers use
 
     def unique(self, name: str) -> str:
-        candidate, count = name, 0
-        while candidate in self.taken:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.taken.add(candidate)
-        return candidate
+        return unique(name, self.taken)
 
     def add(self, name: str, op: Op, operands: tuple[Value, ...], params: dict[str, Known]) -> str:
         name = self.unique(name)
         roles = {role: self.key(value, f"{name}.{role}") for role, value in params.items()}
-        self.nodes[name] = Node(name, op, tuple(x.name for x in operands), FrozenMap(roles))
+        call_of = self.first_call(name, op, roles)
+        self.nodes[name] = Node(name, op, tuple(x.name for x in operands), FrozenMap(roles), call_of)
         kinds = tuple((x.shapes, x.dtype) for x in operands)
         shapes, dtype = result_of(op, kinds, tuple((role, v.at[0].shape) for role, v in params.items()))
         self.made[name] = Value(name, shapes, dtype)
         return name
+
+    def first_call(self, name: str, op: Op, roles: dict[str, str]) -> str:
+        """The layer of which `layer_1` is a later call: it has its operator and parameters."""
+        stem, _, number = name.rpartition("_")
+        first = self.nodes.get(stem) if number.isdigit() and roles else None
+        return stem if first is not None and (first.op, dict(first.params)) == (op, roles) else ""
 
     def key(self, value: Known, name: str) -> str:
         """The key of a parameter, stored once."""
@@ -284,11 +338,7 @@ class _Reader:
             array = value.at[0]
             if not np.isfinite(array).all():
                 raise Unsupported(f"constant {value.name or name!r} has values that are not finite")
-            wanted, count = value.name or value.label or name, 0
-            found = wanted
-            while found in self.params:
-                count += 1
-                found = f"{wanted}_{count}"
+            found = unique(value.name or value.label or name, set(self.params))
             self.params[found] = np.asarray(array, np.float32)
             self.keys[value] = found
             if value.grid is not None:
@@ -314,6 +364,20 @@ class _Reader:
         values = tuple(int(v) for v in array.reshape(-1))
         op = ops.IntegerConstant(shape=array.shape, values=values, dtype="bool" if array.dtype == np.bool_ else "int32")
         return self.made[self.add(value.label or name, op, (), {})]
+
+    def types(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {name: (value.shapes[0], value.dtype) for name, value in self.made.items()}
+
+    def widths(self) -> dict[str, str]:
+        """{value: its integer dtype in the file}, as far as onnx can tell."""
+        graph = onnx.shape_inference.infer_shapes(self.model).graph
+        kinds = {v.name: v.type.tensor_type.elem_type for v in [*graph.input, *graph.value_info, *graph.output]}
+        known = {name: TYPES.get(kind, "") for name, kind in kinds.items()}
+        return {
+            value.name: known[name]
+            for name, value in self.results.items()
+            if isinstance(value, Value) and name in known
+        }
 
     def maker_of(self, name: str) -> Op | None:
         node = self.nodes.get(name)
@@ -356,6 +420,10 @@ class _Reader:
         self.made[name] = replace(source, name=name)
         return self.made[name]
 
+    def note(self, name: str, before: str, after: str, why: str) -> None:
+        """Something that is read otherwise than the file says it."""
+        self.changes.append(Change(name, before, after, why))
+
     # -- the end
 
     def build(self) -> Imported:
@@ -396,11 +464,11 @@ def finish(graph: Graph, reader: _Reader) -> Imported:
             wanted |= set(node.inputs)
     graph = replace(graph, nodes=tuple(reversed(nodes)))
     grids = {name: found for name, found in reader.grids.items() if name in wanted}
-    params = {key: jnp.asarray(reader.params[key]) for key in graph.param_names}
+    params = {key: jax.device_put(reader.params[key]) for key in graph.param_names}
     weights = {key: grid for key, grid in reader.weights.items() if key in params}
     if not grids:
         try:
             validate(prune(graph), params)
         except JQuantError as error:
             raise ConversionError(f"the model is not well formed: {error}") from error
-    return Imported(graph, params, grids, weights)
+    return Imported(exact_indices(graph, reader.types, reader.widths), params, grids, weights)

@@ -13,20 +13,24 @@ from typing import Any, cast
 import numpy as np
 import onnx
 
-from jquant.ir.serialize import decode, encode
+from jquant.config.files import spec_from_dict, spec_to_dict
+from jquant.graph.serialize import decode, encode
 from jquant.ops.lookup import TableOptions
-from jquant.qconfig_file import spec_from_dict, spec_to_dict
-from jquant.types import ConversionError, FormatError, Graph, Node, Plan, QConfigError, QuantSpec
+from jquant.types import ConversionError, FormatError, Graph, GraphError, Node, Plan, QConfigError, QuantSpec
+
+from .onnx_groups import Group, decode_groups, encode_groups
 
 KEY, VERSION = "jquant.plan", 1  # of the metadata; its value is JSON
 
 
 @dataclass(frozen=True)
 class Notes:
-    """{node: its table}, {value or weight: its spec}."""
+    """{node: its table}, {value or weight: its spec}, {operator of several nodes: these}; `given`: if there are any."""
 
     tables: Mapping[str, TableOptions] = field(default_factory=dict)
     specs: Mapping[str, QuantSpec] = field(default_factory=dict)
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    given: bool = False
 
     def add_tables(self, graph: Graph) -> Graph:
         """The graph with the tables of its functions."""
@@ -49,8 +53,11 @@ class Notes:
         return noted
 
 
-def write_notes(model: onnx.ModelProto, plan: Plan) -> None:
-    """Notes of a plan, as far as a file can hold them: not the quantizers and observers of a user's own."""
+def write_notes(model: onnx.ModelProto, plan: Plan, groups: Mapping[str, Group]) -> None:
+    """Notes of a plan and of its operators that are several nodes, as far as a file can hold them.
+
+    Quantizers and observers of a user's own are left out.
+    """
     specs: dict[str, Any] = {}
     for name, spec in [*((n, plan.spec(n)) for n in plan.owned), *plan.weights.items()]:
         try:
@@ -58,7 +65,8 @@ def write_notes(model: onnx.ModelProto, plan: Plan) -> None:
         except QConfigError:
             continue
     tables = {n.name: encode(t) for n in plan.graph.nodes if (t := getattr(n.op, "table", None)) is not None}
-    model.metadata_props.add(key=KEY, value=json.dumps({"jquant": VERSION, "specs": specs, "tables": tables}))
+    notes = {"jquant": VERSION, "specs": specs, "tables": tables, "groups": encode_groups(groups)}
+    model.metadata_props.add(key=KEY, value=json.dumps(notes))
 
 
 def read_notes(model: onnx.ModelProto) -> Notes:
@@ -72,14 +80,17 @@ def read_notes(model: onnx.ModelProto) -> Notes:
         return Notes()
     try:
         data = json.loads(text)
-        if not isinstance(data, dict) or set(data) != {"jquant", "specs", "tables"} or data["jquant"] != VERSION:
+        if not isinstance(data, dict) or data.get("jquant") != VERSION:
             raise FormatError("they are from another version")
+        if set(data) | {"groups"} != {"jquant", "specs", "tables", "groups"}:
+            raise FormatError(f"they have the entries {', '.join(map(str, data))}")
         if not isinstance(data["specs"], dict) or not isinstance(data["tables"], dict):
             raise FormatError("specs and tables are no objects")
         tables = {n: decode(TableOptions, value, f"the table of {n!r}") for n, value in data["tables"].items()}
         specs = {n: spec_from_dict(f"the spec of {n!r}", value) for n, value in data["specs"].items()}
-    except (FormatError, QConfigError, ValueError, RecursionError) as error:
+        groups = decode_groups(data.get("groups", {}))
+    except (FormatError, QConfigError, GraphError, ValueError, RecursionError) as error:
         raise ConversionError(
             f"the metadata {KEY!r} of the model is damaged: {error}. Without this entry the model is read as any other"
         ) from error
-    return Notes(tables, specs)
+    return Notes(tables, specs, groups, given=True)

@@ -10,7 +10,7 @@ from torch.fx import Node as FxNode
 from jquant.ops.elementwise import Constant
 from jquant.types import ConversionError, Input, Op
 
-from .aten import ADVICE, BATCH, CONSTANT, ROW, TABLE, Call, Unsupported, format_shape, shape_of
+from .aten import BATCH, CONSTANT, FOLDED, ROW, TABLE, Call, Unsupported, advice, format_shape, shape_of
 from .aten.movement import expanded
 from .drafts import (
     Draft,
@@ -21,13 +21,14 @@ from .drafts import (
     evaluate,
     example_shape,
     integer_constant,
-    join_mask,
     unchanged,
 )
 from .exact import DTYPES
+from .export import check_plain
 from .habits import stub_of
 from .keys import key_of_part
 from .naming import path_of
+from .pixels import join_pixels
 from .repeated import OfBatchSize, memory, writes
 
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default}
@@ -55,6 +56,8 @@ class Reader:
         self.inputs: list[Input] = []
         self.outputs: list[Draft] = []
         self.problems: list[str] = []
+        self.folded_params: dict[FxNode, Param] = {}
+        self.folded: dict[FxNode, Any] = {}  # what follows from parameters alone; tensors once they are computed
         self.batch = 1  # of the example
         self.sizes = OfBatchSize()
 
@@ -82,6 +85,9 @@ class Reader:
             tensor = self.program.state_dict.get(spec.target)
             tensor = self.program.constants.get(spec.target) if tensor is None else tensor
             named = kind != "CONSTANT_TENSOR" or not spec.target.startswith("lifted_tensor_")
+            if not isinstance(tensor, torch.Tensor):
+                raise ConversionError(f"{spec.target!r} of the program is a {type(tensor).__name__}, not a tensor")
+            check_plain(spec.target, tensor)
             node.meta[CONSTANT] = tensor
             self.given.setdefault(tensor.untyped_storage().data_ptr(), (spec.target, tensor))
             return Param(spec.target if named else None, tensor, fixed=kind != "PARAMETER")
@@ -104,9 +110,13 @@ class Reader:
         if not isinstance(node.meta.get("val"), torch.Tensor) and node.target not in TABLE and self.is_symbolic(node):
             self.sizes.read_size(node)
             return
+        self.note_folded(node)
         try:
             self.values[node] = self.convert(node)
         except Unsupported as reason:
+            if node in self.folded:  # which only matters where it is no weight
+                self.values[node] = Refused(f"{node.target}: {reason}" if str(reason) else str(node.target))
+                return
             operands = [n for n in node.all_input_nodes if _is_tensor(n)]
             known = node.target in TABLE or _is_getitem(node)
             if known and any(self.values[n] is None for n in node.all_input_nodes if _is_value(n)):
@@ -136,7 +146,7 @@ class Reader:
         if not of_size and self.is_fixed(node):
             return self.compute(node)
         if target not in TABLE and not of_size:
-            raise Unsupported(ADVICE.get(target, ""))
+            raise Unsupported(advice(target, path_of(node)))
         self.view_constant(node)
         schema = target._schema.arguments
         arguments = list(node.args) + [
@@ -323,7 +333,51 @@ class Reader:
             part = node.meta[CONSTANT]
             source = self.given.get(part.untyped_storage().data_ptr())
             return Param(key_of_part(*source, part) if source else None, part.clone())
-        raise Unsupported(f"its {role} is computed by the model; make it a plain parameter")
+        if node in self.folded:
+            return self.folded_param(node)
+        raise Unsupported(f"its {role} is computed from the inputs; it must follow from parameters alone")
+
+    # -- what follows from parameters alone: as a weight it is computed now
+
+    def note_folded(self, node: FxNode) -> None:
+        sources = node.all_input_nodes
+        if isinstance(node.target, torch._ops.OpOverload) and writes(node) and node.args[0] in self.folded:
+            for known in self.folded:  # one of them may share the memory that changes
+                known.meta.pop(FOLDED, None)
+            self.folded.clear()
+        elif sources and self.is_function(node) and all(self.is_of_parameters(n) for n in sources):
+            node.meta[FOLDED] = True
+            self.folded[node] = None
+
+    @staticmethod
+    def is_function(node: FxNode) -> bool:
+        """Whether a call has one result for its operands, and changes nothing."""
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return _is_getitem(node)
+        return torch.Tag.nondeterministic_seeded not in node.target.tags and not writes(node)
+
+    def is_of_parameters(self, node: FxNode) -> bool:
+        return node in self.folded or isinstance(self.values.get(node), Param)
+
+    def folded_param(self, node: FxNode) -> Param:
+        tensor = self.folded_tensor(node)
+        found = self.folded_params.get(node)
+        if found is None:
+            found = self.folded_params[node] = Param(None, tensor)
+        return found
+
+    def folded_tensor(self, node: FxNode) -> Any:
+        value = self.values.get(node)
+        if isinstance(value, Param):
+            return value.tensor
+        if self.folded[node] is None:
+            args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), self.folded_tensor)
+            with torch.no_grad():
+                try:
+                    self.folded[node] = node.target(*args, **kwargs)
+                except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                    raise Unsupported(f"{node.target} cannot be computed at the import: {error}") from error
+        return self.folded[node]
 
     # -- drafts
 
@@ -349,7 +403,7 @@ class Reader:
         for role, parameter in call.params.items():
             if parameter is not None:
                 result.params[role] = self.read_param(parameter, role)
-        join_mask(result)
+        join_pixels(result)
         result.value = evaluate(result, self.batch)
         self.calls[call] = unchanged(result) or result
         if self.calls[call] is result:
@@ -369,6 +423,8 @@ class Reader:
             if not _is_tensor(value):
                 raise Unsupported("it computes with the batch size; make it a constant")
             found = self.values[value]
+            if isinstance(found, Refused) and value in self.folded:
+                found = self.folded_param(value)
             if found is None or isinstance(found, Refused):
                 raise Unsupported(found.reason if found else "")
             return self.constant(node, reader, found, role) if isinstance(found, Param) else found
@@ -400,8 +456,10 @@ class Reader:
                 continue
             if spec.kind.name != "USER_OUTPUT":
                 raise ConversionError(f"the model writes {spec.target!r} in its forward; a graph has no state")
+            if node is None:
+                continue  # `naming` puts it into the structure of the result
             if not _is_tensor(node):
-                raise ConversionError(f"output {i} is {node!r}, not a tensor; return tensors only")
+                raise ConversionError(f"output {i} is {node!r}, not a tensor; return tensors and None only")
             value = self.values[node]
             if isinstance(value, Refused):
                 raise ConversionError(f"output {i} is {value.reason}")

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import jquant.ops as ops
-from jquant.ops.base import decompose, eval_float, eval_integer, lower_op
+from jquant.graph.operator import decompose, eval_float, eval_integer, lower_op
+from jquant.ops.names import FUNCTIONS
 from jquant.types import Op
 
 HERE = Path(__file__).parent
@@ -26,7 +27,7 @@ What each operator of `jquant.ops` can do. This page is written by `make support
 - **scale**: `own` is calibrated; `kept` is that of the operand; `derived` follows from the operands.
 - **fake-quant**: in calibration and training. A mask, an index or a pixel is exact, and never quantized.
 - **integers**: the formats of values in an integer program. A `chain` is replaced by int16 operators in `jq.prepare`.
-- **torch in**, **ONNX in**: `from_torch`, `from_onnx` and `plan_from_onnx` make it. **torch out**,
+- **torch in**, **ONNX in**: `from_torch`, `from_onnx` and `model_from_onnx` make it. **torch out**,
   **ONNX out**: `to_torch` and `to_onnx` write it.
 
 """
@@ -61,9 +62,17 @@ def integers(cls: type[Op]) -> str:
         return "chain of int16"
     if not (_known(lower_op, cls) and _known(eval_integer, cls)):
         return "-"
+    if cls is ops.Dequantize:
+        return "float32 out, by `jq.program.insert_op_behind`"
     if cls in ops.TABLE_FUNCTIONS:
         return "int8, int16 (table)"
     return "int8, int16, int32 out" if cls.keeps_accumulator else "int8, int16"
+
+
+def _named(folder: str, library: str) -> Column:
+    """Whether a folder names an operator, or its row in the table of functions has a name in a library."""
+    rows = frozenset(type(row.op).__name__ for row in FUNCTIONS if getattr(row, library))
+    return lambda cls: _yes(cls.__name__ in named_in(folder) | rows)
 
 
 COLUMNS: Mapping[str, Column] = {
@@ -71,16 +80,16 @@ COLUMNS: Mapping[str, Column] = {
     "float": lambda cls: _yes(_known(eval_float, cls)),
     "fake-quant": lambda cls: _yes(_known(eval_float, cls)),
     "integers": integers,
-    "torch in": lambda cls: _yes(cls.__name__ in named_in("aten")),
-    "ONNX in": lambda cls: _yes(cls.__name__ in named_in("onnx_in")),
-    "torch out": lambda cls: _yes(cls.__name__ in named_in("torch_out")),
-    "ONNX out": lambda cls: _yes(cls.__name__ in named_in("onnx_out")),
+    "torch in": _named("aten", "aten"),
+    "ONNX in": _named("onnx_in", "onnx"),
+    "torch out": _named("torch_out", "torch"),
+    "ONNX out": _named("onnx_out", "onnx"),
 }
 
 
 def operators() -> list[type[Op]]:
     """The classes that `jquant.ops` exports, by name."""
-    found = [v for n in ops.__all__ if isinstance(v := getattr(ops, n), type) and issubclass(v, Op)]
+    found = [v for n in ops.__all__ if isinstance(v := getattr(ops, n), type) and issubclass(v, Op) and v is not Op]
     return sorted(found, key=lambda cls: cls.__name__)
 
 

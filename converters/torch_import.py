@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
 
 from jquant.types import Array, ConversionError, Graph
 
-from .export import check_arguments, check_dtypes, check_exported, export
+from .aten.quantized import Pair
+from .batch_sizes import check_batch_sizes
+from .branches import leave_dropout_to_training, same_calls, seen_training_flags, set_branches
+from .export import check_arguments, check_dtypes, check_exported, export, in_float32
 from .files import read_exported
 from .habits import visible_habits
 from .naming import name_graph
@@ -17,9 +21,21 @@ from .reader import Reader
 
 
 def from_torch(
-    module: Any, example_inputs: Any = None, *, dynamic_batch: bool = True
+    module: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_batch: bool = True,
+    train_branch: bool = False,
+    check: bool = True,
 ) -> tuple[Graph, dict[str, Array]]:
     """Imports a torch module in eval mode.
+
+    Code that asks `self.training` is imported with False, the branch that is deployed. If the module is in training
+    mode and the other branch does something else, a warning says where; `train_branch=True` imports that one, and
+    `jq.analysis.graph_difference` compares the two.
+
+    A model in float16, bfloat16 or float64 is imported as float32: its parameters are converted in a copy, and no
+    rounding to its own dtype is part of the graph. A None in the result stays where the model has it.
 
     Where the module has QuantStub or DeQuantStub modules (any class of that name), they become nodes of the graph, and
     `prepare` quantizes what lies between them and nothing else. A FloatFunctional (any class of that name) gives its
@@ -30,18 +46,42 @@ def from_torch(
       module: any `torch.nn.Module` that `torch.export` can trace; its training flags are left as they were. Or an
         `ExportedProgram` of one in eval mode, or the path of a `.pt2` file of such; stubs leave no trace in these.
       example_inputs: the positional arguments of its forward, tensors of any batch, such as `(x,)`. Integers (token
-        ids, indices), masks and uint8 pixels become exact inputs of dtype int32, bool and uint8; others are float32.
-        An exported program has its own.
+        ids, indices), masks and uint8 pixels become exact inputs of dtype int32, bool and uint8; floats of any width
+        are float32. An exported program has its own.
       dynamic_batch: axis 0 of every input is a batch of any size; False fixes all shapes to the example. An exported
         program must have been exported that way.
+      train_branch: `self.training` is True in the model's own modules. Those of torch stay in eval mode: batch norm and
+        dropout are trained as `prepare(batch_norm=...)` and the PRNG key of `apply_train` say.
+      check: with a free batch, compares what torch.export traced with the module for 1 and for 3 examples; an exported
+        program has nothing to be compared with, and a training branch may be random.
 
     Returns:
       The graph, with nodes named by module path and the framework's NCHW layout, and {state-dict key: float32 array}.
 
     Raises:
-      ConversionError: the model cannot be traced, uses operators jquant lacks (all are listed), or has bad parameters.
+      ConversionError: the model cannot be traced, uses operators jquant lacks (all are listed), has bad parameters, or
+        a branch on the number of examples.
       FormatError: a file that is not an exported program, or that would run code when it is read.
     """
+    graph, params = import_with_pairs(
+        module, example_inputs, dynamic_batch=dynamic_batch, train_branch=train_branch, check=check
+    )
+    if any(isinstance(node.op, Pair) for node in graph.nodes):
+        raise ConversionError(
+            "the model is quantized: jquant_converters.model_from_torch(model, target=...) reads it with its scales"
+        )
+    return graph, params
+
+
+def import_with_pairs(
+    module: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_batch: bool = True,
+    train_branch: bool = False,
+    check: bool = True,
+) -> tuple[Graph, dict[str, Array]]:
+    """As `from_torch`, with a node for each value that the model quantizes."""
     if isinstance(module, str | os.PathLike):
         module = read_exported(module)
     if isinstance(module, torch.export.ExportedProgram):
@@ -60,14 +100,55 @@ def from_torch(
         raise ConversionError("a module needs example_inputs, the arguments of its forward, such as (x,)")
     arguments = check_arguments(example_inputs, dynamic_batch)
     check_dtypes(module)
+    module = in_float32(module)
     flags = {m: m.training for m in module.modules()}
     try:
-        module.eval()
-        with visible_habits(module):
-            program = export(module, arguments, dynamic_batch)
+        with seen_training_flags(module) as seen:
+            check = check and dynamic_batch and not train_branch
+            graph, params = _import(module, arguments, dynamic_batch, train_branch, check)
+        asked = [place for place, path in seen.items() if flags[module.get_submodule(path)]]
+        if asked and not train_branch:
+            _warn_of_branches(module, arguments, dynamic_batch, graph, asked)
     finally:
         for submodule, training in flags.items():
             submodule.training = training
-    reader = Reader(program, dynamic_batch)
-    reader.read()
-    return name_graph(module, program, reader.drafts, reader.inputs, reader.outputs)
+    return graph, params
+
+
+def _import(
+    module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool, train_branch: bool, check: bool
+) -> tuple[Graph, dict[str, Array]]:
+    set_branches(module, train_branch)
+    with visible_habits(module):
+        program = export(module, arguments, dynamic_batch)
+        if train_branch:
+            leave_dropout_to_training(program)
+        reader = Reader(program, dynamic_batch)
+        reader.read()
+        made = name_graph(module, program, reader.drafts, reader.inputs, reader.outputs)
+    if check:
+        check_batch_sizes(module, program, arguments)
+    return made
+
+
+def _warn_of_branches(
+    module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool, graph: Graph, places: list[str]
+) -> None:
+    """Warns where a module in training mode does something else than what was imported."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other, _ = _import(module, arguments, dynamic_batch, train_branch=True, check=False)
+        differs, what = not same_calls(graph, other), "does something else in training"
+    except ConversionError as error:
+        differs, what = (
+            True,
+            f"cannot be imported as in training ({' '.join(map(str.strip, str(error).splitlines()[:2]))})",
+        )
+    if differs:
+        warnings.warn(
+            f"the model is in training mode and asks self.training at {', '.join(places[:3])}"
+            f"{' and elsewhere' if len(places) > 3 else ''}: it {what}, and was imported as model.eval() has it. Call "
+            "model.eval() if that is meant, or import the other branch with train_branch=True",
+            stacklevel=4,
+        )

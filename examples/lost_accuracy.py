@@ -26,7 +26,7 @@ from jquant_converters import from_torch
 
 CHANNEL, TABLE, UNCALIBRATED = "features.1.conv.2", "log", "features.6.conv.2"
 RULES = {
-    **jq.templates.int8_default(observer=jq.mse()),
+    **jq.templates.int8_default(observer=jq.observers.mse()),
     "exp": jq.Policy(output=jq.int16()),
     "log": jq.Policy(output=jq.int16()),
     "features.18.2": jq.Policy(output=jq.int16()),
@@ -63,17 +63,22 @@ def with_faults(graph: jq.Graph, params: dict) -> tuple[jq.Graph, dict]:
             nodes += [jq.Node("log", ops.Log(table=ops.TableOptions(num_tables=6, placement="evenly")), ("exp",))]
             node = replace(node, inputs=("log",))
         nodes.append(node)
-    return jq.validate(replace(graph, nodes=tuple(nodes)), params), params
+    return jq.graph.validate(replace(graph, nodes=tuple(nodes)), params), params
 
 
-def measure(name: str, plan: jq.Plan, params: dict, qparams: dict, x: jax.Array) -> dict:
+def measure(name: str, model: jq.Model, x: jax.Array) -> dict:
     """How near the integers are to float: dB at the logits, and how often the answers agree."""
-    wanted = jq.apply(plan, params, qparams, x, mode="float")
-    got = jq.run(jq.lower(plan, params, qparams), x)
+    wanted = jq.apply(model, x, mode="float")
+    got = jq.run(jq.lower(model), x)
     agree = 100 * float((wanted.argmax(-1) == got.argmax(-1)).mean())
     row = {"step": name, "logits dB": float(sqnr(wanted, got)), "agreement %": agree}
     print(f"{name:<44}{row['logits dB']:>8.2f} dB{agree:>8.1f} % agree")
     return row
+
+
+def uncalibrated(model: jq.Model) -> jq.Model:
+    """The model with one scale that no calibration gave."""
+    return model.replace(qparams={**model.qparams, UNCALIBRATED: jnp.float32(1 / 128)})
 
 
 def with_tables(graph: jq.Graph, change: str) -> jq.Graph:
@@ -98,39 +103,39 @@ def main(argv: list[str] | None = None) -> dict:
     graph, params = from_torch(load_mobilenet_v2(), (torch.zeros(1, 3, options.side, options.side),))
     graph, params = with_faults(graph, params)
 
-    def quantize(graph: jq.Graph, rules: dict) -> tuple[jq.Plan, dict, dict]:
-        plan, folded = jq.prepare(graph, params, jq.QConfig(rules), target=jq.targets.NASH_E)
-        return plan, folded, jq.calibrate(plan, folded, [calibration])
+    def quantize(graph: jq.Graph, rules: dict) -> jq.Model:
+        model = jq.prepare(graph, params, jq.QConfig(rules), target=jq.targets.NASH_E)
+        return jq.calibrate(model, [calibration])
 
-    plan, folded, qparams = quantize(graph, RULES)
-    faulty = dict(qparams) | {UNCALIBRATED: jnp.float32(1 / 128)}
-    start = analysis.compare(plan, folded, faulty, few, "float", "integer")
-    state = State(graph, params, jq.QConfig(RULES), plan.target, faulty)
+    model = quantize(graph, RULES)
+    faulty = uncalibrated(model)
+    start = analysis.compare(faulty, few, "float", "bit_true")
+    state = State(graph, params, jq.QConfig(RULES), model.plan.target, faulty.qparams)
     save_state(options.out / "faulty.jqs", state)
-    rows = [measure("with three faults", plan, folded, faulty, x)]
+    rows = [measure("with three faults", faulty, x)]
 
     # 1. One quantizer at a time: which one costs most.
-    ranking = analysis.sensitivity(plan, folded, faulty, [few], kinds=["activation"])
+    ranking = analysis.sensitivity(faulty, [few], kinds=["activation"])
     print(f"\n{ranking.table(4)}\n")
     rules = {**RULES, **jq.templates.sensitive(ranking.names(), topk=1, spec=jq.int16())}
-    plan, folded, qparams = quantize(graph, rules)
-    faulty = dict(qparams) | {UNCALIBRATED: jnp.float32(1 / 128)}
-    rows.append(measure(f"{ranking.rows[0].name} int16", plan, folded, faulty, x))
+    model = quantize(graph, rules)
+    faulty = uncalibrated(model)
+    rows.append(measure(f"{ranking.rows[0].name} int16", faulty, x))
 
     # 2. Layer by layer: what is clamped, what is rounded.
-    before = analysis.compare(plan, folded, faulty, few, "float", "validation")
+    before = analysis.compare(faulty, few, "float", "fake_quant")
     advice = analysis.layer_advice(before)
     print(f"\n{advice[0]}\n")
-    rows.append(measure(f"{advice[0].where} calibrated", plan, folded, qparams, x))
+    rows.append(measure(f"{advice[0].where} calibrated", model, x))
 
     # 3. The tables.
-    cost = analysis.table_costs(plan, folded, qparams, few)[0]
+    cost = analysis.table_costs(model, few)[0]
     change, level = next(tried for tried in cost.tried)
     print(f"\n{cost.name} ({cost.operator}): {cost.own_sqnr:.1f} dB, with {change}: {level:.1f} dB\n")
-    plan, folded, qparams = quantize(with_tables(graph, change), rules)
-    rows.append(measure(f"{cost.name}: {change}", plan, folded, qparams, x))
+    model = quantize(with_tables(graph, change), rules)
+    rows.append(measure(f"{cost.name}: {change}", model, x))
 
-    after = analysis.compare(plan, folded, qparams, few, "float", "integer")
+    after = analysis.compare(model, few, "float", "bit_true")
     if options.picture:
         options.picture.write_bytes(depth_picture({"with three faults": start, "mended": after}))
     report = analysis.write_report(
@@ -139,7 +144,7 @@ def main(argv: list[str] | None = None) -> dict:
         rows,
         {"With three faults": start, "Mended": after},
         [f"{len(x)} crops of scikit-image's pictures, {options.side}x{options.side}; other crops calibrated."],
-        plan=plan,
+        plan=model.plan,
         ranking=ranking,
         findings=advice,
     )

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import jquant as jq
 from jquant.analysis import Comparison, compare, write_report
-from jquant.progress import track
+from jquant.host.progress import track
 from jquant_converters import from_torch
 
 HELD_BACK = 1000
@@ -80,27 +80,25 @@ def batches(count: int, size: int, epochs: int, seed: int):
 def qconfig(weight: str) -> jq.QConfig:
     """Weights per output channel and int8 activations, both trained with LSQ; images lie on the 1/128 grid."""
     bits = {"int8": jq.int8, "int4": jq.int4}[weight]
-    activation = jq.int8(quantizer=jq.lsq, observer=jq.mse())
+    activation = jq.int8(quantizer=jq.lsq, observer=jq.observers.mse())
     return jq.QConfig(
         {
-            "*": jq.Policy(weight=bits(axis="out", quantizer=jq.lsq, observer=jq.mse()), output=activation),
+            "*": jq.Policy(weight=bits(axis="out", quantizer=jq.lsq, observer=jq.observers.mse()), output=activation),
             "type:Input": jq.Policy(output=jq.int8(scale=1 / 128)),
         }
     )
 
 
-def train_quantized(
-    plan: jq.Plan, params: dict, qparams: dict, data: Data, epochs: int, mode: str, batch: int = 50
-) -> jq.TrainState:
+def train_quantized(model: jq.Model, data: Data, epochs: int, mode: str, batch: int = 50) -> jq.TrainState:
     """QAT: one optax chain for weights, a slower one for scales."""
     steps = epochs * (len(data.train_x) // batch)
     weights = optax.adam(optax.cosine_decay_schedule(3e-4, steps))
     scales = optax.adam(optax.cosine_decay_schedule(1e-5, steps))  # a scale is a small number: a step must be smaller
-    tx = optax.multi_transform({"weight": weights, "scale": scales}, jq.labels(plan))
-    state = jq.TrainState.create(plan, params, qparams, tx=tx)
+    tx = optax.multi_transform({"weight": weights, "scale": scales}, jq.labels(model))
+    state = jq.TrainState.create(model, tx=tx)
 
-    def loss(trainable: jq.Trainable, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits, _ = jq.apply_train(plan, trainable.params, trainable.qparams, images, mode=mode)
+    def loss(trainable: jq.Model, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits, _ = jq.apply_train(trainable, images, mode=mode)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
@@ -121,20 +119,20 @@ def quantize(weight: str, graph: jq.Graph, float_params: dict, data: Data, epoch
     """One row of the table, and the comparison by layer behind it."""
     start = time.perf_counter()
     test = jnp.asarray(data.test_x)
-    plan, params = jq.prepare(graph, float_params, qconfig(weight), target=jq.targets.NASH_E)
+    model = jq.prepare(graph, float_params, qconfig(weight), target=jq.targets.NASH_E)
     calibration = [jnp.asarray(data.train_x[i : i + 100]) for i in range(0, 1000, 100)]
-    qparams = jq.calibrate(plan, params, calibration)
+    model = jq.calibrate(model, calibration)
     row = {
         "weights": weight,
-        "float %": accuracy(jq.apply(plan, params, qparams, test, mode="float"), data.test_y),
-        "calibrated %": accuracy(jq.apply(plan, params, qparams, test), data.test_y),
+        "float %": accuracy(jq.apply(model, test, mode="float"), data.test_y),
+        "calibrated %": accuracy(jq.apply(model, test), data.test_y),
     }
-    state = train_quantized(plan, params, qparams, data, epochs, "qat")
-    qat = jq.apply(plan, state.params, state.qparams, test)
-    bit_true = jq.apply(plan, state.params, state.qparams, test, mode="bit_true")
-    program = jq.lower(plan, state.params, state.qparams)
+    state = train_quantized(model, data, epochs, "fake_quant")
+    qat = jq.apply(state.model, test)
+    bit_true = jq.apply(state.model, test, mode="bit_true")
+    program = jq.lower(state.model)
     integer = jq.run(program, test)
-    difference = compare(plan, state.params, state.qparams, test, "qat", "integer")
+    difference = compare(state.model, test, "fake_quant", "bit_true")
     inner = [r for r in difference.rows if r.dtype == "int8"]
     half_acc = 0.5 * program.scales[program.graph.outputs[0]]
     row |= {
@@ -146,7 +144,7 @@ def quantize(weight: str, graph: jq.Graph, float_params: dict, data: Data, epoch
         "bit-true differs %": float(100 * (bit_true != integer).mean()),
         "seconds": time.perf_counter() - start,
     }
-    return row, compare(plan, state.params, state.qparams, test[:200], "float", "integer")
+    return row, compare(state.model, test[:200], "float", "bit_true")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -169,7 +167,7 @@ def main(argv: list[str] | None = None) -> dict:
         "Three shares of where fake-quant (QAT) and integers differ: answers; int8 values of all layers, by half "
         "an LSB or more; logits, which are 32-bit accumulators, by half a unit of the accumulator or more.",
         "Bit-true differs: the same share of logits for the bit-true forward of QAT, which is the integer program.",
-        "The integers follow jquant's specification of the Nash arithmetic; nobody has compared them with a board.",
+        "The integers follow jquant's specification of the Nash arithmetic; they have not been compared with a board.",
     ]
     report = write_report(options.out, "MNIST from float to integers", rows, comparisons, notes)
     print(f"report: {report.html}\nnumbers: {report.json}")

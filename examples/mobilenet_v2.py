@@ -19,13 +19,17 @@ from rich.console import Console
 from rich.table import Table
 
 import jquant as jq
-from jquant.progress import track
+from jquant.host.progress import track
 from jquant_converters import from_torch
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 SIDE = 224
-OBSERVERS = {"min_max": jq.min_max(), "moving_average": jq.moving_average(0.1), "mse": jq.mse()}
+OBSERVERS = {
+    "min_max": jq.observers.min_max(),
+    "moving_average": jq.observers.moving_average(0.1),
+    "mse": jq.observers.mse(),
+}
 
 
 def to_input(image: Image.Image) -> np.ndarray:
@@ -75,13 +79,11 @@ def percent(logits: np.ndarray, labels: np.ndarray | None, baseline: np.ndarray)
 
 def quantize(observer: str, graph, float_params, calibration, images, labels, baseline, size: int) -> dict:
     config = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8(observer=OBSERVERS[observer]))})
-    plan, params = jq.prepare(graph, float_params, config, target=jq.targets.NASH_E)
-    qparams = jq.calibrate(plan, params, in_batches(calibration, size))
-    program = jq.lower(plan, params, qparams)
-    fake = evaluate(lambda x: jq.apply(plan, params, qparams, x), images, size, f"{observer}: fake-quant")
-    bit_true = evaluate(
-        lambda x: jq.apply(plan, params, qparams, x, mode="bit_true"), images, size, f"{observer}: bit-true"
-    )
+    model = jq.prepare(graph, float_params, config, target=jq.targets.NASH_E)
+    model = jq.calibrate(model, in_batches(calibration, size))
+    program = jq.lower(model)
+    fake = evaluate(lambda x: jq.apply(model, x), images, size, f"{observer}: fake-quant")
+    bit_true = evaluate(lambda x: jq.apply(model, x, mode="bit_true"), images, size, f"{observer}: bit-true")
     integer = evaluate(lambda x: jq.run(program, x), images, size, f"{observer}: integers")
     return {
         "observer": observer,
@@ -89,7 +91,7 @@ def quantize(observer: str, graph, float_params, calibration, images, labels, ba
         "fake-quant": percent(fake, labels, baseline),
         "integer": percent(integer, labels, baseline),
         "bit-true logits that differ": int((bit_true != integer).sum()),
-        "largest |acc|": f"2^{math.log2(max(f.worst_case or 1 for f in program.formats.values())):.1f}",
+        "largest |acc|": f"2^{math.log2(max(float(a.worst_case) for a in program.accumulators.values())):.1f}",
     }
 
 
@@ -105,8 +107,8 @@ def main(argv: list[str] | None = None) -> dict:
     calibration, images = images[::2], images[1::2]
     labels = None if labels is None else labels[1::2]
     graph, params = from_torch(load_mobilenet_v2(), (torch.zeros(1, 3, SIDE, SIDE),))
-    plan, folded = jq.prepare(graph, params, jq.QConfig({"*": jq.Policy(output=jq.int8())}), target=jq.targets.NASH_E)
-    baseline = evaluate(lambda x: jq.apply(plan, folded, {}, x, mode="float"), images, options.batch, "float")
+    model = jq.prepare(graph, params, jq.QConfig({"*": jq.Policy(output=jq.int8())}), target=jq.targets.NASH_E)
+    baseline = evaluate(lambda x: jq.apply(model, x, mode="float"), images, options.batch, "float")
     rows = [quantize(o, graph, params, calibration, images, labels, baseline, options.batch) for o in options.observers]
     measure = "agreement with float, %" if labels is None else "top-1, %"
     table = Table(title=f"MobileNetV2, {len(calibration)} images to calibrate, {len(images)} to measure: {measure}")

@@ -61,7 +61,9 @@ def main(steps: int = 200) -> dict[str, float]:
 
     # (b) The weights of any pytree, in any loss.
     qconfig = jq.QConfig({"up.*": jq.Policy(weight=jq.int4(axis="out")), "head.*": jq.Policy(weight=jq.int8())})
-    _, losses["weights"] = train(lambda p: jnp.mean((model(jq.quantize_params(p, qconfig), x) - y) ** 2), init(), steps)
+    _, losses["weights"] = train(
+        lambda p: jnp.mean((model(jq.functions.quantize_params(p, qconfig), x) - y) ** 2), init(), steps
+    )
 
     # (c) The whole model: traced, prepared, calibrated, trained with its scales, lowered, run as integers.
     qconfig = jq.QConfig({"*": jq.Policy(weight=jq.int4(axis="out", quantizer=jq.lsq), output=jq.int8())})

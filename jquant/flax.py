@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from jquant.quantize import QuantizedFunction, Variables
+from jquant.functions.quantized import QuantizedFunction, Variables
+from jquant.types import InputError
 
 Function = Callable[..., Any]
 
@@ -67,6 +68,10 @@ def module(function: QuantizedFunction, variables: Variables) -> Any:
 
     Running statistics are `nnx.BatchStat`. As in `nnx.BatchNorm`, a call normalizes with the batch and moves them,
     until `module.eval()`. `module.variables()` are its variables again, for `lower` and `fake_quantized`.
+
+    Raises:
+      InputError: in a call, `switches`: what is observed becomes the scale behind the optimizer's step, which a module
+        does not see. `QuantizedFunction.train` and `update` do it.
     """
     from flax import nnx
 
@@ -88,6 +93,11 @@ def module(function: QuantizedFunction, variables: Variables) -> Any:
         def __call__(self, *inputs: Any, **options: Any) -> Any:
             if self.use_running_average:
                 return function(self.variables(), *inputs, **options)
+            if options.get("switches") is not None:
+                raise InputError(
+                    "switches need qfn.train(variables, ..., switches=, step=) and qfn.update: an nnx module does not "
+                    "see the optimizer's step, behind which observed scales are put in place"
+                )
             outputs, batch_stats = function.train(self.variables(), *inputs, **options)
             for leaf, moved in zip(self.batch_stats, jax.tree.leaves(batch_stats), strict=True):
                 leaf[...] = moved

@@ -1,15 +1,27 @@
 """Text for people: tables, graphs as tables, suggestions for mistyped names."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
+
+import numpy as np
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'a' or 'b'?" for near names, else an empty string."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def near_or_known(pattern: str, known: Iterable[str]) -> str:
+    """`did_you_mean`, also of a glob without its wildcards; where nothing is near, some of the names that there are."""
+    known = list(dict.fromkeys(known))
+    near = did_you_mean(pattern, known) or did_you_mean(pattern.replace("*", "").strip("."), known)
+    if near or not known:
+        return near
+    rest = f" and {len(known) - 5} more" if len(known) > 5 else ""
+    return f"; there are {', '.join(map(repr, known[:5]))}{rest}"
 
 
 def format_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -36,14 +48,51 @@ def format_program(program: Any) -> str:
     """An integer program as a table: formats and accumulators by node, and the worst case of each accumulator."""
     rows = []
     for node in program.graph.nodes:
-        entry = program.formats[node.name]
-        worst = "-" if entry.worst_case is None else f"2^{math.log2(max(entry.worst_case, 1)):.1f}"
-        beyond = entry.worst_case is not None and entry.worst_case >= 2**31
-        accumulator = entry.accumulator + (" (beyond int32)" if beyond else "")
+        entry, found = program.formats[node.name], program.accumulators.get(node.name)
+        bound = None if found is None else float(np.asarray(found.worst_case).max())
+        worst = "-" if bound is None else f"2^{math.log2(max(bound, 1)):.1f}"
+        wide = bound is not None and bound >= 2**31
+        accumulator = entry.accumulator + (" (beyond int32)" if wide else "")
         formats = f"{', '.join(entry.inputs)} -> {entry.output}"
         operator = type(node.op).__name__
         rows.append((node.name, operator, ", ".join(node.inputs), formats, entry.kernel or "-", accumulator, worst))
     table = format_table(("name", "operator", "operands", "formats", "kernel", "accumulator", "worst case"), rows)
     islands = [name for name, entry in program.formats.items() if entry.output == "float16"]
     floats = f"\nfloat islands, evaluated in float: {', '.join(islands)}" if islands else ""
-    return f"{program.target.name}\n{table}\noutputs: {', '.join(program.graph.outputs)}{floats}"
+    beyond = "".join(
+        f"\n{name}: the int32 output saturates for some operands in {_channels(indices)}; give the operand "
+        "int8, or the node an output format"
+        for name, indices in saturating_channels(program).items()
+    )
+    outputs = ", ".join(name + _real_by(program, name) for name in program.graph.outputs)
+    return f"{program.target.name}\n{table}\noutputs: {outputs}{floats}{beyond}"
+
+
+def saturating_channels(program: Any) -> dict[str, list[int]]:
+    """{node: the channels of its int32 output that saturate for some operands}, of the nodes that have any."""
+    masks = {
+        n: np.atleast_1d(np.asarray(a.saturating)) for n, a in program.accumulators.items() if a.saturating is not None
+    }
+    found = {n: np.flatnonzero(mask.reshape(-1, mask.shape[-1]).any(0)).tolist() for n, mask in masks.items()}
+    return {name: indices for name, indices in found.items() if indices}
+
+
+def _real_by(program: Any, name: str) -> str:
+    """Of an output behind a `Dequantize`: the value that it makes real, and by which scale; else nothing."""
+    if name not in program.formats or program.formats[name].output != "float32":
+        return ""
+    source = program.graph.by_name[name].inputs[0]
+    return f" (real: {source} times {format_scale(program.constants[name]['scale'])})"
+
+
+def format_scale(scale: Any) -> str:
+    """A scale (real per LSB), or the smallest and the largest of several with their number."""
+    values = np.asarray(scale)
+    low, high = f"{values.min():.4g}", f"{values.max():.4g}"
+    return low if low == high else f"{low} .. {high} ({values.size})"
+
+
+def _channels(indices: Sequence[int], shown: int = 8) -> str:
+    """ "channel 3", "channels 0, 1, 5", or the first ones and a count."""
+    more = f" and {len(indices) - shown} more" if len(indices) > shown else ""
+    return f"channel{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices[:shown]))}{more}"

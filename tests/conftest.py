@@ -1,10 +1,12 @@
 """What every test runs under: one CPU device, strict dtype promotion, one profile for hypothesis."""
 
 import os
-import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported; set it to cuda,cpu to test on a GPU
+# The suite runs one process a core: torch and OpenBLAS, which start a thread a core in each and in every process that a
+# test starts, would wait for each other: training in torch took 12 times the work. Read when they are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import jax
@@ -21,13 +23,6 @@ if jax.default_backend() != "cpu":
 # time; elsewhere they vary, and print_blob tells how to replay a failure.
 hypothesis.settings.register_profile("jquant", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 hypothesis.settings.load_profile("jquant")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_torch_thread() -> None:
-    """The suite runs one process a core; torch starting a thread a core in each only makes them wait for each other."""
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,6 +28,15 @@ def test_the_operator_of_ones_own_in_the_recipe_runs() -> None:
 
 
 def test_every_link_between_documents_leads_somewhere() -> None:
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_walk_to_an_operator_quotes_the_source() -> None:
+    """Every block but the last, which runs, stands in the source; one of several lines in one piece."""
+    files = [path.read_text() for folder in ("jquant", "converters") for path in (ROOT / folder).rglob("*.py")]
+    for block in blocks("docs/adding-an-operator.md")[:-1]:
+        pieces = block.split("\n\n") if "def " in block or "class " in block else block.splitlines()
+        for piece in pieces:
+            assert any(piece.strip() in text for text in files), piece

@@ -7,10 +7,10 @@ one entry for each result, or raises `Unsupported` with the reason.
 
 from typing import Any
 
-from . import compare, elementwise, images, indexing, layers, movement, recurrent, reduce
-from .call import BATCH, CONSTANT, ROW, VERY_NEGATIVE, Call, Handler, Unsupported, aten, format_shape, shape_of
+from . import compare, elementwise, images, indexing, layers, movement, quantized, quotients, recurrent, reduce
+from .call import BATCH, CONSTANT, FOLDED, ROW, Call, Handler, Unsupported, aten, format_shape, shape_of
 
-_FAMILIES = (elementwise, compare, reduce, movement, indexing, layers, images, recurrent)
+_FAMILIES = (elementwise, compare, reduce, movement, indexing, layers, images, recurrent, quotients, quantized)
 
 
 def _in_place(table: dict[Any, Handler]) -> dict[Any, Handler]:
@@ -33,8 +33,9 @@ _ALIASES = {
     "absolute": "abs", "arccos": "acos", "arccosh": "acosh", "arcsin": "asin", "arcsinh": "asinh", "arctan": "atan",
     "arctanh": "atanh", "clip": "clamp", "concatenate": "cat", "divide": "div", "greater": "gt", "greater_equal": "ge",
     "less": "lt", "less_equal": "le", "multiply": "mul", "negative": "neg", "not_equal": "ne", "special_exp2": "exp2",
-    "special_expit": "sigmoid", "special_log1p": "log1p", "special_log_softmax": "log_softmax",
-    "special_logsumexp": "logsumexp", "special_softmax": "softmax", "subtract": "sub",
+    "special_expit": "sigmoid", "special_expm1": "expm1", "special_log1p": "log1p",
+    "special_log_softmax": "log_softmax", "special_logsumexp": "logsumexp", "special_softmax": "softmax",
+    "subtract": "sub",
 }  # fmt: skip
 
 
@@ -53,25 +54,41 @@ FUNCTIONAL: dict[Any, Handler] = {k: v for family in _FAMILIES for k, v in famil
 TABLE: dict[Any, Handler] = {
     **_in_place(elementwise.TABLE),
     **_in_place(compare.TABLE),
+    **_in_place(quotients.TABLE),
     **_aliases(FUNCTIONAL),
     **FUNCTIONAL,
 }
 
-ADVICE: dict[Any, str] = {  # what to do instead
-    aten._weight_norm.default: "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') before",
-}
+
+def advice(target: Any, path: str) -> str:
+    """The step that takes an operator without a handler out of a model, where one is known; else an empty string.
+
+    Args:
+      target: the overload.
+      path: of the module that calls it; `parametrizations.weight.0` inside a parametrized layer.
+    """
+    layer, is_parametrized, rest = f".{path}".rpartition(".parametrizations.")
+    if is_parametrized:
+        owner, name = _layer(layer.removeprefix(".")), rest.partition(".")[0]
+        return f"before the import call torch.nn.utils.parametrize.remove_parametrizations({owner}, {name!r})"
+    return ""
+
+
+def _layer(path: str) -> str:
+    return f"model.{path}" if path else "model"
+
 
 __all__ = [
-    "ADVICE",
     "BATCH",
     "CONSTANT",
+    "FOLDED",
     "FUNCTIONAL",
     "ROW",
     "TABLE",
-    "VERY_NEGATIVE",
     "Call",
     "Handler",
     "Unsupported",
+    "advice",
     "format_shape",
     "shape_of",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from jquant.drafts.values import shortest
 from jquant.ops.elementwise import IntegerConstant, Mul, Scale
 from jquant.ops.movement import Reshape
 from jquant.types import Op
@@ -18,8 +19,8 @@ aten = torch.ops.aten
 Shape = tuple[Any, ...]  # of int, with a torch.SymInt for what depends on the batch
 CONSTANT = "jquant_constant"  # key of `Node.meta`: the tensor of a parameter, a buffer, or what follows from such alone
 ROW = "jquant_row"  # key of `Node.meta`: [1, ...] of a value that repeats for every example, whatever the inputs are
+FOLDED = "jquant_folded"  # key of `Node.meta`: the value follows from parameters alone, and as a weight is computed now
 EXACT = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-VERY_NEGATIVE = -1e4  # an addend below makes exp 0 in every format: what is meant is a mask
 
 
 class Unsupported(Exception):  # noqa: N818 - a reason that is collected, not an error that callers see
@@ -85,6 +86,11 @@ def constant_of(value: Any) -> torch.Tensor | None:
     return value.meta.get(CONSTANT) if isinstance(value, Node) else None
 
 
+def is_weight(value: Node) -> bool:
+    """Whether an fx node can be the weight of a layer: it depends on no input."""
+    return constant_of(value) is not None or FOLDED in value.meta
+
+
 def row_of(value: Any) -> torch.Tensor | None:
     """The tensor [1, ...] that an fx node repeats for every example, where no input matters."""
     return value.meta.get(ROW) if isinstance(value, Node) else None
@@ -139,7 +145,7 @@ def require_float32(dtype: Any) -> None:
 def number(value: Any, what: str = "factor") -> float:
     require(isinstance(value, int | float), f"the {what} depends on the batch size; make it a constant")
     require(isfinite(value), f"the {what} is {value}")
-    return float(value)
+    return shortest(value)
 
 
 def one_like(x: Any, value: Any) -> Any:

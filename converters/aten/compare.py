@@ -43,9 +43,13 @@ def bitwise(of_masks: Op, of_integers: Op) -> Handler:
 
 
 def where(out: Shape, condition: Node, a: Any, b: Any) -> Call:
-    """A number on one side is a fill of the other one."""
+    """A number on one side is a fill of the other one; of two numbers the smaller one is."""
     a, b = scalar_of(a), scalar_of(b)
-    for value, other, mask in ((a, b, condition), (b, a, Call(ops.LogicalNot(), (condition,), label="not"))):
+    inverse = Call(ops.LogicalNot(), (condition,), label="not")
+    if isinstance(a, float) and isinstance(b, float):
+        fill, base, mask = (a, b, condition) if a < b else (b, a, inverse)
+        return Call(ops.MaskedFill(value=fill), (base, mask))
+    for value, other, mask in ((a, b, condition), (b, a, inverse)):
         if not isinstance(value, Node) and isinstance(other, Node) and other.meta["val"].dtype == torch.float32:
             return Call(ops.MaskedFill(value=float(value)), (other, mask))
     require(isinstance(a, Node) or isinstance(b, Node), "a choice between two numbers; multiply the mask instead")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import isfinite, log
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch.fx import Node
 
 import jquant.ops as ops
+from jquant.ops.names import FUNCTIONS
 from jquant.types import Op
 
 from .call import (
@@ -27,6 +27,7 @@ from .call import (
     scalar_of,
     scaled,
 )
+from .quotients import quotient
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arithmetic
@@ -80,14 +81,15 @@ def mul(out: Shape, a: Any, b: Any) -> Call:
     return Call(ops.Mul(), (a, factor)) if is_exact(a) else Call(ops.Scale(factor=factor), (a,))
 
 
-def div(out: Shape, a: Any, b: Any, rounding_mode: str | None = None) -> Call:
-    require(rounding_mode is None, f"rounding_mode={rounding_mode!r}; divide, then use torch.floor")
+def div(out: Shape, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        return quotient(a, b, towards_zero=rounding_mode == "trunc")
     b = scalar_of(b)
     if isinstance(b, Node):
         require(not (is_exact(a) or is_exact(b)), "a division of integers; convert them to float32 before")
         return Call(ops.Div(), (a, b))
     require(number(b) != 0, "the divisor is 0")
-    return mul(out, a, 1.0 / b)
+    return scaled(a, 1.0 / number(b), label="")
 
 
 def power(out: Shape, x: Any, exponent: Any) -> Any:
@@ -164,6 +166,23 @@ def square(out: Shape, x: Node) -> Call:
     return Call(ops.Mul(), (x, x))
 
 
+def nan_to_num(out: Shape, x: Node, nan: Any = None, above: Any = None, below: Any = None) -> Any:
+    """A number that is not equal to itself is NaN. Infinities without a value of their own are clamped.
+
+    Integers have none of them, and only the clamp is left of it there, which does nothing.
+    """
+    if is_exact(x):
+        return x
+    most = torch.finfo(torch.float32).max
+    is_nan = Call(ops.NotEqual(), (x, x), label="is_nan")
+    result = Call(ops.MaskedFill(value=number(nan or 0.0, "value")), (x, is_nan), label="nan")
+    for value, op, word in ((above, ops.Greater(value=most), "infinite"), (below, ops.Less(value=-most), "negative")):
+        if value is not None:
+            mask = Call(op, (x,), label=f"is_{word}")
+            result = Call(ops.MaskedFill(value=number(value, "value")), (result, mask), label=word)
+    return Call(ops.Clamp(minimum=-most, maximum=most), (result,))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Activations
 
@@ -225,44 +244,8 @@ def identity_if_whole(op: Op) -> Handler:
     return lambda out, x: x if is_exact(x) else Call(op, (x,))
 
 
-PLAIN: Sequence[tuple[Any, Op]] = (
-    (aten.relu.default, ops.Relu()),
-    (aten.relu6.default, ops.Relu6()),
-    (aten.abs.default, ops.Abs()),
-    (aten.neg.default, ops.Neg()),
-    (aten.sigmoid.default, ops.Sigmoid()),
-    (aten.tanh.default, ops.Tanh()),
-    (aten.exp.default, ops.Exp()),
-    (aten.log.default, ops.Log()),
-    (aten.log1p.default, ops.Log(epsilon=1.0)),
-    (aten.sqrt.default, ops.Sqrt()),
-    (aten.rsqrt.default, ops.Rsqrt()),
-    (aten.reciprocal.default, ops.Reciprocal()),
-    (aten.erf.default, ops.Erf()),
-    (aten.special_erf.default, ops.Erf()),
-    (aten.silu.default, ops.Silu()),
-    (aten.mish.default, ops.Mish()),
-    (aten.hardswish.default, ops.HardSwish()),
-    (aten.hardsigmoid.default, ops.HardSigmoid()),
-    (aten.selu.default, ops.Selu()),
-    (aten.sin.default, ops.Sin()),
-    (aten.cos.default, ops.Cos()),
-    (aten.tan.default, ops.Tan()),
-    (aten.asin.default, ops.Asin()),
-    (aten.acos.default, ops.Acos()),
-    (aten.atan.default, ops.Atan()),
-    (aten.sinh.default, ops.Sinh()),
-    (aten.cosh.default, ops.Cosh()),
-    (aten.asinh.default, ops.Asinh()),
-    (aten.acosh.default, ops.Acosh()),
-    (aten.atanh.default, ops.Atanh()),
-    (aten.log_sigmoid.default, ops.LogSigmoid()),
-    (aten.sign.default, ops.Sign()),
-    (aten.sgn.default, ops.Sign()),
-)
-
 TABLE: dict[Any, Handler] = {
-    **{overload: plain(op) for overload, op in PLAIN},
+    **{getattr(aten, name).default: plain(row.op) for row in FUNCTIONS for name in row.aten.split()},
     # arithmetic
     aten.add.Tensor: add,
     aten.add.Scalar: add,
@@ -275,6 +258,7 @@ TABLE: dict[Any, Handler] = {
     aten.div.Tensor: div,
     aten.div.Scalar: div,
     aten.div.Tensor_mode: div,
+    aten.div.Scalar_mode: div,
     aten.true_divide.Tensor: div,
     aten.addcmul.default: addcmul,
     aten.addcdiv.default: addcdiv,
@@ -308,6 +292,7 @@ TABLE: dict[Any, Handler] = {
     aten.clamp_max.default: lambda out, x, high: clamp(out, x, None, high),
     aten.clamp_max.Tensor: lambda out, x, high: clamp(out, x, None, high),
     aten.hardtanh.default: clamp,
+    aten.nan_to_num.default: nan_to_num,
     # functions with attributes
     aten.leaky_relu.default: lambda out, x, slope: Call(ops.LeakyRelu(negative_slope=float(slope)), (x,)),
     aten.prelu.default: prelu,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch.fx import Node
 
 import jquant.ops as ops
 
+from ..torch_functions import GRID_SAMPLE_ABSOLUTE
 from .call import Call, Handler, Shape, aten, both_sides, integer, per_axis, require, require_batched, shape_of
+from .movement import sliced
 
 NO_POSITIONS = "the positions of a maximum; return_indices has no operator"
 
@@ -53,11 +56,47 @@ def avg_pool(rank: int) -> Handler:
 
 
 def adaptive_avg_pool(rank: int) -> Handler:
-    def handler(out: Shape, x: Node, size: Any) -> Call:
+    def handler(out: Shape, x: Node, size: Any) -> Any:
         require_batched(x, rank)
-        return Call(ops.AdaptiveAvgPool(output_size=per_axis(size, rank)), (x,))
+        wanted, given = per_axis(size, rank), per_axis(shape_of(x)[2:], rank)
+        uneven = [i for i in range(rank) if given[i] % wanted[i]]
+        if not uneven:
+            return Call(ops.AdaptiveAvgPool(output_size=wanted), (x,))
+        even = tuple(n if i in uneven else wanted[i] for i, n in enumerate(given))
+        result: Any = x
+        if even != given:
+            result = Call(ops.AdaptiveAvgPool(output_size=even), (x,), label="even")
+        for i in uneven:
+            last = i == uneven[-1]
+            result = uneven_means(result, 2 + i, rank + 2, given[i], wanted[i], "" if last else f"axis{2 + i}")
+        return result
 
     return handler
+
+
+def uneven_means(x: Any, axis: int, rank: int, size: int, count: int, label: str) -> Call:
+    """Means of windows of one axis, which are of several sizes and overlap where the count does not divide the size."""
+    windows = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+    starts, sizes = {b[0] - a[0] for a, b in pairwise(windows)}, {stop - start for start, stop in windows}
+    if len(sizes) == len(starts) == 1:
+        (kernel,), (step,) = sizes, starts
+        spatial = range(2, rank)
+        return Call(
+            ops.AvgPool(
+                kernel=tuple(kernel if i == axis else 1 for i in spatial),
+                strides=tuple(step if i == axis else 1 for i in spatial),
+                padding=tuple((0, 0) for _ in spatial),
+            ),
+            (x,),
+            label=label,
+        )
+    prefix = f"{label or 'axis' + str(axis)}."
+    parts = []
+    for i, (start, stop) in enumerate(windows):
+        part = sliced(x, axis, start, stop, rank=rank, label=f"{prefix}{i}.slice")
+        mean = Call(ops.Mean(axes=(axis,), keepdims=True), (part,), label=f"{prefix}{i}.mean")
+        parts.append(part if stop - start == 1 else mean)
+    return Call(ops.Cat(axis=axis), tuple(parts), label=label)
 
 
 def adaptive_max_pool(rank: int) -> Handler:
@@ -105,6 +144,11 @@ def grid_sample(out: Shape, x: Node, grid: Node, mode: int, padding: int, align_
     return Call(op, (x, grid))
 
 
+def grid_sample_absolute(out: Shape, x: Node, grid: Node, mode: str, padding: str) -> Call:
+    op = ops.GridSample(mode=mode, padding=padding, coordinates="absolute")  # type: ignore[arg-type]
+    return Call(op, (x, grid))
+
+
 def affine_grid(out: Shape, theta: Node, size: Any, align_corners: bool) -> Call:
     require(len(out) == 4, "a grid of volumes; only images [N, C, H, W] have an operator")
     return Call(ops.AffineGrid(size=(integer(out[1]), integer(out[2])), align_corners=align_corners), (theta,))
@@ -126,5 +170,6 @@ TABLE: dict[Any, Handler] = {
     aten.upsample_bilinear2d.default: resize_by_axis("bilinear"),
     aten.grid_sampler.default: grid_sample,
     aten.grid_sampler_2d.default: grid_sample,
+    GRID_SAMPLE_ABSOLUTE: grid_sample_absolute,
     aten.affine_grid_generator.default: affine_grid,
 }

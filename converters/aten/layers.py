@@ -9,9 +9,9 @@ import torch
 from torch.fx import Node
 
 import jquant.ops as ops
+from jquant.plan.masks import VERY_NEGATIVE
 
 from .call import (
-    VERY_NEGATIVE,
     Call,
     Handler,
     Shape,
@@ -20,6 +20,7 @@ from .call import (
     both_sides,
     constant_of,
     dtype_of,
+    is_weight,
     mask_constant,
     number,
     per_axis,
@@ -96,8 +97,8 @@ def convolution(
 
 
 def linear(out: Shape, x: Node, weight: Node, bias: Node | None) -> Call:
-    """A weight that the model computes is an operand of a matrix product."""
-    if constant_of(weight) is not None and rank_of(weight) == 2:
+    """A weight that the model computes from its inputs is an operand of a matrix product."""
+    if is_weight(weight) and rank_of(weight) == 2:
         return Call(ops.Linear(), (x,), {"weight": weight, "bias": bias})
     product = Call(ops.MatMul(transpose_b=rank_of(weight) == 2), (x, weight), label="matmul" if bias else "")
     return Call(ops.Add(), (product, bias)) if bias else product
@@ -116,7 +117,7 @@ def add_product(out: Shape, c: Node, a: Node, b: Node, beta: Any = 1, alpha: Any
 
 
 def embedding(out: Shape, weight: Node, index: Node, padding: Any, *_: Any) -> Call:
-    require(constant_of(weight) is not None, "its table is computed by the model; make it a plain parameter")
+    require(is_weight(weight), "its table is computed from the inputs; use index_select")
     return Call(ops.Embedding(padding_index=int(padding)), (index,), {"weight": weight})
 
 
@@ -184,7 +185,7 @@ def group_norm(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Softmax and attention. `drafts.join_mask` makes the mask of a MaskedFill in front of a softmax an operand of it.
+# Softmax and attention
 
 
 def softmax(out: Shape, x: Node, axis: int, dtype: Any = None) -> Call:
@@ -215,7 +216,27 @@ def attention(
     grouped: bool,
 ) -> Call:
     require(dropout == 0, "it drops probabilities in eval mode as well; pass dropout_p=0.0 unless self.training")
-    require(not grouped, "enable_gqa; repeat the keys and values before")
+    if grouped:
+        return attention_of_groups(out, query, key, value, mask, causal, scale)
+    return attend(query, key, value, mask, causal, scale)
+
+
+def attention_of_groups(
+    out: Shape, query: Node, key: Node, value: Node, mask: Node | None, causal: bool, scale: float | None
+) -> Call:
+    """Each head of the keys and values serves as many heads of the query in a row."""
+
+    def repeated(x: Node, label: str) -> Any:
+        heads, wanted = shape_of(x)[-3], shape_of(query)[-3]
+        require(isinstance(heads, int) and isinstance(wanted, int), "its heads depend on the batch size")
+        indices = tuple(i // (wanted // heads) for i in range(wanted))
+        return Call(ops.IndexSelect(axis=rank_of(x) - 3, indices=indices), (x,), label=label) if wanted > heads else x
+
+    require(rank_of(query) >= 3, "enable_gqa without an axis of heads")
+    return attend(query, repeated(key, "key"), repeated(value, "value"), mask, causal, scale)
+
+
+def attend(query: Node, key: Any, value: Any, mask: Node | None, causal: bool, scale: float | None) -> Call:
     if mask is None:
         return Call(ops.Attention(scale=scale, causal=causal), (query, key, value))
     known = row_of(mask) if constant_of(mask) is None else constant_of(mask)

@@ -92,7 +92,7 @@ def slice_axis(out: Shape, x: Node, axis: int = 0, start: Any = None, stop: Any 
     require(isinstance(size, int), "it picks examples of the batch; do that outside the model")
     start, stop, _ = slice(integer(start or 0), size if stop is None else integer(stop)).indices(size)
     require(start < stop, "the slice is empty")
-    return sliced(x, axis, start, stop, step)
+    return sliced(x, axis, start, stop if stop < size else None, step)
 
 
 def narrow(out: Shape, x: Node, axis: int, start: Any, length: Any) -> Any:
@@ -214,10 +214,14 @@ PAD_MODES: dict[str, Any] = {"constant": "constant", "replicate": "border", "ref
 
 def pad(out: Shape, x: Node, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
     """Negative padding crops."""
-    require(mode in PAD_MODES, f"padding mode {mode!r}; constant, replicate and reflect are operators")
+    require(
+        mode in (*PAD_MODES, "circular"), f"padding mode {mode!r}; constant, replicate, reflect and circular are known"
+    )
     require(all(isinstance(n, int) for n in padding), "the padding depends on the batch size; make it a constant")
     pairs = list(zip(padding[::2], padding[1::2], strict=True))[::-1]  # torch starts at the last axis
     full = [(0, 0)] * (rank_of(x) - len(pairs)) + pairs
+    if mode == "circular":
+        return circular(x, full)
     added = tuple((max(low, 0), max(high, 0)) for low, high in full)
     result: Any = x
     for axis, (low, high) in enumerate(full):
@@ -231,6 +235,21 @@ def pad(out: Shape, x: Node, padding: Sequence[int], mode: str = "constant", val
     if result is not x and added == ((0, 0),) * len(full):
         return result
     return Call(ops.Pad(padding=added, value=float(value or 0.0), mode=PAD_MODES[mode]), (result,))
+
+
+def circular(x: Node, padding: Sequence[tuple[int, int]]) -> Any:
+    """The elements of each axis again from its other end, after what negative padding crops."""
+    result: Any = x
+    axes = [axis for axis, sides in enumerate(padding) if sides != (0, 0)]
+    for axis in axes:
+        size, (low, high) = shape_of(x)[axis], padding[axis]
+        require(isinstance(size, int), "it pads the batch")
+        first, count = max(-low, 0), size + min(low, 0) + min(high, 0)
+        require(count > 0, "nothing is left")
+        indices = tuple(first + i % count for i in range(-max(low, 0), count + max(high, 0)))
+        op = ops.IndexSelect(axis=axis, indices=indices)
+        result = Call(op, (result,), label="" if axis == axes[-1] else f"axis{axis}")
+    return result
 
 
 def constant_pad(out: Shape, x: Node, padding: Sequence[int], value: float = 0.0) -> Any:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from math import isfinite, prod
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 import onnx
 
 import jquant.ops as ops
-from jquant.ops.base import eval_float
+from jquant.drafts.values import shortest
+from jquant.graph.float import result_type
 from jquant.types import JQuantError, Op
 
-from ..exact_values import takes_exact
 from .load import MAX_ELEMENTS, array_of
 from .values import Integers, Known, Refused, Result, Unsupported, Value, known, require
 
@@ -55,6 +53,8 @@ class Graph(Protocol):
     def set_bias(self, name: str, bias: Known) -> None: ...
 
     def on_grid(self, integers: Integers, result: str) -> Value: ...
+
+    def note(self, name: str, before: str, after: str, why: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Call:
         """An operator on values, named after the node, or `name.part`."""
         roles = params or {}
         for x in operands:
-            if x.dtype != "float32" and not takes_exact(op):
+            if x.dtype != "float32" and not op.takes_exact:
                 raise Unsupported(f"{type(op).__name__} of {x.dtype}; cast it to float32 before")
         kinds = tuple((x.shapes, x.dtype) for x in operands)
         sizes = tuple((role, value.at[0].shape) for role, value in roles.items())
@@ -191,26 +191,18 @@ def _decode(found: onnx.AttributeProto, kind: str) -> Any:
     return {"int": found.i, "float": found.f, "ints": found.ints, "floats": found.floats}[kind]
 
 
-@lru_cache(maxsize=4096)
 def result_of(op: Op, operands: tuple[Any, ...], params: tuple[Any, ...]) -> tuple[Any, str]:
     """Shapes and dtype of a result, from the float rule of the operator, without computing anything."""
     found = []
     for batch in (0, 1):
-        arrays = [jax.ShapeDtypeStruct(shapes[batch], dtype) for shapes, dtype in operands]
-        weights = {role: jax.ShapeDtypeStruct(shape, "float32") for role, shape in params}
         try:
-            kind = jax.eval_shape(lambda a, w: eval_float(op, *a, **w), arrays, weights)
+            kind = result_type(op, tuple((shapes[batch], dtype) for shapes, dtype in operands), params)
         except (JQuantError, TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError) as error:
             raise Unsupported(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
         require(prod(kind.shape) < MAX_ELEMENTS, f"its result {list(kind.shape)} is too large")
         found.append(kind)
     require(len(found[0].shape) == len(found[1].shape), "its rank depends on the batch")
     return (tuple(found[0].shape), tuple(found[1].shape)), str(found[0].dtype)
-
-
-def shortest(value: Any) -> float:
-    """The shortest decimal number that is this one in float32: 0.1, and not 0.10000000149011612."""
-    return float(str(np.float32(value)))
 
 
 def axis_of(axis: int, rank: int) -> int:

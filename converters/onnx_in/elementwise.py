@@ -10,21 +10,17 @@ import numpy as np
 import onnx
 
 import jquant.ops as ops
+from jquant.drafts.values import shortest
+from jquant.ops.names import FUNCTIONS
 from jquant.types import Op
 
-from .call import Call, Handler, shortest
+from ..exact_values import exact_divisor
+from .call import Call, Handler
 from .load import INPUT_TYPES, TYPES
 from .values import Known, Result, Unsupported, Value, known, require
 
-PLAIN: dict[str, Op] = {
-    "Abs": ops.Abs(), "Acos": ops.Acos(), "Acosh": ops.Acosh(), "Asin": ops.Asin(), "Asinh": ops.Asinh(),
-    "Atan": ops.Atan(), "Atanh": ops.Atanh(), "Ceil": ops.Ceil(), "Cos": ops.Cos(), "Cosh": ops.Cosh(),
-    "Erf": ops.Erf(), "Exp": ops.Exp(), "Floor": ops.Floor(), "HardSwish": ops.HardSwish(), "Log": ops.Log(),
-    "Mish": ops.Mish(), "Neg": ops.Neg(), "Not": ops.LogicalNot(), "Reciprocal": ops.Reciprocal(),
-    "Relu": ops.Relu(), "Round": ops.Round(), "Sigmoid": ops.Sigmoid(), "Sign": ops.Sign(), "Sin": ops.Sin(),
-    "Sinh": ops.Sinh(), "Softplus": ops.Softplus(), "Softsign": ops.Softsign(), "Sqrt": ops.Sqrt(),
-    "Tan": ops.Tan(), "Tanh": ops.Tanh(), "BitwiseNot": ops.BitwiseNot(),
-}  # fmt: skip
+PLAIN: dict[str, Op] = {row.onnx: row.op for row in FUNCTIONS if row.onnx}
+PLAIN |= {"Not": ops.LogicalNot(), "BitwiseNot": ops.BitwiseNot()}
 _OF_SUM: dict[str, Callable[..., Op]] = {"Log": ops.Log, "Sqrt": ops.Sqrt, "Reciprocal": ops.Reciprocal}
 _EXACT_FUNCTIONS = ("Abs", "Neg", "Not", "BitwiseNot")
 
@@ -142,8 +138,29 @@ def _is_erf_gate(call: Call, gate: Any, x: str) -> bool:
     return root and call.graph.operands_of(angle) == (x,)
 
 
+def whole_quotient(call: Call, a: Value) -> Result:
+    """Integers by a constant, towards zero: what is left without the remainder is a multiple of the divisor."""
+    found = scalar(call, 1, a)
+    require(bool(found), "integers divided by a tensor or by 0; divide by a whole number that is a constant")
+    divisor = int(found or 0)
+    if divisor == 1:
+        return a
+    bits, inverse = exact_divisor(divisor)
+    rest = call.make(ops.Mod(value=float(divisor), same_sign_as_dividend=True), a, part="remainder")
+    multiple = call.make(ops.Sub(), a, rest, part="multiple")
+    if bits:
+        multiple = call.make(ops.BitShift(bits=bits), multiple, part="" if inverse == 1 else "shift")
+    return (
+        multiple
+        if inverse == 1
+        else call.make(ops.Mul(), multiple, call.constant(np.asarray(inverse, np.int32), "inverse"))
+    )
+
+
 def div(call: Call) -> Result:
     a, b = call.operand(0), call.operand(1)
+    if isinstance(a, Value) and a.dtype == "int32":
+        return whole_quotient(call, a)
     if isinstance(a, Value) and a.dtype == "float32":
         divisor = scalar(call, 1, a)
         if divisor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import jquant.ops as ops
+from jquant.ops.resample import factor_is_ignored
 
 from .call import Call, Handler
 from .layers import window
@@ -106,12 +107,29 @@ def resized(call: Call, x: Value, kind: tuple[str, str, str], axes: Any, factors
     require(all(np.isfinite(v) and v > 0 for v in wanted), f"sizes or scales {wanted}")
     out = tuple(int(v) if sizes is not None else int(np.floor(n * v)) for v, n in zip(wanted, spatial, strict=True))
     require(min(out) >= 1 and max(out) <= MAX_SIDE and prod(out) <= MAX_PIXELS, f"a result of {out}")
+    if kind[1] == "pytorch_half_pixel" and any(m == 1 != n for n, m in zip(spatial, out, strict=True)):
+        x, wanted = first_pixel(call, x, out, wanted)
+        spatial = x.shape[2:]
     mode, align = mode_of(kind, spatial, out, wanted if sizes is None else None)
     option: dict[str, Any] = {"size": out} if sizes is not None or align else {"scale_factor": wanted}
     if align and sizes is None:
         whole = all(float(n * f).is_integer() for n, f in zip(spatial, wanted, strict=True))
         require(whole, "corners aligned to a size with a fraction; give sizes")
-    return call.make(ops.Interpolate(mode=mode, align_corners=align, **option), x)
+    op = ops.Interpolate(mode=mode, align_corners=align, **option)
+    if sizes is None and not align:
+        for n, m, f in zip(spatial, out, wanted, strict=True):
+            assert n is not None  # as in `Call.static`
+            assert m is not None
+            ignored = factor_is_ignored(op, n, m)
+            require(not ignored or m == n * f, f"a factor {f} from {n} to {m} pixels, which torch takes for {m / n}")
+    return call.make(op, x)
+
+
+def first_pixel(call: Call, x: Value, out: Any, wanted: Any) -> tuple[Value, Any]:
+    """pytorch_half_pixel to one pixel takes the first one of the axis, not the middle one."""
+    stops = (None, None, *(1 if m == 1 else None for m in out))
+    x = call.make(ops.Slice(starts=(0,) * x.rank, stops=stops, steps=(1,) * x.rank), x, part="first")
+    return x, tuple(type(v)(1) if m == 1 else v for v, m in zip(wanted, out, strict=True))
 
 
 def mode_of(kind: tuple[str, str, str], sizes: Any, out: Any, factors: Any) -> tuple[Any, bool]:
@@ -119,8 +137,6 @@ def mode_of(kind: tuple[str, str, str], sizes: Any, out: Any, factors: Any) -> t
     mode = "linear" if mode in ("linear", "bilinear") else mode
     require(mode in ("nearest", "linear"), f"mode={mode!r}")
     key = (mode, coordinates, nearest if mode == "nearest" else "")
-    if mode == "linear" and coordinates == "pytorch_half_pixel":
-        require(min(out) > 1, "pytorch_half_pixel to one pixel")
     if mode == "nearest" and key not in _MODES:
         ratios = [m / n for n, m in zip(sizes, out, strict=True)]
         enlarged = all(r.is_integer() for r in ratios) and (factors is None or list(factors) == ratios)

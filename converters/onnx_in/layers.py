@@ -131,7 +131,7 @@ def matmul(call: Call) -> Result:
 
 
 def add_bias(call: Call) -> Value | None:
-    """A constant of one axis that is added to a linear layer, which nobody else reads, is its bias."""
+    """A constant of one axis that is added to a linear layer, which nothing else reads, is its bias."""
     for i in (0, 1):
         x, bias = call.operand(i), call.operand(1 - i)
         op, _ = call.maker(x)

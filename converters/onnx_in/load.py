@@ -1,4 +1,4 @@
-"""Reading ONNX files that nobody vouches for: every claimed size is checked before anything is allocated."""
+"""Reading ONNX files from unknown sources: every claimed size is checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from jquant.types import ConversionError
 
-OPSETS = range(10, 22)
+OPSETS = range(10, 29)
 MAX_ELEMENTS = 2**31  # of one value
 TYPES = {
     onnx.TensorProto.FLOAT: "float32",
@@ -32,7 +32,7 @@ def load_model(source: Any) -> tuple[onnx.ModelProto, Path | None]:
     """The model of a path, of bytes or of itself, and the folder of its external data.
 
     Raises:
-      ConversionError: no ONNX model, or an opset outside 10 to 21. FileNotFoundError: no file.
+      ConversionError: no ONNX model, or an opset outside 10 to 28. FileNotFoundError: no file.
     """
     folder = None
     if isinstance(source, onnx.ModelProto):

@@ -55,15 +55,18 @@ def quantize(call: Call) -> Result:
         return Known((integers, integers), x.name)
     require(scale.size == 1, "a value with a scale for each channel; only weights have that")
     require(x.dtype == "float32", f"a quantization of {x.dtype}")
-    require(float(scale.min()) >= MIN_SCALE, "a scale below 2^-23")
-    return Integers(x, dtype, float(scale.reshape(())))
+    step = float(scale.reshape(()))
+    if step < MIN_SCALE:
+        call.graph.note(x.name, f"scale {step:.6g}", f"scale {MIN_SCALE:.6g}", "no scale is smaller: 2^-23")
+    return Integers(x, dtype, max(step, MIN_SCALE))
 
 
 def dequantize(call: Call) -> Result:
     scale, found = _scale(call), call.inputs[0]
     if isinstance(found, Integers):
         dtype = _dtype(call) if call.given(2) else found.dtype
-        same = scale.size == 1 and float(scale.reshape(())) == found.scale and dtype == found.dtype
+        step = max(float(scale.reshape(())), MIN_SCALE) if scale.size == 1 else None
+        same = step == found.scale and dtype == found.dtype
         require(same, "another scale, zero point or dtype than that of its QuantizeLinear")
         return call.graph.on_grid(found, call.node.output[0])
     if isinstance(found, Value):
@@ -82,7 +85,6 @@ def dequantize(call: Call) -> Result:
 
 def _real(call: Call, found: Known, scale: np.ndarray, dtype: str) -> Known:
     integers = found.at[0]
-    require(dtype == "int32" or float(scale.min()) >= MIN_SCALE, "a scale below 2^-23")
     axis = _axis(call, integers.ndim) if scale.size > 1 else None
     require(axis is None or scale.shape[0] == integers.shape[axis], f"{scale.size} scales")
     array = (integers.astype(np.float32) * _shaped(call, scale, integers.ndim)).astype(np.float32)

@@ -8,43 +8,16 @@ from typing import Any
 import numpy as np
 
 import jquant.ops as ops
+from jquant.ops.names import FUNCTIONS
 from jquant.types import Op
 
 from .writer import Call, Operand, Unsupported, emit
 
-# One ONNX operator of the same name and meaning, on floats.
-PLAIN: dict[type[Op], str] = {
-    ops.Acos: "Acos",
-    ops.Acosh: "Acosh",
-    ops.Asin: "Asin",
-    ops.Asinh: "Asinh",
-    ops.Atan: "Atan",
-    ops.Atanh: "Atanh",
-    ops.Ceil: "Ceil",
-    ops.Cos: "Cos",
-    ops.Cosh: "Cosh",
-    ops.DeQuantStub: "Identity",
-    ops.Div: "Div",
-    ops.Dropout: "Identity",
-    ops.StopGradient: "Identity",
-    ops.Erf: "Erf",
-    ops.Exp: "Exp",
-    ops.Floor: "Floor",
-    ops.HardSwish: "HardSwish",
-    ops.Mish: "Mish",
-    ops.QuantStub: "Identity",
-    ops.Relu: "Relu",
-    ops.Requantize: "Identity",
-    ops.Round: "Round",
-    ops.Sigmoid: "Sigmoid",
-    ops.Sign: "Sign",
-    ops.Sin: "Sin",
-    ops.Sinh: "Sinh",
-    ops.Softsign: "Softsign",
-    ops.StopGradient: "Identity",
-    ops.Tan: "Tan",
-    ops.Tanh: "Tanh",
-}
+# One ONNX operator of the same name and meaning, on floats. Others have a rule below.
+PLAIN: dict[type[Op], str] = {type(row.op): row.onnx for row in FUNCTIONS if row.onnx}
+PLAIN |= {ops.Div: "Div"}
+PLAIN |= dict.fromkeys((ops.DeQuantStub, ops.Dequantize, ops.Dropout, ops.QuantStub, ops.Requantize), "Identity")
+PLAIN |= {ops.StopGradient: "Identity"}
 BINARY: dict[type[Op], str] = {ops.Add: "Add", ops.Mul: "Mul", ops.Sub: "Sub"}
 EXTREMES: dict[type[Op], str] = {ops.Maximum: "Max", ops.Minimum: "Min"}
 COMPARISONS: dict[type[Op], str] = {
@@ -179,14 +152,35 @@ def _(op: ops.Pow, call: Call) -> None:
 
 @emit.register
 def _(op: ops.Mod, call: Call) -> None:
-    a, *others = numbers(call)
+    """Operands meet at the larger scale, and a number is a whole count of steps, as in the integers."""
+    a, *others = call.requantized(numbers(call))
     floating = any(x.dtype == "float32" for x in call.inputs)
-    b = others[0] if others else call.constant(op.value, "divisor", np.float32 if floating else np.int32)
-    if op.same_sign_as_dividend or not floating:
+    if not floating:
+        b = others[0] if others else call.constant(op.value, "divisor", np.int32)
         call.add("Mod", a, b, fmod=int(op.same_sign_as_dividend))
+        return
+    b = others[0] if others else call.constant(call.in_steps(op.value or 0.0), "divisor")
+    if op.same_sign_as_dividend:
+        rest = call.add("Mod", a, b, part="rest", fmod=1)
     else:  # ONNX has no remainder of floats with the sign of the divisor
         whole = call.add("Floor", call.add("Div", a, b, part="quotient"), part="whole")
-        call.add("Sub", a, call.add("Mul", whole, b, part="multiple"))
+        rest = call.add("Sub", a, call.add("Mul", whole, b, part="multiple"), part="rest")
+    zero = call.constant(0.0, "zero")
+    call.add("Where", call.add("Equal", b, zero, part="by_zero"), zero, rest)
+
+
+@emit.register
+def _(op: ops.BitShift, call: Call) -> None:
+    """ONNX shifts unsigned integers only: to the left a product that wraps, to the right an exact quotient."""
+    (x,) = call.inputs
+    if not -31 < op.bits < 31:
+        raise Unsupported(f"a shift by {op.bits} bits; ONNX has it for unsigned integers only")
+    factor = call.constant(2 ** abs(op.bits), "factor", np.int32)
+    if op.bits <= 0:
+        call.add("Mul", x, factor)
+        return
+    rest = call.add("Mod", x, factor, part="rest")
+    call.add("Div", call.add("Sub", x, rest, part="multiple"), factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,6 +197,11 @@ def shifted(call: Call, epsilon: float) -> str:
 @emit.register(ops.Reciprocal)
 def _(op: ops.Log | ops.Sqrt | ops.Reciprocal, call: Call) -> None:
     call.add(type(op).__name__, shifted(call, op.epsilon))
+
+
+@emit.register
+def _(op: ops.Expm1, call: Call) -> None:
+    call.add("Sub", call.add("Exp", call.inputs[0], part="exp"), call.constant(1.0, "one"))
 
 
 @emit.register
@@ -242,15 +241,23 @@ def _(op: ops.LogSigmoid, call: Call) -> None:
     call.add("Neg", call.add("Softplus", negative, part="softplus"))
 
 
+_SOFTPLUS_IS_LINEAR = 17.0  # log(1 + exp(x)) - x is less than half an ulp of x from about 15 on
+
+
 @emit.register
 def _(op: ops.Softplus, call: Call) -> None:
     (x,) = call.inputs
-    if op.beta == 1.0:
-        call.add("Softplus", x)  # above the threshold of 20 the two are equal in float32
+    plain = op.threshold >= _SOFTPLUS_IS_LINEAR  # beyond it torch gives x, and so does float32
+    if op.beta == 1.0 and plain:
+        call.add("Softplus", x)
         return
-    scaled = call.add("Mul", x, call.constant(op.beta, "beta"), part="scaled")
-    soft = call.add("Softplus", scaled, part="softplus")
-    call.add("Div", soft, call.constant(op.beta, "divisor"))
+    scaled = x if op.beta == 1.0 else call.add("Mul", x, call.constant(op.beta, "beta"), part="scaled")
+    soft: Any = call.add("Softplus", scaled, part="softplus")
+    if op.beta != 1.0:
+        soft = call.add("Div", soft, call.constant(op.beta, "divisor"), part="" if plain else "divided")
+    if not plain:
+        linear = call.add("Greater", scaled, call.constant(op.threshold, "threshold"), part="linear")
+        call.add("Where", linear, x, soft)
 
 
 @emit.register

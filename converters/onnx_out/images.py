@@ -10,6 +10,7 @@ import numpy as np
 import jquant.ops as ops
 from jquant.ops.grid import homogeneous
 from jquant.ops.pool import bins_of, full_padding, window_counts
+from jquant.ops.resample import factor_is_ignored, nearest_indices
 
 from .layers import pads
 from .writer import Call, Operand, Unsupported, emit
@@ -90,16 +91,51 @@ _RESIZE: dict[str, dict[str, str]] = {
 def _(op: ops.Interpolate, call: Call) -> None:
     (x,) = call.inputs
     options = dict(_RESIZE[op.mode])
+    if op.mode != "bilinear" and not _same_pixels(op, call):
+        _picked(op, call)
+        return
     if op.align_corners:
         options["coordinate_transformation_mode"] = "align_corners"
     if op.scale_factor is not None and not op.recompute_scale_factor and not op.align_corners:
-        call.add("Resize", x, "", call.constant((1.0, 1.0, *op.scale_factor), "scales"), **options)
+        sizes, outs = call.static(x.shape[2:]), call.static(call.output.shape[2:])
+        each = zip(op.scale_factor, sizes, outs, strict=True)
+        factors = [m / n if factor_is_ignored(op, n, m) else f for f, n, m in each]
+        if any(int(np.float32(n) * np.float32(f)) != m for f, n, m in zip(factors, sizes, outs, strict=True)):
+            raise Unsupported(f"factors {factors}, which give another size of {sizes} in float32; resize to a size")
+        call.add("Resize", x, "", call.constant((1.0, 1.0, *factors), "scales"), **options)
         return
     axes = list(range(2, len(x.shape)))
     if call.opset < 18:
         raise Unsupported("Resize to a size with a free batch needs opset 18")
-    sizes = call.integers(call.static(call.output.shape[2:]), "sizes")
-    call.add("Resize", x, "", "", sizes, axes=axes, **options)
+    wanted = call.integers(call.static(call.output.shape[2:]), "sizes")
+    call.add("Resize", x, "", "", wanted, axes=axes, **options)
+
+
+def _same_pixels(op: ops.Interpolate, call: Call) -> bool:
+    """Whether ONNX, which divides by the factor where torch multiplies by its inverse, takes the same pixels.
+
+    In float32 as onnxruntime, and in float64 as onnx.reference.
+    """
+    sizes, outs = call.static(call.inputs[0].shape[2:]), call.static(call.output.shape[2:])
+    by_size = op.scale_factor is None or op.recompute_scale_factor
+    kinds: tuple[Any, ...] = (np.float32, np.float64)
+    for i, (index, n, out) in enumerate(zip(nearest_indices(op, sizes), sizes, outs, strict=True)):
+        for kind in kinds:
+            ignored = by_size or factor_is_ignored(op, n, out)
+            factor = kind(out) / kind(n) if ignored else kind(op.scale_factor[i] if op.scale_factor else 1)
+            half, at = kind(0.5), np.arange(out).astype(kind)
+            where = at / factor if op.mode == "nearest" else np.floor((at + half) / factor - half + half)
+            if not np.array_equal(np.floor(where).clip(0, n - 1), index):
+                return False
+    return True
+
+
+def _picked(op: ops.Interpolate, call: Call) -> None:
+    """The pixels of a nearest resize by their indices, one Gather an axis."""
+    sizes, y = call.static(call.inputs[0].shape[2:]), call.inputs[0].name
+    for i, index in enumerate(nearest_indices(op, sizes)):
+        part = "" if i == len(sizes) - 1 else f"axis_{i + 2}"
+        y = call.add("Gather", y, call.integers(index, f"pixels_{i + 2}"), part=part, axis=i + 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

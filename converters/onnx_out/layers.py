@@ -92,9 +92,16 @@ def _(op: ops.Linear, call: Call) -> None:
 @emit.register
 def _(op: ops.MatMul, call: Call) -> None:
     a, b = call.inputs
-    first = swapped(call, a, "a_transposed") if op.transpose_a else a.name
-    second = swapped(call, b, "b_transposed") if op.transpose_b else b.name
+    first = paired(call, 0, swapped(call, a, "a_transposed")) if op.transpose_a else a.name
+    second = paired(call, 1, swapped(call, b, "b_transposed")) if op.transpose_b else b.name
     call.add("MatMul", first, second)
+
+
+def paired(call: Call, port: int, x: str) -> str:
+    """An int8 operand that was moved, with a pair at opset 21: onnxruntime would put one there, and refuse its file."""
+    if call.opset < 21 or not call.scales or call.scales[port] is None or call.dtypes[port] != "int8":
+        return x
+    return call.writer.pair(x, call.scales[port], "int8", x, call.writer.unique(f"{x}:dequantized"))
 
 
 def swapped(call: Call, x: Operand, part: str) -> str:
@@ -179,9 +186,19 @@ def _(op: ops.Softmax, call: Call) -> None:
     if not masks:
         call.add("Softmax", x, axis=op.axis)
         return
-    filled = call.add("Where", masks[0], call.constant(MASKED, "least"), x, part="filled")
-    soft = call.add("Softmax", filled, part="softmax", axis=op.axis)
-    call.add("Where", masks[0], call.constant(0.0, "zero"), soft)
+    _masked_softmax(call, x.name, masks[0].name, op.axis, op.empty, "")
+
+
+def _masked_softmax(call: Call, x: str, masked: str, axis: int, empty: str, part: str) -> str:
+    if empty == "scores":
+        added = call.add("Where", masked, call.constant(-1e4, "least"), call.constant(0.0, "zero"), part="mask")
+        return call.add("Softmax", call.add("Add", x, added, part="biased"), part=part, axis=axis)
+    least = call.constant(-np.inf if empty == "nan" else MASKED, "least")
+    filled = call.add("Where", masked, least, x, part="filled")
+    if empty != "zero":
+        return call.add("Softmax", filled, part=part, axis=axis)
+    soft = call.add("Softmax", filled, part="softmax", axis=axis)
+    return call.add("Where", masked, call.constant(0.0, "zero"), soft, part=part)
 
 
 @emit.register
@@ -205,8 +222,7 @@ def _(op: ops.Attention, call: Call) -> None:
         left_out.append(call.constant(~np.tril(np.ones((length, keys), bool)), "later", np.bool_))
     if left_out:
         masked = left_out[0] if len(left_out) == 1 else call.add("Or", *left_out, part="masked")
-        scores = call.add("Where", masked, call.constant(MASKED, "least"), scores, part="filled")
-    soft = call.add("Softmax", scores, part="softmax", axis=-1)
-    if left_out:
-        soft = call.add("Where", masked, call.constant(0.0, "zero"), soft, part="probabilities")
+        soft = _masked_softmax(call, scores, masked, -1, op.empty, "probabilities")
+    else:
+        soft = call.add("Softmax", scores, part="softmax", axis=-1)
     call.add("MatMul", soft, value)

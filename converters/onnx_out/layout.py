@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from jquant.ops.base import to_channels_last
-from jquant.ops.grid_sample import GridSample
+from jquant.graph.operator import to_channels_last
+from jquant.ops.grid_sampling import GridSample
 from jquant.ops.movement import Permute
 from jquant.types import ConversionError, Graph, Node, Op
 

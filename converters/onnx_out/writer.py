@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from jquant.numerics.namespace import real
+from jquant.numerics.rounding import dequantize, quantize
 from jquant.types import ConversionError, Op
 
 Shape = tuple[int | None, ...]  # None for what depends on the batch
@@ -33,18 +35,16 @@ class Unsupported(Exception):  # noqa: N818 - a reason that is collected, not an
 
 @dataclass
 class Writer:
-    """Collects nodes and initializers under unique names."""
+    """Collects nodes and initializers under unique names: those of nodes are apart from those of values."""
 
     opset: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
     taken: set[str] = field(default_factory=set)
+    titles: set[str] = field(default_factory=set)  # of nodes
 
     def unique(self, name: str) -> str:
-        candidates = (name if i == 0 else f"{name}_{i}" for i in range(len(self.taken) + 1))
-        found = next(c for c in candidates if c not in self.taken)
-        self.taken.add(found)
-        return found
+        return unused(name, self.taken)
 
     def initializer(self, name: str, array: Any, dtype: str = "") -> str:
         """Stores an array; `dtype` "int4" packs integers of that range."""
@@ -60,7 +60,7 @@ class Writer:
 
     def node(self, kind: str, inputs: tuple[str, ...], outputs: tuple[str, ...], name: str, **attributes: Any) -> None:
         given = {key: value for key, value in attributes.items() if value is not None}
-        self.nodes.append(onnx.helper.make_node(kind, inputs, outputs, name, **given))
+        self.nodes.append(onnx.helper.make_node(kind, inputs, outputs, unused(name, self.titles), **given))
 
     def pair(self, x: str, scale: Any, dtype: str, name: str, result: str) -> str:
         """QuantizeLinear and DequantizeLinear with zero point 0: `x` on the grid of `scale`, as the value `result`."""
@@ -70,6 +70,14 @@ class Writer:
         self.node("QuantizeLinear", (x, step, zero), (integers,), f"{name}:quantize")
         self.node("DequantizeLinear", (integers, step, zero), (result,), f"{name}:dequantize")
         return result
+
+
+def unused(name: str, taken: set[str]) -> str:
+    """The name, with a number behind it where it is taken; it is taken then."""
+    candidates = (name if i == 0 else f"{name}_{i}" for i in range(len(taken) + 1))
+    found = next(c for c in candidates if c not in taken)
+    taken.add(found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,8 @@ class Call:
     snap: Callable[[float], float] = float
     scales: tuple[Any, ...] = ()
     dtype: str = ""
+    number_rounding: str = "half_up"
+    dtypes: tuple[str, ...] = ()  # of the operands
 
     @property
     def opset(self) -> int:
@@ -128,6 +138,13 @@ class Call:
             same = float(scale) == larger
             found.append(x if same else self.writer.pair(x, larger, self.dtype, title, self.writer.unique(title)))
         return found
+
+    def in_steps(self, value: float) -> float:
+        """A number as a whole count of the first operand's steps, as the march rounds it, not saturated."""
+        scale = self.scales[0] if self.scales else None
+        if scale is None:
+            return value
+        return float(dequantize(quantize(real(value), scale, "int32", self.number_rounding), scale))
 
     def cast(self, x: str | Operand, dtype: str, part: str = "") -> str:
         return self.add("Cast", x, part=part, to=TYPES[dtype])

@@ -1,6 +1,7 @@
 """Arithmetic, functions of one operand, comparisons, choices and exact integers, as calls of torch."""
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import jquant.ops as ops
+from jquant.ops.names import FUNCTIONS
 from jquant.types import ConversionError, Op
 
 from .base import Site, torch_rule
@@ -21,60 +23,38 @@ def _shifted(function: Rule) -> Rule:
 
 
 def _number(value: float | None) -> float | None:
-    """A whole number as an int, which leaves exact integers what they are."""
-    return int(value) if value is not None and float(value).is_integer() else value
+    """A whole number of 64 bits as an int, which leaves exact integers what they are."""
+    return int(value) if value is not None and float(value).is_integer() and abs(value) < 2**63 else value
+
+
+def _named(path: str) -> Rule:
+    """A function below `torch`, of one operand."""
+    function = attrgetter(path)(torch)
+    return lambda op, x: function(x)
 
 
 _ONE: Mapping[type[Op], Rule] = MappingProxyType(
     {
-        ops.Abs: lambda op, x: torch.abs(x),
-        ops.Acos: lambda op, x: torch.acos(x),
-        ops.Acosh: lambda op, x: torch.acosh(x),
-        ops.Asin: lambda op, x: torch.asin(x),
-        ops.Asinh: lambda op, x: torch.asinh(x),
-        ops.Atan: lambda op, x: torch.atan(x),
-        ops.Atanh: lambda op, x: torch.atanh(x),
+        **{type(row.op): _named(row.torch) for row in FUNCTIONS if row.torch},
         ops.BitwiseNot: lambda op, x: torch.bitwise_not(x),
         ops.BitShift: lambda op, x: x >> op.bits if op.bits >= 0 else x << -op.bits,
-        ops.Ceil: lambda op, x: torch.ceil(x),
         ops.Celu: lambda op, x: F.celu(x, op.alpha),
         ops.CentrePixels: lambda op, x: (x.float() - 128.0) * op.unit,
         ops.Clamp: lambda op, x: torch.clamp(x, _number(op.minimum), _number(op.maximum)),
-        ops.Cos: lambda op, x: torch.cos(x),
-        ops.Cosh: lambda op, x: torch.cosh(x),
         ops.Dropout: lambda op, x: F.dropout(x, op.rate, False),
         ops.Elu: lambda op, x: F.elu(x, op.alpha),
-        ops.Erf: lambda op, x: torch.erf(x),
-        ops.Exp: lambda op, x: torch.exp(x),
-        ops.Floor: lambda op, x: torch.floor(x),
         ops.Gelu: lambda op, x: F.gelu(x, approximate=op.approximate),
-        ops.HardSigmoid: lambda op, x: F.hardsigmoid(x),
-        ops.HardSwish: lambda op, x: F.hardswish(x),
         ops.LeakyRelu: lambda op, x: F.leaky_relu(x, op.negative_slope),
         ops.Log: _shifted(torch.log),
         ops.LogicalNot: lambda op, x: torch.logical_not(x),
-        ops.LogSigmoid: lambda op, x: F.logsigmoid(x),
-        ops.Mish: lambda op, x: F.mish(x),
-        ops.Neg: lambda op, x: torch.neg(x),
         ops.Pow: lambda op, x: torch.pow(x, op.exponent),
         ops.Reciprocal: _shifted(torch.reciprocal),
-        ops.Relu: lambda op, x: F.relu(x),
-        ops.Relu6: lambda op, x: F.relu6(x),
         ops.Requantize: lambda op, x: x,
-        ops.Round: lambda op, x: torch.round(x),
+        ops.Dequantize: lambda op, x: x,
         ops.Rsqrt: _shifted(torch.rsqrt),
         ops.Scale: lambda op, x: x * op.factor,
-        ops.Selu: lambda op, x: F.selu(x),
-        ops.Sigmoid: lambda op, x: torch.sigmoid(x),
-        ops.Sign: lambda op, x: torch.sign(x),
-        ops.Silu: lambda op, x: F.silu(x),
-        ops.Sin: lambda op, x: torch.sin(x),
-        ops.Sinh: lambda op, x: torch.sinh(x),
         ops.Softplus: lambda op, x: F.softplus(x, op.beta, op.threshold),
-        ops.Softsign: lambda op, x: F.softsign(x),
-        ops.Sqrt: lambda op, x: torch.sqrt(x),
-        ops.Tan: lambda op, x: torch.tan(x),
-        ops.Tanh: lambda op, x: torch.tanh(x),
+        ops.Sqrt: _shifted(torch.sqrt),
         ops.ThresholdedRelu: lambda op, x: F.threshold(x, op.threshold, op.value),
     }
 )

@@ -7,20 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from jquant.batch_norm import kept_batch_norm
-from jquant.quantizers import has_offset
-from jquant.simulate import check_qparams, quantizer_of, scale_of
-from jquant.types import ConversionError, Plan, QParams
+from jquant.plan.batch_norm import kept_batch_norm
+from jquant.plan.scales import check_qparams, quantizer_of, scale_of
+from jquant.types import ConversionError, Model, Plan
 
 
 def fake_quant_state_dict(
-    plan: Plan,
-    qparams: QParams,
+    model: Model,
     *,
     weight: str = "{}.weight_fake_quant",
     output: str = "{}.activation_post_process",
 ) -> dict[str, torch.Tensor]:
-    """The scales of a plan as buffers of FakeQuantize modules, for `load_state_dict(..., strict=False)`.
+    """The scales of a model as buffers of FakeQuantize modules, for `load_state_dict(..., strict=False)`.
 
     `{path}.weight_fake_quant.scale` and `.zero_point` for a weight at `{path}.weight`, and
     `{path}.activation_post_process.scale` and `.zero_point` for a value made by the module at that path, as torch.ao
@@ -32,9 +30,10 @@ def fake_quant_state_dict(
     A model's observers overwrite scales while they run: switch them off after loading
     (`model.apply(torch.ao.quantization.disable_observer)`).
 
+    A weight that folding copied has no entry, since the module has none for it: one layer in front of two batch norms.
+
     Args:
-      plan: what `prepare` returned.
-      qparams: calibrated or trained.
+      model: calibrated or trained.
       weight, output: where a fake-quantizer is, `{}` being the path of the module.
 
     Returns:
@@ -43,16 +42,17 @@ def fake_quant_state_dict(
     Raises:
       ConversionError: a quantizer with a learned offset. CalibrationError: scales missing or broken.
     """
+    plan, qparams = model.plan, model.qparams
     check_qparams(plan, qparams)
     if any(kept_batch_norm(node) is not None for node in plan.graph.nodes):
-        raise ConversionError("the plan keeps batch norm for training; call jq.fold_batch_norm first")
+        raise ConversionError("the plan keeps batch norm for training; call jq.training.fold_batch_norm first")
     found: dict[str, torch.Tensor] = {}
 
     def put(prefix: str, name: str) -> None:
         spec = plan.spec(name)
         if spec.is_float:
             return
-        if has_offset(quantizer_of(spec)):
+        if quantizer_of(spec).has_offset:
             raise ConversionError(f"{name!r} has a learned offset in real numbers; train with jq.lsq")
         scale = torch.from_numpy(np.array(scale_of(name, plan, qparams), np.float32).reshape(-1))
         found[f"{prefix}.scale"] = scale

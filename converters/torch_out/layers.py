@@ -68,6 +68,7 @@ def _(op: ops.PRelu, site: Site, x: Any, *, weight: Any) -> Any:
 
 @torch_rule.register
 def _(op: ops.Embedding, site: Site, index: Any, *, weight: Any) -> Any:
+    index = torch.where(index < 0, index + weight.shape[0], index) if op.from_end else index
     return F.embedding(index, weight, None if op.padding_index < 0 else op.padding_index)
 
 
@@ -114,7 +115,14 @@ def _(op: ops.AdaptiveMaxPool, site: Site, x: Any) -> Any:
 def _(op: ops.Softmax, site: Site, x: Any, masked: Any = None) -> Any:
     if masked is None:
         return torch.softmax(x, op.axis)
-    return torch.softmax(x.masked_fill(masked, -1e30), op.axis).masked_fill(masked, 0.0)
+    return _masked_softmax(x, masked, op.axis, op.empty)
+
+
+def _masked_softmax(x: Any, masked: Any, axis: int, empty: str) -> Any:
+    if empty == "scores":
+        masked = masked.expand(x.shape) & ~masked.expand(x.shape).all(axis, keepdim=True)
+    y = torch.softmax(x.masked_fill(masked, float("-inf") if empty == "nan" else -1e30), axis)
+    return y if empty in ("mean", "nan") else y.masked_fill(masked, 0.0)
 
 
 @torch_rule.register
@@ -144,7 +152,7 @@ def _(op: ops.InstanceNorm, site: Site, x: Any, *, weight: Any = None, bias: Any
 
 @torch_rule.register
 def _(op: ops.Attention, site: Site, query: Any, key: Any, value: Any, mask: Any = None) -> Any:
-    """A query whose keys are all masked gets 0, in torch as here."""
+    """A query whose keys are all masked gets 0, in torch as here, unless `empty` says otherwise."""
     if op.mask == "add":
         mask = mask.clamp(min=LEAST_ADDED)
     causal = op.causal
@@ -152,6 +160,9 @@ def _(op: ops.Attention, site: Site, query: Any, key: Any, value: Any, mask: Any
         causal, earlier = False, torch.ones(site.shapes[0][-2], site.shapes[1][-2], dtype=torch.bool).tril()
         earlier = site.constant(earlier)
         mask = mask.logical_and(earlier) if op.mask == "bool" else mask.masked_fill(earlier.logical_not(), -1e30)
+    if op.empty != "zero" and op.mask == "bool":
+        scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
+        return _masked_softmax(query @ key.transpose(-1, -2) * scale, ~mask, -1, op.empty) @ value
     return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=op.scale)
 
 
@@ -199,10 +210,10 @@ def _(op: ops.Interpolate, site: Site, x: Any) -> Any:
 @torch_rule.register
 def _(op: ops.GridSample, site: Site, x: Any, grid: Any) -> Any:
     corners = op.align_corners
-    if op.coordinates == "absolute":
-        grid, corners = _normalize(grid, site.shapes[0][2:]), False
     if site.shapes[1][0] != site.shapes[0][0]:  # one grid for the whole batch
         grid = grid.expand(x.size(0), -1, -1, -1)
+    if op.coordinates == "absolute":  # last, so that `from_torch` sees pixels in front of it
+        grid, corners = _normalize(grid, site.shapes[0][2:]), False
     return F.grid_sample(x, grid, op.mode, op.padding, corners)
 
 

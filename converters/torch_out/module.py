@@ -5,25 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import fx
 
 import jquant.ops as ops
-from jquant.batch_norm import fold_batch_norm
-from jquant.numerics.rounding import divide
-from jquant.ops.base import derived_scale, to_channels_last
-from jquant.quantizers import fake_quant, has_offset
-from jquant.simulate import (
-    check_qparams,
-    expand_weight,
-    quantizer_of,
-    scale_of,
-    value_scales,
-    value_types,
-)
-from jquant.types import Array, ConversionError, Graph, Node, Op, Params, Plan, QParams, QuantSpec, storage_dtype
+from jquant.graph.float import value_types
+from jquant.graph.operator import derived_scale, to_channels_last
+from jquant.numerics.namespace import to_host
+from jquant.numerics.rounding import dequantize, quantize
+from jquant.plan.batch_norm import fold_batch_norm
+from jquant.plan.scales import check_model, expand_weight, quantizer_of, scale_of, value_scales
+from jquant.types import Array, ConversionError, Graph, Model, Node, Op, Params, Plan, QParams, QuantSpec, storage_dtype
 
 from .base import Site, torch_rule
 
@@ -32,48 +25,51 @@ _BIAS = QuantSpec(dtype="int32")
 _SPATIAL = {ops.GridSample: 1, ops.RoiAlign: 1}  # how many operands have channels; all of the others do
 
 
-def to_torch(plan: Plan | Graph, params: Params, qparams: QParams | None = None) -> fx.GraphModule:
-    """A plan as a torch module: standard functions, with quantize and dequantize operators where the plan quantizes.
+def to_torch(source: Model | Graph, params: Params | None = None) -> fx.GraphModule:
+    """A model as a torch module: standard functions, with quantize and dequantize operators where its plan quantizes.
 
     Every quantized value passes `torch.ops.quantized_decomposed.quantize_per_tensor` and its inverse. A quantized
     weight is a buffer of integers, dequantized per channel or per tensor; a bias is float, on the grid of its
-    accumulator. Parameters and buffers have their keys of `params`. The module runs in eager torch and goes through
+    accumulator. Parameters and buffers have their keys of the params. The module runs in eager torch and goes through
     torch.export and torch.onnx.export (int16 from opset_version=21 on), with a symbolic batch; inputs and outputs keep
     the order of the graph, and what runs in between does too (channels first).
 
-    Against `jq.apply(plan, params, qparams, x)`: torch multiplies by the reciprocal of a scale, where jquant divides,
+    Against `jq.apply(model, x)`: torch multiplies by the reciprocal of a scale, where jquant divides,
     and it rounds ties to even. So a quantization may differ by 1 LSB where x / scale is within an ulp of a tie, or on
     one, for a spec that rounds half up. With power-of-two scales and half_even rounding both are the same function, and
     results are equal bit for bit wherever float sums are exact.
 
     Args:
-      plan: what `prepare` returned; or a float graph, for a float module.
-      params: its parameters.
-      qparams: calibrated or trained; left out for a graph.
+      source: a calibrated model; or a float graph, for a float module.
+      params: the parameters of a graph.
 
     Raises:
       ConversionError: an operator that plain torch does not have, or a quantizer with an offset.
       CalibrationError: scales missing or broken.
 
     Example:
-      >>> module = to_torch(plan, params, qparams)  # doctest: +SKIP
+      >>> module = to_torch(model)  # doctest: +SKIP
       >>> program = torch.export.export(module, (x,))  # doctest: +SKIP
     """
     import torch.ao.quantization.fx._decomposed  # noqa: F401  (defines the operators)
 
-    if isinstance(plan, Graph):
-        if qparams:
-            raise ConversionError("a graph is float and has no qparams; call jq.prepare for a plan")
-        return _Writer(plan, dict(params)).write()
-    qparams = {} if qparams is None else qparams
-    check_qparams(plan, qparams)
+    if isinstance(source, Graph) and params is not None:
+        return _Writer(source, dict(params)).write()
+    if not isinstance(source, Model) or params is not None:
+        raise ConversionError(
+            f"to_torch takes a Model, or a Graph with its params, not {type(source).__name__}; jq.prepare makes a model"
+        )
+    plan = source.plan
+    check_model(source)
     for name in plan.trained:
-        if has_offset(quantizer_of(plan.spec(name))):
+        if quantizer_of(plan.spec(name)).has_offset:
             raise ConversionError(
                 f"{name!r} has a learned offset in real numbers, and torch's zero points are integers; "
                 "train with jq.lsq"
             )
-    return _QuantizedWriter(*fold_batch_norm(plan, params, qparams)).write()
+    with np.errstate(all="ignore"):
+        folded = fold_batch_norm(Model(plan, to_host(source.params), to_host(source.qparams)))
+        return _QuantizedWriter(folded.plan, dict(folded.params), folded.qparams).write()
 
 
 class _Writer:
@@ -249,13 +245,17 @@ class _QuantizedWriter(_Writer):
             return self.keys[key]
         spec, array = self.plan.weights[key], self.params[key]
         parameter = expand_weight(key, self.plan, self.qparams, array.ndim)
-        on_grid = quantizer_of(spec)(array, parameter, spec)
+        quantizer = quantizer_of(spec)
         if spec.is_float:
-            self.keys[key] = self.attribute(key, _tensor(on_grid))
+            self.keys[key] = self.attribute(key, _tensor(quantizer(array, parameter, spec)))
             return self.keys[key]
-        scale = quantizer_of(spec).scale(parameter, spec)
+        scale = quantizer.scale(parameter, spec)
         dtype = _dtype(spec)
-        integers = self.attribute(key, _tensor(jnp.round(divide(on_grid, scale))).to(dtype))
+        if quantizer.to_nearest:
+            rounded = quantize(array, scale, spec.dtype, spec.rounding)
+        else:
+            rounded = np.rint(np.asarray(quantizer(array, parameter, spec)) / np.asarray(scale))
+        integers = self.attribute(key, _tensor(rounded).to(dtype))
         if key not in self.plan.weight_axis:
             grid = (float(np.float32(scale.reshape(()))), 0, *spec.range, dtype)
             call = torch.ops.quantized_decomposed.dequantize_per_tensor.default
@@ -273,7 +273,7 @@ class _QuantizedWriter(_Writer):
         x_scale = self.scales[node.inputs[0]]
         assert x_scale is not None
         scale = derived_scale(node.op, x_scale, weight=scale_of(node.params["weight"], self.plan, self.qparams))
-        on_grid = _tensor(fake_quant(self.params[key], scale, _BIAS))
+        on_grid = _tensor(dequantize(quantize(self.params[key], scale, _BIAS.dtype), scale))
         taken = key in self.keys
         proxy = self.attribute(f"{node.name}.bias_on_grid" if taken else key, on_grid)
         self.keys.setdefault(key, proxy)

@@ -6,19 +6,21 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import torch
 
-from jquant.ir.graph import check_params
-from jquant.ir.passes import prune
+from jquant.graph.checks import check_params
+from jquant.graph.float import value_shapes
+from jquant.graph.passes import prune
 from jquant.ops.batch_norm import BatchNorm
 from jquant.ops.elementwise import Constant
-from jquant.ops.rewrite import fold_batch_norm
-from jquant.simulate import value_shapes
-from jquant.types import Array, ConversionError, Graph, Node, Params, Plan
+from jquant.plan.fold import fold_batch_norm
+from jquant.plan.scales import check_model
+from jquant.types import Array, ConversionError, Graph, Model, Node, Params, Plan
 
 from ..keys import is_part, view_of
+from .prefixes import advice, without_prefix
 from .unfold import Folded, unfold, unfold_alone
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,17 +28,16 @@ from .unfold import Folded, unfold, unfold_alone
 
 
 def to_state_dict(
-    plan: Plan, params: Params, *, graph: Graph, original: Params, module: torch.nn.Module | None = None
+    model: Model, *, graph: Graph, original: Params, module: torch.nn.Module | None = None
 ) -> dict[str, torch.Tensor]:
-    """The weights of a plan, float or trained, under the names and in the layout that the torch model has.
+    """The weights of a model, float or trained, under the names and in the layout that the torch model has.
 
     Batch norm is unfolded again: its statistics and gamma stay, the weight before it is divided by what was folded in,
     and beta takes up the bias (`unfold` says what happens where gamma is 0). What training did not change comes back
-    bit for bit. The state dict gives the float function of the plan: logits differ by float rounding.
+    bit for bit. The state dict gives the float function of the model: logits differ by float rounding.
 
     Args:
-      plan: what `prepare` made of `graph`.
-      params: the plan's parameters, trained or not.
+      model: of `graph`, trained or not.
       graph: what `from_torch` returned.
       original: its parameters, as they were imported.
       module: the torch model. With it the result is its whole state dict, for `load_state_dict(..., strict=True)`:
@@ -48,14 +49,14 @@ def to_state_dict(
         module's state dict.
 
     Example:
-      >>> module.load_state_dict(to_state_dict(plan, params, graph=graph, original=original, module=module))
+      >>> module.load_state_dict(to_state_dict(model, graph=graph, original=original, module=module))
       ... # doctest: +SKIP
     """
     check_params(graph, original)
-    check_params(plan.graph, params)
+    check_model(model, scales=False)
     found: dict[str, np.ndarray] = {}
     users: dict[str, str] = {}
-    for user, values in _unfolded(plan, params, prune(graph), original):
+    for user, values in _unfolded(model.plan, model.params, prune(graph), original):
         for key, value in values.items():
             if key in found and not np.array_equal(found[key], value):
                 raise ConversionError(
@@ -111,8 +112,9 @@ def _in_module(
             if np.array_equal(value, np.asarray(original[key])):
                 continue  # a constant of the code, or a buffer that is not saved
             raise ConversionError(
-                f"{key!r} was trained, and is no parameter in the module's state dict but a constant of its code; "
-                f'freeze it: jq.labels(plan, freeze=["{key}"])'
+                f"{key!r} was trained, and is no parameter in the module's state dict but a constant of its code, or a "
+                f'weight that the import computed. Freeze it: jq.labels(model, freeze=["{key}"]), or take the norm out '
+                "of the module before the import: torch.nn.utils.parametrize.remove_parametrizations"
             )
         for name in names.get(_memory(live[view.source]), (view.source,)):
             part = view.of(state[name])
@@ -151,12 +153,17 @@ class Loaded(NamedTuple):
 
 
 def load_state_dict(
-    graph: Graph, params: Params, state: Mapping[str, Any] | str | os.PathLike[str], *, strict: bool = True
+    graph: Graph,
+    params: Params,
+    state: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    prefix: str = "",
 ) -> Loaded:
     """The parameters of an imported graph with the values of another state dict of the same model.
 
     A graph holds what it reads of a model, and no more: parts of packed parameters (`in_proj_weight`) are read from the
-    whole; `num_batches_tracked` is nobody's; constants of the model's code keep their values, and so does what the
+    whole; `num_batches_tracked` belongs to none; constants of the model's code keep their values, and so does what the
     import computed from integer buffers.
 
     Args:
@@ -164,15 +171,19 @@ def load_state_dict(
       params: its parameters; they say shapes, and stay where `strict=False` lets a key be missing.
       state: {key: tensor}, or the path of a file of such, read with `weights_only`.
       strict: missing and unexpected keys are an error; otherwise they are returned. A wrong shape always is one.
+      prefix: what the checkpoint has in front of every key, such as "module." of DataParallel, "_orig_mod." of
+        torch.compile or "model." of a trainer. Entries without it belong to another model, and are not read.
 
     Raises:
-      ConversionError: what is missing, unexpected or of another shape, all at once, in torch's words.
+      ConversionError: what is missing, unexpected or of another shape, all at once, in torch's words; and the prefix or
+        the entry of the checkpoint with which more keys fit.
       FormatError: a file that is not a state dict.
     """
     if not isinstance(state, Mapping):
         from ..files import read_state_dict
 
         state = read_state_dict(state)
+    given, state = state, without_prefix(state, prefix) if prefix else state
     loaded, missing, problems = dict(params), [], []
     for key in graph.param_names:
         view = view_of(key)
@@ -191,13 +202,26 @@ def load_state_dict(
         problems.insert(0, f"Unexpected key(s) in state_dict: {', '.join(map(repr, unexpected))}.")
     if strict and missing:
         problems.insert(0, f"Missing key(s) in state_dict: {', '.join(map(repr, missing))}.")
+    if strict and missing and (step := advice(_wanted(graph), given, prefix)):
+        problems.append(step)
     if problems:
         raise ConversionError("Error(s) in loading state_dict for the graph:\n\t" + "\n\t".join(problems))
     return Loaded(loaded, tuple(missing), tuple(unexpected))
 
 
+def _wanted(graph: Graph) -> list[str]:
+    """The keys that a checkpoint must have."""
+    return list(dict.fromkeys(view_of(key).source for key in graph.param_names if not _is_of_the_code(graph, key)))
+
+
 def _is_of_the_code(graph: Graph, key: str) -> bool:
-    """A constant of the model's code has the name of its reader and a role; a parameter has the path of a module."""
+    """A constant of the model's code has the name of its reader and a role; a parameter has the path of a module.
+
+    A product by a vector is a batch norm without statistics: mean and variance stand for none.
+    """
+    owner = graph.by_name.get(key.rpartition(".")[0])
+    if owner is not None and isinstance(owner.op, BatchNorm) and not owner.op.running:
+        return key in (owner.params["running_mean"], owner.params["running_var"])
     node = graph.by_name.get(key)
     if node is None or not isinstance(node.op, Constant):
         return False
@@ -216,4 +240,4 @@ def _read(tensor: Any, key: str, shape: tuple[int, ...]) -> Array:
     values = part.to(torch.float32)
     if not bool(torch.isfinite(values).all()):
         raise ConversionError(f"{key!r} contains NaN or infinite values in the checkpoint.")
-    return jnp.array(values.numpy())
+    return jax.device_put(values.numpy().copy())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jquant.ops.batch_norm import BatchNorm
-from jquant.ops.rewrite import eval_batch_norm, scale_outputs
+from jquant.plan.fold import eval_batch_norm, scale_outputs
 from jquant.ptq.channels import rows
 from jquant.types import Array, ConversionError, Node, Op, Params
 

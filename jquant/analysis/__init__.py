@@ -3,19 +3,24 @@
 from jquant.analysis.advice import advise, layer_advice
 from jquant.analysis.cases import BadCases, find_bad_cases, load_bad_cases
 from jquant.analysis.checks import auxiliary_branches, check_model, check_plan, graph_difference
-from jquant.analysis.compare import Comparison, LayerError, compare
+from jquant.analysis.comparison import Comparison, LayerError, compare
+from jquant.analysis.convergence import judge_losses
 from jquant.analysis.findings import Finding, findings_table
 from jquant.analysis.mixed_precision import MixedPrecision, search_mixed_precision
+from jquant.analysis.mixing import Mixed, mix_precision
+from jquant.analysis.nan import nan_checklist
+from jquant.analysis.ranking import Ranking, SensitivityRow, sensitivity
 from jquant.analysis.report import Report, write_report
-from jquant.analysis.sensitivity import Ranking, SensitivityRow, sensitivity
+from jquant.analysis.settings import training_advice
 from jquant.analysis.tables import TableCost, table_costs
-from jquant.analysis.training import find_nan, nan_checklist, overfitting_signs, training_advice
+from jquant.analysis.training import overfitting_signs
 
 __all__ = [
     "BadCases",
     "Comparison",
     "Finding",
     "LayerError",
+    "Mixed",
     "MixedPrecision",
     "Ranking",
     "Report",
@@ -27,11 +32,12 @@ __all__ = [
     "check_plan",
     "compare",
     "find_bad_cases",
-    "find_nan",
     "findings_table",
     "graph_difference",
+    "judge_losses",
     "layer_advice",
     "load_bad_cases",
+    "mix_precision",
     "nan_checklist",
     "overfitting_signs",
     "search_mixed_precision",

@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from jquant.analysis.compare import Comparison, LayerError
+from jquant.analysis.comparison import Comparison, LayerError
 from jquant.analysis.findings import Finding
+from jquant.ops.table import TABLE_FUNCTIONS
 from jquant.types import JQuantError
 
+TABLE_LSB = 3.0  # one, and half a step of rounding in a line, its index, the entries and between them
+_TABLES = {function.__name__ for function in TABLE_FUNCTIONS}
 ALMOST, GOOD, FAIR = 0.99, 0.95, 0.90  # of the float accuracy, after calibration (features, section 4.2)
 
 
@@ -22,17 +25,18 @@ def advise(
       target: what is to be reached; None: 99 % of float.
 
     Returns:
-      Findings in the order to act on. Calibrated and QAT accuracy usually go together, and nobody can say how closely:
+      Findings in the order to act on. Calibrated and QAT accuracy usually go together, and how closely is not known:
       there is no predicted accuracy here.
 
     Raises:
-      JQuantError: a float accuracy that is not positive.
+      JQuantError: a float accuracy that is not positive, one that is not finite, or fractions beside percent.
 
     Example:
       >>> from jquant.analysis import advise
       >>> print(advise(72.0, 71.5)[0].message)
       calibration keeps 99.3 % of float: at the target
     """
+    _check_measured({"float": float_accuracy, "calibrated": calibrated, "QAT": qat, "target": target})
     if not float_accuracy > 0:
         raise JQuantError(
             f"the float accuracy must be positive, not {float_accuracy}: train and check the float model first"
@@ -48,7 +52,7 @@ def advise(
         return [_say("note", f"{share}: at the target", "nothing to do; evaluate the integers", numbers)]
     ratio = calibrated / float_accuracy
     if ratio >= ALMOST or calibrated >= ALMOST * goal:
-        fix = "try observers (mse, percentile, kl; jq.reset_scale needs no data), more calibration samples, jq.ptq"
+        fix = "try observers (mse, percentile; jq.calibration.reset_scale needs no data), more samples, jq.ptq"
         return [_say("note", f"{share}: almost at the target, calibration is enough", fix, numbers)]
     if ratio >= GOOD:
         fix = "train (QAT) from the calibrated state, with activation scales frozen: jq.templates.fixed_activations"
@@ -63,10 +67,34 @@ def advise(
     return [_say("warning", f"{share}: too little to train from", fix, numbers)]
 
 
+def _check_measured(accuracies: Mapping[str, float | None]) -> None:
+    """Every accuracy is a number, and all have one unit."""
+    given = {name: value for name, value in accuracies.items() if value is not None}
+    for name, value in given.items():
+        if not np.isfinite(value):
+            raise JQuantError(f"the {name} accuracy is {value}: evaluate it on data that give a finite one")
+        if value < 0:
+            raise JQuantError(f"the {name} accuracy is {value}; give a metric where more is better, from 0 on")
+    fractions = {name: value for name, value in given.items() if 0 < value <= 1}
+    percent = {name: value for name, value in given.items() if value > 1.5}
+    if fractions and percent:
+        one, other = next(iter(fractions.items())), next(iter(percent.items()))
+        raise JQuantError(
+            f"the {one[0]} accuracy is {one[1]:g} and the {other[0]} accuracy {other[1]:g}: a fraction and percent? "
+            "Give all in one unit"
+        )
+
+
 def _after_training(goal: float, numbers: Mapping[str, float]) -> list[Finding]:
     calibrated, qat = numbers["calibrated"], numbers["qat"]
     if qat >= goal:
         return [_say("note", "QAT reaches the target", "evaluate the integers, and deploy these", numbers)]
+    if qat == calibrated:
+        fix = (
+            "look whether training moves anything: jq.training.check_states(..., calibrated=model, trained=['*']), the "
+            "rates, and what labels freeze"
+        )
+        return [_say("warning", "QAT is as good as calibration, to the last digit: it changed nothing", fix, numbers)]
     if qat < calibrated:
         fix = (
             "look for a fault in the pipeline: float training through the same code must keep the float accuracy; mode "
@@ -90,10 +118,11 @@ def _say(level: Any, message: str, fix: str, numbers: Mapping[str, float]) -> Fi
 
 
 def layer_advice(comparison: Comparison, *, sqnr_below: float = 20.0) -> list[Finding]:
-    """For every value whose own error is large: is it clamped or rounded, and what helps.
+    """For every value whose own error is large: is it clamped, rounded or made by a coarse table, and what helps.
 
     A value is clamped where values of `a` lie beyond what the scale covers, rounded otherwise: the diagnosis that the
-    guides make by comparing ranges and similarity.
+    guides make by comparing ranges and similarity. Rounding costs half an LSB at most: a function whose table is
+    further away has a table error, which no other scale mends.
 
     Args:
       comparison: of "float" against a quantized meaning.
@@ -107,7 +136,10 @@ def layer_advice(comparison: Comparison, *, sqnr_below: float = 20.0) -> list[Fi
     for row in sorted(rows, key=lambda r: _level(r)):
         if _level(row) >= sqnr_below and not (row.saturated or 0) > 0.01:
             continue
-        found.append(_clamped(row) if (row.saturated or 0) > 0.001 else _rounded(row))
+        if (row.saturated or 0) > 0.001:
+            found.append(_clamped(row))
+        else:
+            found.append(_off_function(row) if _is_off(row) else _beyond(row) or _rounded(row))
     return found
 
 
@@ -126,6 +158,43 @@ def _clamped(row: LayerError) -> Finding:
         message=f"{100 * (row.saturated or 0):.2f} % of the values lie beyond what the scale covers",
         fix=f"calibrate on more samples (50 to 100), or fix the scale: jq.{row.dtype}(scale={peak / 2**bits:.4g})",
         numbers={"seen": peak, "covered": row.scale * 2**bits, "saturated": row.saturated, "dB": _level(row)},
+    )
+
+
+def _is_off(row: LayerError) -> bool:
+    """Whether a table is further from its function than rounding and saturation explain."""
+    largest = 0.0 if row.saturated else row.own_max_lsb or 0.0
+    return row.operator in _TABLES and (largest > TABLE_LSB or _own_rms_lsb(row) > 1)
+
+
+def _own_rms_lsb(row: LayerError) -> float:
+    """The root of the mean square of the node's own error, in LSB: 0.29 where it only rounds."""
+    power = row.mse * 10 ** (min(row.sqnr, 300) / 10)  # of the value itself
+    return float(np.sqrt(power / 10 ** (_level(row) / 10))) / (row.scale or 1.0)
+
+
+def _off_function(row: LayerError) -> Finding:
+    return Finding(
+        level="warning",
+        check="table error",
+        where=row.name,
+        message=f"the table of {row.operator} is up to {row.own_max_lsb:.1f} LSB off its function: no rounding",
+        fix="give it the table that jq.analysis.table_costs finds: another placement, input_range or more num_tables",
+        numbers={"own_max_lsb": row.own_max_lsb or 0.0, "dB": _level(row)},
+    )
+
+
+def _beyond(row: LayerError) -> Finding | None:
+    """More error than the step of the value itself makes."""
+    if row.own_sqnr is None or (rms := _own_rms_lsb(row)) <= 1:
+        return None
+    return Finding(
+        level="warning",
+        check="error of the operator",
+        where=row.name,
+        message=f"the error is {rms:.1f} LSB, and rounding makes 0.3: the step of this value is not the cause",
+        fix="look at the rows of its weights, which want a scale per channel, and at its operands",
+        numbers={"own_rms_lsb": rms, "scale": row.scale or 0.0, "dB": _level(row)},
     )
 
 

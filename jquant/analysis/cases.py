@@ -2,6 +2,8 @@
 
 import heapq
 import os
+import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.analysis.meanings import Side, check_meaning, values_of
+from jquant.analysis.meanings import Side, values_of
 from jquant.analysis.metrics import MetricFunction, badness, metric_of
-from jquant.analysis.sensitivity import measured_outputs
-from jquant.batch_norm import fold_kept
-from jquant.ir.evaluate import bind_inputs
-from jquant.ir.graph import check_params
-from jquant.lower import lower
-from jquant.progress import track
-from jquant.simulate import check_qparams
+from jquant.analysis.ranking import measured_outputs
+from jquant.graph.evaluate import bind_inputs
+from jquant.host.progress import track
+from jquant.host.whole_files import replacing
+from jquant.meanings.meaning import Mode, check_mode
+from jquant.plan.batch_norm import fold_kept
+from jquant.plan.scales import check_model
 from jquant.text import format_table
-from jquant.types import Array, CalibrationError, FormatError, Params, Plan, QParams
+from jquant.types import Array, CalibrationError, FormatError, Model
+
+# What zipfile, zlib and numpy raise for a damaged archive.
+_BROKEN = (
+    ArithmeticError, BadZipFile, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,17 +59,11 @@ class BadCases:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cases as .npz, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         about = {"a": self.a, "b": self.b, "metric": self.metric, "output": self.output}
         arrays = {f"input:{name}": x for name, x in self.inputs.items()}
         arrays |= {f"about:{key}": np.array(value) for key, value in about.items()}
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, index=self.index, error=self.error, **arrays)  # type: ignore[arg-type]
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, index=self.index, error=self.error, **arrays)  # type: ignore[arg-type]
 
 
 def load_bad_cases(path: str | os.PathLike[str]) -> BadCases:
@@ -78,26 +80,24 @@ def load_bad_cases(path: str | os.PathLike[str]) -> BadCases:
         about = {key.removeprefix("about:"): str(v) for key, v in found.items() if key.startswith("about:")}
         inputs = {key.removeprefix("input:"): v for key, v in found.items() if key.startswith("input:")}
         return BadCases(inputs, found["index"], found["error"], **about)
-    except (ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile) as error:
+    except _BROKEN as error:
         raise FormatError(f"{path}: no bad cases: {error}") from error
 
 
 def find_bad_cases(
-    plan: Plan,
-    params: Params,
-    qparams: QParams,
+    model: Model,
     batches: Iterable[Any],
-    a: str = "float",
-    b: str = "integer",
+    a: Mode = "float",
+    b: Mode = "bit_true",
     *,
     metric: str | MetricFunction = "l1",
     output: str | None = None,
     count: int = 8,
 ) -> BadCases:
-    """Finds the samples whose output differs most between two meanings.
+    """Finds the samples whose output differs most between two modes.
 
     Args:
-      plan, params, qparams: as for `jq.apply`.
+      model: calibrated or trained.
       batches: any iterable of arrays, or tuples of arrays; it is read once.
       a, b: as for `compare`.
       metric: as for `sensitivity`, of one sample.
@@ -108,27 +108,25 @@ def find_bad_cases(
       The cases, the worst first.
 
     Raises:
-      JQuantError: an unknown meaning or metric. CalibrationError: no batches.
+      JQuantError: an unknown mode or metric. CalibrationError: no batches.
 
     Example:
-      cases = jq.analysis.find_bad_cases(plan, params, qparams, batches)
+      cases = jq.analysis.find_bad_cases(model, batches)
       cases.save("bad.npz")
-      print(jq.analysis.compare(plan, params, qparams, cases.batch(), "float", "integer").table(sort="own_sqnr"))
+      print(jq.analysis.compare(model, cases.batch(), "float", "bit_true").table(sort="own_sqnr"))
     """
-    for meaning in (a, b):
-        check_meaning(meaning)
+    for mode in (a, b):
+        check_mode(mode)
     name, function = metric_of(metric)
-    check_params(plan.graph, params)
-    check_qparams(plan, qparams)
-    plan, params, qparams = fold_kept(plan, params, qparams)
-    program = lower(plan, params, qparams) if "integer" in (a, b) else None
-    side = Side(dict(params), dict(qparams), program)
+    check_model(model)
+    model = fold_kept(model)
+    plan, side = model.plan, Side.of(model, "bit_true" if "bit_true" in (a, b) else "")
     where = output or measured_outputs(plan)[0]
     where = where if where in plan.graph.values else f"{where}.to_first"
 
     @jax.jit
     def errors(side: Side, inputs: dict[str, Array]) -> Array:
-        first, second = (values_of(plan, meaning, side, inputs)[where] for meaning in (a, b))
+        first, second = (values_of(side, mode, inputs)[where] for mode in (a, b))
         return jax.vmap(function)(first, second)
 
     worst: list[tuple[float, int, dict[str, np.ndarray]]] = []

@@ -6,17 +6,18 @@ from typing import Any
 import numpy as np
 
 from jquant.analysis.findings import Finding
-from jquant.ir.passes import param_uses, prune
-from jquant.lower import lower
+from jquant.config.qconfig import QConfig
+from jquant.graph.checks import check_graph, deployed
+from jquant.graph.passes import param_uses, prune
 from jquant.ops.activation import Relu, Relu6
 from jquant.ops.conv import Conv, ConvTranspose, Linear
 from jquant.ops.elementwise import Add
 from jquant.ops.table import Cos, Reciprocal, Rsqrt, Sin, Tan
-from jquant.prepare import prepare
-from jquant.qconfig import QConfig
-from jquant.simulate import value_scales
+from jquant.plan.prepare import prepare
+from jquant.plan.scales import value_scales
+from jquant.program.lower import lower
 from jquant.targets import NASH_E
-from jquant.types import Graph, JQuantError, Params, Plan, QParams, Target
+from jquant.types import Graph, JQuantError, Model, Params, Plan, QParams, Target
 
 RISKY_TABLES = (Reciprocal, Rsqrt, Sin, Cos, Tan)
 UNLIKE_RANGES = 16.0  # of the operands of an add or concatenation: 4 of 8 bits of the smaller one are lost
@@ -30,7 +31,7 @@ def check_model(
     *,
     target: Target | None = None,
     qparams: QParams | None = None,
-    outputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | str | None = None,
 ) -> list[Finding]:
     """Everything that can be said of a model without data.
 
@@ -48,26 +49,26 @@ def check_model(
       for finding in jq.analysis.check_model(graph, params, qconfig, outputs=["head"]):
           print(finding)
     """
+    check_graph(graph)
     found = [*_shared(graph), *auxiliary_branches(graph, outputs)]
     if qconfig is None:
         return found
     try:
-        plan, folded = prepare(graph, params, qconfig, target=target or NASH_E)
+        model = prepare(graph, params, qconfig, target=target or NASH_E)
     except JQuantError as error:
         return [*found, Finding(level="error", check="prepare", where="", message=str(error), fix="see the message")]
-    return [*found, *check_plan(plan, folded, qparams=qparams, outputs=outputs)]
+    return [*found, *check_plan(model.replace(qparams=qparams or {}), outputs=outputs)]
 
 
-def check_plan(
-    plan: Plan, params: Params, *, qparams: QParams | None = None, outputs: Sequence[str] | None = None
-) -> list[Finding]:
-    """The checks of `check_model` that are about a plan."""
-    found = [*_unfused(plan), *_dtypes(plan, outputs), *_tables(plan), *_weight_ranges(plan, params)]
-    if qparams is None:
+def check_plan(model: Model, *, outputs: Sequence[str] | str | None = None) -> list[Finding]:
+    """The checks of `check_model` that are about a plan; those of scales where the model is calibrated."""
+    plan = model.plan
+    found = [*_unfused(plan), *_dtypes(plan, outputs), *_tables(plan), *_weight_ranges(plan, model.params)]
+    if not model.qparams:
         return found
     try:
-        found += _operand_ranges(plan, qparams)
-        lower(plan, params, qparams, outputs=outputs)
+        found += _operand_ranges(plan, model.qparams)
+        lower(model, outputs=outputs)
     except JQuantError as error:
         found.append(Finding(level="error", check="lower", where="", message=str(error), fix="see the message"))
     return found
@@ -92,16 +93,15 @@ def _shared(graph: Graph) -> Iterator[Finding]:
             )
 
 
-def auxiliary_branches(graph: Graph, outputs: Sequence[str] | None = None) -> list[Finding]:
+def auxiliary_branches(graph: Graph, outputs: Sequence[str] | str | None = None) -> list[Finding]:
     """Nodes that reach no deployed output: they take part in training, and make it harder.
 
     Args:
       graph: any graph.
       outputs: the deployed outputs; None takes all, so that only nodes that reach no output are found.
     """
-    if outputs is not None and (unknown := [o for o in outputs if o not in graph.outputs]):
-        raise JQuantError(f"{unknown[0]!r} is no output of the graph; outputs: {', '.join(graph.outputs)}")
-    kept = {node.name for node in prune(Graph(graph.inputs, graph.nodes, tuple(outputs or graph.outputs))).nodes}
+    check_graph(graph)
+    kept = {node.name for node in prune(deployed(graph, outputs)).nodes}
     aside = [node.name for node in graph.nodes if node.name not in kept]
     if not aside:
         return []
@@ -145,7 +145,7 @@ def _unfused(plan: Plan) -> Iterator[Finding]:
             )
 
 
-def _dtypes(plan: Plan, outputs: Sequence[str] | None) -> Iterator[Finding]:
+def _dtypes(plan: Plan, outputs: Sequence[str] | str | None) -> Iterator[Finding]:
     """Values that stayed float, and formats that are not what int8 everywhere would give."""
     for entry in plan.resolutions:
         if entry.reason and entry.requested != entry.applied and entry.applied != "-" and "exact" not in entry.applied:
@@ -154,11 +154,9 @@ def _dtypes(plan: Plan, outputs: Sequence[str] | None) -> Iterator[Finding]:
                 check="dtype",
                 where=entry.name,
                 message=f"asked for {entry.requested}, applied {entry.applied}: {entry.reason}",
-                fix="see jq.explain(plan)",
+                fix="see jq.explain(model)",
             )
-    # Behind an output there may be a permutation to the framework's order.
-    deployed = [o if o in plan.graph.outputs else f"{o}.to_first" for o in outputs or plan.graph.outputs]
-    graph = prune(Graph(plan.graph.inputs, plan.graph.nodes, tuple(deployed)))
+    graph = prune(deployed(plan.graph, outputs))
     needed = {node.name for node in graph.nodes} | {v for node in graph.nodes for v in node.inputs}
     quantized = any(spec is not None for spec in plan.values.values())
     for name, spec in plan.values.items():
@@ -196,14 +194,15 @@ def _tables(plan: Plan) -> Iterator[Finding]:
         spec, source = plan.values[node.name], plan.values.get(node.inputs[0]) if node.inputs else None
         if not isinstance(node.op, RISKY_TABLES) or spec is None or source is None or source.dtype != "int16":
             continue
-        if node.op.table.num_tables <= 6:
+        count = node.op.table.count(plan.target.tables)
+        if count <= plan.target.tables.count:
             yield Finding(
                 level="warning",
                 check="table",
                 where=node.name,
-                message=f"{type(node.op).__name__} from int16 by {node.op.table.num_tables} tables",
+                message=f"{type(node.op).__name__} from int16 by {count} tables",
                 fix="measure it with jq.analysis.table_costs, which tries more tables, other placements and one period",
-                numbers={"num_tables": node.op.table.num_tables},
+                numbers={"num_tables": count},
             )
 
 
@@ -258,6 +257,8 @@ def graph_difference(a: Graph, b: Graph) -> list[Finding]:
     Returns:
       Nothing where the graphs do the same; else the first node that differs (an error), then nodes that only one has.
     """
+    check_graph(a)
+    check_graph(b)
     found: list[Finding] = []
     same: dict[str, str] = {x.name: y.name for x, y in zip(a.inputs, b.inputs, strict=False)}
 

@@ -4,16 +4,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jquant.graph.float import value_shapes
 from jquant.ops.conv import Conv, ConvTranspose, Linear
 from jquant.ops.matmul import MatMul
-from jquant.simulate import value_shapes
-from jquant.types import Node, Plan, bit_width
+from jquant.types import Model, Node, bit_width
 
 
-def macs(plan: Plan, params: Mapping[str, Any]) -> dict[str, int]:
+def macs(model: Model) -> dict[str, int]:
     """Multiply-accumulates of every node for one sample; 0 for a node that multiplies no matrix."""
-    shapes = value_shapes(plan.graph, params, 1)
-    return {node.name: _node_macs(node, shapes, params) for node in plan.graph.nodes}
+    graph, params = model.plan.graph, model.params
+    shapes = value_shapes(graph, params, 1)
+    return {node.name: _node_macs(node, shapes, params) for node in graph.nodes}
 
 
 def _node_macs(node: Node, shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, Any]) -> int:
@@ -27,8 +28,9 @@ def _node_macs(node: Node, shapes: Mapping[str, tuple[int, ...]], params: Mappin
     return 0
 
 
-def elements(plan: Plan, params: Mapping[str, Any]) -> dict[str, int]:
+def elements(model: Model) -> dict[str, int]:
     """Elements of every value for one sample, and of every weight."""
+    plan, params = model.plan, model.params
     shapes = value_shapes(plan.graph, params, 1)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     return sizes | {key: math.prod(params[key].shape) for key in plan.weights}

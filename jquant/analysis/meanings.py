@@ -1,56 +1,41 @@
-"""The values of a plan under any of its meanings, and the rule of one node under each."""
+"""The values of a model in any mode, those of its integer program included, and the rule of one node in each."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from jquant.apply import table_rule
-from jquant.integer import dequantize_values, quantize_inputs, run_integers, run_island
-from jquant.ir.evaluate import evaluate
+from jquant.graph.operator import eval_integer
+from jquant.meanings.meaning import Mode, meaning_of
 from jquant.numerics.rounding import quantize, to_float16
-from jquant.ops.base import eval_integer
-from jquant.simulate import evaluate_plan, fake_quant_rule, fake_quant_tap, float_rule
-from jquant.text import did_you_mean
-from jquant.types import Array, JQuantError, Node, Params, Plan, Program, QParams
-
-# calibrated, validation and qat are one evaluation: fake-quant. Which parameters and scales go in makes the difference.
-MEANINGS = ("float", "calibrated", "validation", "qat", "pre_export", "integer")
+from jquant.program.integers import dequantize_values, quantize_inputs, run_integers, run_island
+from jquant.program.lower import lower
+from jquant.types import Array, Model, Node, Program
 
 
 class Side(NamedTuple):
-    """What a meaning is computed from. `program` is there for "integer" only."""
+    """Of one side of a comparison the model, and in mode "bit_true" its program."""
 
-    params: Params
-    qparams: QParams
+    model: Model
     program: Program | None
 
-
-def check_meaning(meaning: str) -> None:
-    """Raises JQuantError for a name that is no meaning."""
-    if meaning not in MEANINGS:
-        raise JQuantError(f"unknown meaning {meaning!r}; known: {', '.join(MEANINGS)}{did_you_mean(meaning, MEANINGS)}")
+    @classmethod
+    def of(cls, model: Model, mode: str) -> "Side":
+        return cls(model, lower(model) if mode == "bit_true" else None)
 
 
-def values_of(plan: Plan, meaning: str, side: Side, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def values_of(side: Side, mode: Mode, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """All values by name, real."""
-    if meaning == "integer":
+    if mode == "bit_true":
         assert side.program is not None
         return dequantize_values(side.program, run_integers(side.program, quantize_inputs(side.program, inputs)))
-    if meaning == "pre_export":
-        rule = table_rule(plan, side.params, side.qparams, None)
-        return evaluate(plan.graph, inputs, rule, fake_quant_tap(plan, side.qparams))
-    return evaluate_plan(plan, side.params, side.qparams, inputs, quantized=meaning != "float")
+    return meaning_of(side.model, mode).values(inputs)
 
 
-def node_rule(plan: Plan, meaning: str, side: Side) -> Callable[..., Array]:
-    """`rule(node, *operands) -> value`, real in and out: one node alone under a meaning."""
-    if meaning == "integer":
+def node_rule(side: Side, mode: Mode) -> Callable[..., Array]:
+    """`rule(node, *operands) -> value`, real in and out: one node alone."""
+    if mode == "bit_true":
         assert side.program is not None
         return _integer_rule(side.program)
-    if meaning == "float":
-        return float_rule(plan.graph, side.params)
-    make = table_rule if meaning == "pre_export" else fake_quant_rule
-    rule, tap = make(plan, side.params, side.qparams, None), fake_quant_tap(plan, side.qparams)
-    return lambda node, *operands: tap(node.name, rule(node, *operands))
+    return meaning_of(side.model, mode).at
 
 
 def _integer_rule(program: Program) -> Callable[..., Array]:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
+from jquant.numerics.namespace import array_namespace
 from jquant.text import did_you_mean
 from jquant.types import Array, JQuantError
 
@@ -25,16 +27,18 @@ class Histogram(NamedTuple):
 
 def cosine(a: Array, b: Array) -> Array:
     """Cosine of the angle between two arrays as vectors; 1 where either is zero."""
+    xp = array_namespace(a, b)
     # Scaled first: the product of two sums of squares overflows float32 for values near 1e10.
-    peak_a, peak_b = jnp.max(jnp.abs(a)), jnp.max(jnp.abs(b))
-    a, b = a / jnp.where(peak_a > 0, peak_a, 1.0), b / jnp.where(peak_b > 0, peak_b, 1.0)
-    norms = jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b))
-    return jnp.where(norms > 0, jnp.sum(a * b) / jnp.where(norms > 0, norms, 1.0), 1.0)
+    peak_a, peak_b = xp.max(xp.abs(a)), xp.max(xp.abs(b))
+    a, b = a / xp.where(peak_a > 0, peak_a, 1.0), b / xp.where(peak_b > 0, peak_b, 1.0)
+    norms = xp.sqrt(xp.sum(a * a)) * xp.sqrt(xp.sum(b * b))
+    return xp.where(norms > 0, xp.sum(a * b) / xp.where(norms > 0, norms, 1.0), 1.0)
 
 
 def sqnr(a: Array, b: Array) -> Array:
     """Signal to quantization noise, dB: 10 log10(sum a^2 / sum (b - a)^2)."""
-    return 10 * jnp.log10(jnp.maximum(jnp.mean(a * a), FLOOR) / jnp.maximum(mse(a, b), FLOOR))
+    xp = array_namespace(a, b)
+    return 10 * xp.log10(xp.maximum(xp.mean(a * a), FLOOR) / xp.maximum(mse(a, b), FLOOR))
 
 
 def difference(a: Array, b: Array) -> Array:
@@ -42,22 +46,22 @@ def difference(a: Array, b: Array) -> Array:
 
     Inside a jit, XLA may contract the product that made b with the subtraction, and leave a rounding error of it.
     """
-    return jnp.where(a == b, 0.0, b - a)
+    return array_namespace(a, b).where(a == b, 0.0, b - a)
 
 
 def mse(a: Array, b: Array) -> Array:
     """Mean squared error, real^2."""
-    return jnp.mean(jnp.square(difference(a, b)))
+    return array_namespace(a, b).square(difference(a, b)).mean()
 
 
 def l1(a: Array, b: Array) -> Array:
     """Mean absolute error, real."""
-    return jnp.mean(jnp.abs(difference(a, b)))
+    return abs(difference(a, b)).mean()
 
 
 def max_error(a: Array, b: Array) -> Array:
     """Largest absolute error, real."""
-    return jnp.max(jnp.abs(difference(a, b)))
+    return abs(difference(a, b)).max()
 
 
 def kl(a: Array, b: Array) -> Array:
@@ -69,22 +73,24 @@ def kl(a: Array, b: Array) -> Array:
 
 
 def kl_of(counts: Histogram) -> Array:
-    p, q = (jnp.maximum(n.astype(jnp.float32), 1e-3) for n in (counts.a, counts.b))
+    xp = array_namespace(counts.a, counts.b)
+    p, q = (xp.maximum(n.astype(np.float32), 1e-3) for n in (counts.a, counts.b))
     p, q = p / p.sum(), q / q.sum()
-    return jnp.maximum(jnp.sum(p * jnp.log(p / q)), 0.0)
+    return xp.maximum(xp.sum(p * xp.log(p / q)), 0.0)
 
 
 def histogram(a: Array, b: Array) -> Histogram:
     """Both arrays over the same bins."""
-    low = jnp.minimum(a.min(), b.min())
-    high = jnp.maximum(a.max(), b.max())
+    xp = array_namespace(a, b)
+    low, high = xp.minimum(a.min(), b.min()), xp.maximum(a.max(), b.max())
     return Histogram(low, high, *(_count(x, low, high) for x in (a, b)))
 
 
 def _count(x: Array, low: Array, high: Array) -> Array:
-    width = jnp.where(high > low, (high - low) / BINS, 1.0)
-    place = jnp.clip(((x - low) / width).astype(jnp.int32), 0, BINS - 1)
-    return jnp.zeros(BINS, jnp.int32).at[place.reshape(-1)].add(1)
+    xp = array_namespace(x)
+    width = xp.where(high > low, (high - low) / BINS, 1.0)
+    place = ((x - low) / width).astype(np.int32).clip(0, BINS - 1).reshape(-1)
+    return xp.bincount(place, minlength=BINS) if xp is np else jnp.zeros(BINS, jnp.int32).at[place].add(1)
 
 
 METRICS: dict[str, MetricFunction] = {

@@ -11,9 +11,9 @@ from itertools import groupby
 from typing import Literal, NamedTuple
 
 from jquant.analysis.cost import passes
-from jquant.analysis.sensitivity import Ranking, SensitivityRow
+from jquant.analysis.ranking import Ranking, SensitivityRow
 from jquant.text import format_table
-from jquant.types import JQuantError, Plan, Policy, QuantSpec
+from jquant.types import JQuantError, Model, Plan, Policy, QuantSpec
 
 Cost = Literal["bytes", "macs"]
 
@@ -78,12 +78,12 @@ class _Partial(NamedTuple):
 
 
 def search_mixed_precision(
-    plan: Plan, ranking: Ranking, *, budget: float, cost: Cost = "bytes", limit: int = LIMIT
+    model: Model, ranking: Ranking, *, budget: float, cost: Cost = "bytes", limit: int = LIMIT
 ) -> MixedPrecision:
     """The dtypes with the least error whose cost fits the budget.
 
     Args:
-      plan: what `prepare` returned.
+      model: what `prepare` or `calibrate` returned.
       ranking: of `sensitivity(..., activations=("int8", "int16"), weights=("int4", "int8"))`: every dtype to choose
         from, measured with mode "one_on". Names with one dtype stay as they are and count.
       budget: in the unit of the cost.
@@ -99,14 +99,15 @@ def search_mixed_precision(
         cost depends on the operand's dtype as well.
 
     Example:
-      ranking = jq.analysis.sensitivity(plan, params, qparams, batches, metric="mse", activations=("int8", "int16"))
-      found = jq.analysis.search_mixed_precision(plan, ranking, budget=1.1, cost="macs")
+      ranking = jq.analysis.sensitivity(model, batches, metric="mse", activations=("int8", "int16"))
+      found = jq.analysis.search_mixed_precision(model, ranking, budget=1.1, cost="macs")
       qconfig = jq.QConfig({**rules, **found.rules()})
     """
     if ranking.mode != "one_on":
         raise JQuantError("the search needs a ranking of mode 'one_on': errors of single quantizers")
     if cost not in ("bytes", "macs"):
         raise JQuantError(f"unknown cost {cost!r}; known: bytes, macs")
+    plan = model.plan
     groups = _groups(plan, ranking)
     priced = {name: [(row.dtype, _price(row, cost), row.error) for row in rows] for name, rows in groups.items()}
     lowest, highest = (sum(pick(p for _, p, _ in rows) for rows in priced.values()) for pick in (min, max))
@@ -129,7 +130,7 @@ def _groups(plan: Plan, ranking: Ranking) -> dict[str, list[SensitivityRow]]:
         movable = formats[0].rule is not None and plan.spec(name).fixed_scale is None
         found[name] = formats if movable or not fixed else fixed
         if any(math.isnan(row.error) for row in formats):
-            raise JQuantError(f"the sensitivity of {name!r} is NaN: look for it with jq.analysis.find_nan first")
+            raise JQuantError(f"the sensitivity of {name!r} is NaN: look for it with jq.training.find_nan first")
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import cycle
 from typing import Any
 
-from jquant.analysis.compare import Comparison, LayerError
+from jquant.analysis.comparison import Comparison, LayerError
 from jquant.types import integer_range
 
 ROWS = 60  # a picture is for people: of more rows, those with the largest error

@@ -8,10 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jquant.analysis.compare import Comparison, LayerError
+from jquant.analysis.comparison import Comparison, LayerError
 from jquant.analysis.findings import Finding
 from jquant.analysis.pictures import covered, error_picture, range_picture
-from jquant.analysis.sensitivity import Ranking
+from jquant.analysis.ranking import Ranking
+from jquant.host.whole_files import replacing
 from jquant.types import Plan
 
 SCHEMA = 1  # of report.json; jquant/analysis/report.schema.json describes it
@@ -148,9 +149,5 @@ def graph_layout(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,16 +6,17 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jquant.analysis.metrics import max_error, sqnr
-from jquant.apply import apply_with_taps
-from jquant.batch_norm import fold_kept
-from jquant.ir.evaluate import evaluate
-from jquant.ir.graph import check_params
-from jquant.ops.base import eval_float
+from jquant.graph.evaluate import bind_inputs
+from jquant.graph.operator import eval_float
+from jquant.meanings.apply import apply_with_taps
+from jquant.meanings.meaning import Meaning, meaning_of
 from jquant.ops.lookup import table_float
-from jquant.simulate import check_qparams, fake_quant_rule, fake_quant_tap, value_scales
-from jquant.types import Array, Node, Params, Plan, QParams
+from jquant.plan.batch_norm import fold_kept
+from jquant.plan.scales import check_model, value_scales
+from jquant.types import Array, Model, Node, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,39 +36,41 @@ class TableCost:
     tried: tuple[tuple[str, float], ...]
 
 
-def table_costs(plan: Plan, params: Params, qparams: QParams, *inputs: Array) -> list[TableCost]:
+def table_costs(model: Model, *inputs: Array) -> list[TableCost]:
     """Every table by itself: what it costs, and which num_tables, placement or period would cost less.
 
     Args:
-      plan, params, qparams, *inputs: as for `jq.apply`.
+      model, *inputs: as for `jq.apply`.
 
     Returns:
       The tables, the worst at the output first. A table from int8 has every entry, and nothing to try.
 
     Example:
-      worst = jq.analysis.table_costs(plan, params, qparams, x)[0]
+      worst = jq.analysis.table_costs(model, x)[0]
       print(worst.name, worst.own_sqnr, worst.tried[0])
     """
-    check_params(plan.graph, params)
-    check_qparams(plan, qparams)
-    plan, params, qparams = fold_kept(plan, params, qparams)
-    values = apply_with_taps(plan, params, qparams, *inputs)[1]
+    check_model(model)
+    model = fold_kept(model)
+    plan, qparams = model.plan, model.qparams
+    values = apply_with_taps(model, *inputs)[1]
     scales, first = value_scales(plan, qparams), plan.graph.outputs[0]
-    bound = {entry.name: x for entry, x in zip(plan.graph.inputs, inputs, strict=True)}
+    bound = bind_inputs(plan.graph, inputs)
     found = []
     for node in plan.graph.nodes:
         if not _is_table(plan, node):
             continue
         operand = values[node.inputs[0]]
-        function = eval_float(node.op, operand)
+        low, high = plan.spec(node.name).range
+        scale = scales[node.name]
+        assert scale is not None
+        # What the output cannot hold is the scale's fault, and no table's.
+        function = jnp.clip(eval_float(node.op, operand), low * scale, high * scale)
 
         def table(op: Any, node: Node = node, operand: Array = operand) -> Array:
             return _table(plan, scales, node, op, operand)
 
         own = table(node.op)
-        with_table = _with_value(plan, dict(params), dict(qparams), bound, node.name, own)
-        scale = scales[node.name]
-        assert scale is not None
+        with_table = _with_value(model, bound, node.name, own)
         tried = {name: float(sqnr(function, table(op))) for name, op in _alternatives(plan, node).items()}
         found.append(
             TableCost(
@@ -95,17 +98,16 @@ def _table(plan: Plan, scales: Mapping[str, Array | None], node: Node, op: Any, 
     assert x_scale is not None
     assert y_scale is not None
     x_dtype, y_dtype = plan.spec(node.inputs[0]).dtype, plan.spec(node.name).dtype
-    return table_float(op, operand, x_scale, x_dtype, y_scale, y_dtype, rounding=plan.target.quantize_rounding)
+    return table_float(op, operand, x_scale, x_dtype, y_scale, y_dtype, target=plan.target)
 
 
-@partial(jax.jit, static_argnames=("plan", "name"))
-def _with_value(
-    plan: Plan, params: Params, qparams: QParams, inputs: dict[str, Array], name: str, value: Array
-) -> dict[str, Array]:
+@partial(jax.jit, static_argnames=("name",))
+def _with_value(model: Model, inputs: dict[str, Array], name: str, value: Array) -> dict[str, Array]:
     """The outputs of fake-quant with one value replaced."""
-    tap, rule = fake_quant_tap(plan, qparams), fake_quant_rule(plan, params, qparams)
-    values = evaluate(plan.graph, inputs, rule, lambda n, v: value if n == name else tap(n, v))
-    return {output: values[output] for output in plan.graph.outputs}
+    graph, rule, tap = meaning_of(model, "fake_quant")
+    assert tap is not None
+    values = Meaning(graph, rule, lambda n, v: value if n == name else tap(n, v)).values(inputs)
+    return {output: values[output] for output in graph.outputs}
 
 
 def _alternatives(plan: Plan, node: Node) -> dict[str, Any]:
@@ -113,12 +115,15 @@ def _alternatives(plan: Plan, node: Node) -> dict[str, Any]:
     if plan.spec(node.inputs[0]).dtype != "int16":
         return {}
     op: Any = node.op
-    found = {}
-    own = () if isinstance(op.table.placement, tuple) else ((op.table.num_tables, "curvature"),)
-    for count, placement in (*own, (24, "evenly"), (24, "balanced"), (96, "evenly"), (96, "balanced")):
-        if count >= op.table.num_tables:
+    form, found = plan.target.tables, {}
+    now = op.table.count(form)
+    rules = ("least_error",) if isinstance(op.table.placement, tuple) else ("curvature", "least_error")
+    counts = [n for n in (4 * form.count, 16 * form.count) if n <= form.max_count]
+    more = ((count, placement) for count in counts for placement in ("evenly", "balanced", "least_error"))
+    for count, placement in (*((now, placement) for placement in rules), *more):
+        if count >= now:
             options = replace(op.table, num_tables=count, placement=placement)
-            if options != op.table:
+            if options != replace(op.table, num_tables=now):
                 found[f"num_tables={count}, placement={placement!r}"] = replace(op, table=options)
     if hasattr(op, "single_period"):
         found[f"single_period={not op.single_period}"] = replace(op, single_period=not op.single_period)

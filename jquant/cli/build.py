@@ -1,39 +1,38 @@
 """Towards a program: `inspect`, `check`, `calibrate`, `quantize`."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import jquant as jq
-from jquant.checkpoint import save
 from jquant.cli.console import Console, Json, Quiet, UnmetError, Verbose, command
-from jquant.cli.data import load_data
+from jquant.cli.data import check_data, load_data
 from jquant.cli.models import (
     Batch,
     Checkpoint,
     Config,
     DataOption,
-    Model,
+    ModelPath,
     Output,
     Samples,
     Shape,
     load_model,
     load_state_of,
+    used_on,
 )
 from jquant.cli.settings import Settings, read_settings
-from jquant.cli.state import State, save_state
-from jquant.describe import describe
-from jquant.ir.serialize import encode
-from jquant.lower import lower
-from jquant.prepare import explain
+from jquant.cli.state import State, image_metadata, save_state
+from jquant.graph.serialize import encode
+from jquant.plan.describe import describe, explain
+from jquant.program.files import save
+from jquant.program.lower import lower
 from jquant.types import JQuantError, Program
 
 
 @command
 def inspect(
-    model: Model,
+    model: ModelPath,
     config: Config = None,
     checkpoint: Checkpoint = None,
     shape: Shape = None,
@@ -54,21 +53,21 @@ def inspect(
         console.text(str(found))
         console.value({"kind": "program", "graph": encode(found.graph), "formats": encode(found.formats)})
         return
-    state = found.under(read_settings(config))
+    state = found.under(read_settings(config), model)
     count = sum(value.size for value in state.params.values())
     result = {"kind": "state", "graph": encode(state.graph), "parameters": count}
     if state.qconfig is None:
         console.text(f"{state.graph}\nparameters: {count}")
     else:
-        plan, _ = state.prepared()
-        console.text(describe(plan, state.qparams) if state.qparams is not None else explain(plan))
-        result["resolutions"] = [vars(row) for row in plan.resolutions]
+        prepared = state.prepared()
+        console.text(describe(prepared) if state.qparams is not None else explain(prepared))
+        result["resolutions"] = [vars(row) for row in prepared.plan.resolutions]
     console.value(result)
 
 
 @command
 def check(
-    model: Model,
+    model: ModelPath,
     config: Config = None,
     checkpoint: Checkpoint = None,
     shape: Shape = None,
@@ -97,7 +96,7 @@ def check(
 
 @command
 def calibrate(
-    model: Model,
+    model: ModelPath,
     data: DataOption,
     output: Output,
     config: Config = None,
@@ -116,18 +115,19 @@ def calibrate(
     jquant calibrate net.jqs --config other.toml --data calibration.npz --samples 100 -o net.jqs
     """
     console = Console(json, quiet, verbose)
+    check_data(data)
     state, settings = load_state_of(model, config, checkpoint, shape)
     state = _calibrated(state, settings, data, batch, samples)
     save_state(output, state)
-    plan, _, qparams = state.calibrated()
-    console.text(describe(plan, qparams))
+    calibrated = state.calibrated()
+    console.text(describe(calibrated))
     console.wrote(output)
-    console.value({"output": output, "scales": qparams})
+    console.value({"output": output, "scales": calibrated.qparams})
 
 
 @command
 def quantize(
-    model: Model,
+    model: ModelPath,
     output: Output,
     data: Annotated[str | None, typer.Option("--data", "-d", help="Calibration data; not needed for a state.")] = None,
     config: Config = None,
@@ -147,25 +147,25 @@ def quantize(
     jquant quantize trained.jqs -o net.jq
     """
     console = Console(json, quiet, verbose)
+    if data is not None:
+        check_data(data)
     state, settings = load_state_of(model, config, checkpoint, shape)
     if data is not None and state.trained is None:
         state = _calibrated(state, settings, data, batch, samples)
-    plan, params, qparams = state.calibrated()
-    program = lower(plan, params, qparams)
+    program = lower(state.calibrated())
     if report is not None:
         if data is None:
             raise JQuantError("a report compares on data: give --data")
         from jquant.cli.measure import write_reports
 
         write_reports(console, state, load_data(data, state.graph, settings.image), report, batch, samples)
-    save(output, program)
+    save(output, program, metadata=image_metadata(state))
     console.text(str(program))
     console.wrote(output)
     console.value({"output": output, "report": report, "march": program.target.name, "nodes": len(program.formats)})
 
 
 def _calibrated(state: State, settings: Settings, data: str, batch: int, samples: int | None) -> State:
-    plan, params = state.prepared()
     found = load_data(data, state.graph, settings.image)
-    qparams = jq.calibrate(plan, params, found.inputs(batch, samples))
-    return replace(state, qparams=qparams)
+    calibrated = jq.calibrate(state.prepared(), found.inputs(batch, samples))
+    return used_on(state, settings, data).with_model(calibrated, trained=False)

@@ -7,17 +7,20 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from jquant.host import whole_files
+from jquant.host.interrupts import INTERRUPTED, TEXT
 from jquant.text import format_table
 from jquant.types import JQuantError
 
-FAILED, USAGE, UNMET, INTERRUPTED = 1, 2, 3, 130
+FAILED, USAGE, UNMET = 1, 2, 3
+INTERRUPTED_TEXT = TEXT
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and --json.")]
@@ -65,6 +68,11 @@ class Console:
         if not self.quiet:
             print(f"warning: {text}", file=sys.stderr)
 
+    def progress(self, text: str) -> None:
+        """A line on stderr for each part of a long run, such as an epoch."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
     def wrote(self, path: Path) -> None:
         if not (self.json or self.quiet):
             print(f"wrote {path}")
@@ -106,7 +114,7 @@ def command(function: Command) -> Command:
         try:
             return function(*args, **kwargs)
         except KeyboardInterrupt:
-            raise _exit("interrupted; no file was left half-written", INTERRUPTED, False) from None
+            raise _exit(INTERRUPTED_TEXT, INTERRUPTED, False) from None
         except UsageError as error:
             raise _exit(str(error), USAGE, verbose) from None
         except UnmetError as error:
@@ -126,11 +134,8 @@ def _exit(message: str, code: int, verbose: bool) -> typer.Exit:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there takes the place of `path` at the end, and goes away if there is an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    """`whole_files.replacing`, in a folder that is made where there is none."""
+    with suppress(FileExistsError):  # a file where the folder should be: the error below names both
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_files.replacing(path) as partial:
         yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

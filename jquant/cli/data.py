@@ -22,7 +22,7 @@ Batch = tuple[tuple[np.ndarray, ...], np.ndarray | None]
 
 @dataclass(frozen=True)
 class Data:
-    """Batches, read anew at every pass.
+    """Batches, read again at every pass.
 
     `read(size) -> batches` of (inputs, labels or None); `count` is the number of samples where it is known
     """
@@ -32,18 +32,38 @@ class Data:
     labelled: bool
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[Batch]:
-        """Batches of `size` samples, `limit` samples at most; the last one may be smaller."""
+        """Batches of up to `size` samples, `limit` samples at most; equal ones where that is near, see `even_size`."""
         seen = 0
-        for inputs, labels in self.read(size):
+        for inputs, labels in self.read(self.even_size(size, limit)):
             room = len(inputs[0]) if limit is None else min(len(inputs[0]), limit - seen)
             if room <= 0:
                 return
             yield tuple(x[:room] for x in inputs), None if labels is None else labels[:room]
             seen += room
 
+    def even_size(self, size: int, limit: int | None = None) -> int:
+        """The size of batches: `size`, or a little less where all of them are equal then.
+
+        A smaller last batch is another shape, for which XLA compiles everything once more.
+        """
+        total = self.count if self.count is None or limit is None else min(self.count, limit)
+        if not total:
+            return size
+        return next((n for n in range(size, size // 2, -1) if total % n == 0), size)
+
     def inputs(self, size: int, limit: int | None = None) -> Iterator[tuple[Array, ...]]:
         for arrays, _ in self.batches(size, limit):
             yield tuple(jnp.asarray(x) for x in arrays)
+
+
+def check_data(source: str) -> None:
+    """Raises what `load_data` would for a source that is not there, before a model is loaded."""
+    module, is_function, _ = source.rpartition(":")
+    if Path(source).exists() or (is_function and not module.endswith(".py")) or Path(module).is_file():
+        return
+    if is_function:
+        raise FileNotFoundError(f"no Python file {module}")
+    raise FileNotFoundError(f"no data at {source}; give a folder of pictures, .npy, .npz, or module:function")
 
 
 def load_data(source: str, graph: Graph, image: ImageSettings) -> Data:
@@ -57,6 +77,7 @@ def load_data(source: str, graph: Graph, image: ImageSettings) -> Data:
     Raises:
       FileNotFoundError, FormatError: nothing there, or not readable. InputError: arrays that do not fit.
     """
+    check_data(source)
     path = Path(source)
     if path.is_dir():
         return _folder(path, image)
@@ -64,8 +85,6 @@ def load_data(source: str, graph: Graph, image: ImageSettings) -> Data:
         return _arrays(read_arrays(path), graph, source)
     if ":" in source:
         return _callable(source, graph)
-    if not path.exists():
-        raise FileNotFoundError(f"no data at {source}; give a folder of pictures, .npy, .npz, or module:function")
     raise FormatError(f"{source}: data is a folder of pictures, .npy, .npz, or module:function")
 
 

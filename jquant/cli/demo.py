@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from jquant import integer, ops, targets
-from jquant.apply import apply
-from jquant.calibrate import calibrate
-from jquant.checkpoint import save
+from jquant import ops, targets
+from jquant.calibration.collection import calibrate
 from jquant.cli.console import Console, Json, Quiet, Verbose, command, replacing
 from jquant.cli.losses import cross_entropy
 from jquant.cli.settings import read_settings
 from jquant.cli.state import State, save_state
-from jquant.lower import lower
-from jquant.progress import track
-from jquant.simulate import evaluate_float
+from jquant.graph.float import evaluate_float
+from jquant.host.progress import track
+from jquant.meanings.apply import apply
+from jquant.program import integers
+from jquant.program.files import save
+from jquant.program.lower import lower
 from jquant.types import Array, FrozenMap, Graph, Input, Node
 
 CLASSES, SIDE = 6, 16
@@ -79,17 +80,16 @@ def demo(
         partial_path.write_text(CONFIG)
     settings = read_settings(folder / "q.toml")
     state = State(graph, params, settings.qconfig, targets.NASH_E)
-    plan, folded = state.prepared()
-    qparams = calibrate(plan, folded, [jnp.asarray(train_x[i : i + 100]) for i in range(0, 500, 100)])
-    program = lower(plan, folded, qparams)
+    model = calibrate(state.prepared(), [jnp.asarray(train_x[i : i + 100]) for i in range(0, 500, 100)])
+    program = lower(model)
     save_state(folder / "float.jqs", State(graph, params))
-    save_state(folder / "net.jqs", State(graph, params, settings.qconfig, targets.NASH_E, qparams))
+    save_state(folder / "net.jqs", State(graph, params, settings.qconfig, targets.NASH_E, model.qparams))
     save(folder / "net.jq", program)
     x = jnp.asarray(test_x)
     outputs = {
-        "float": apply(plan, folded, qparams, x, mode="float"),
-        "int8 fake-quant": apply(plan, folded, qparams, x),
-        "int8 integers": integer.run(program, x),
+        "float": apply(model, x, mode="float"),
+        "int8 fake-quant": apply(model, x),
+        "int8 integers": integers.run(program, x),
     }
     rows = [
         {"meaning": n, "top-1 %": 100 * float(np.mean(np.asarray(y).argmax(-1) == test_y))} for n, y in outputs.items()

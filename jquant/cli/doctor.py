@@ -97,8 +97,8 @@ def self_test() -> tuple[bool, int, float]:
     graph = jq.Graph((jq.Input("x", (None, 3, 8, 8)),), nodes, ("c",))
     x = jnp.asarray(rng.normal(size=(4, 3, 8, 8)), jnp.float32)
     config = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
-    plan, params = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
-    program = jq.lower(plan, params, jq.calibrate(plan, params, [x]))
+    model = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
+    program = jq.lower(jq.calibrate(model, [x]))
     fast = jq.run_with_taps(program, x)
     _, slow = jq.reference.run(program, np.asarray(x))
     names = program.graph.values

@@ -5,12 +5,12 @@ from typing import Annotated, Any
 import jax
 import typer
 
-from jquant import integer
 from jquant.cli.console import Console, Json, Quiet, UsageError, Verbose, command, replacing
-from jquant.cli.models import Config, Model, Output, load_model
+from jquant.cli.models import Config, ModelPath, Output, load_model
 from jquant.cli.settings import read_settings
 from jquant.cli.state import State
-from jquant.lower import lower
+from jquant.program import integers
+from jquant.program.lower import lower
 from jquant.types import Program
 
 FORMATS = ("stablehlo", "onnx", "torch")
@@ -18,7 +18,7 @@ FORMATS = ("stablehlo", "onnx", "torch")
 
 @command
 def export(
-    model: Model,
+    model: ModelPath,
     output: Output,
     to: Annotated[str, typer.Option("--to", help="stablehlo, onnx or torch.")] = "stablehlo",
     batch: Annotated[int, typer.Option(min=1, help="The batch size of a StableHLO file.")] = 1,
@@ -38,11 +38,11 @@ def export(
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
     found = load_model(model)
-    state = found if isinstance(found, Program) else found.under(read_settings(config))
+    state = found if isinstance(found, Program) else found.under(read_settings(config), model)
     if to in ("onnx", "torch"):
         data = _foreign(state, to)
     else:
-        data = stablehlo(state if isinstance(state, Program) else lower(*state.calibrated()), batch)
+        data = stablehlo(state if isinstance(state, Program) else lower(state.calibrated()), batch)
     with replacing(output) as partial:
         partial.write_bytes(data)
     console.wrote(output)
@@ -59,22 +59,22 @@ def stablehlo(program: Program, batch: int) -> bytes:
     ]
 
     def run(*inputs: Any) -> Any:
-        values = integer.quantize_inputs(program, dict(zip(program.inputs, inputs, strict=True)))
-        values = integer.dequantize_values(program, integer.run_integers(program, values))
+        values = integers.quantize_inputs(program, dict(zip(program.inputs, inputs, strict=True)))
+        values = integers.dequantize_values(program, integers.run_integers(program, values))
         return tuple(values[name] for name in program.graph.outputs)
 
     return bytes(jax_export.export(jax.jit(run))(*shapes).serialize())
 
 
 def _foreign(state: State | Program, to: str) -> bytes:
-    """The calibrated plan as a QDQ model or a .pt2 archive; the float graph where there is no qconfig."""
+    """The calibrated model as a QDQ model or a .pt2 archive; the float graph where there is no qconfig."""
     if isinstance(state, Program):
         raise UsageError(f"export to {to} needs the state that the program was made from")
-    model = (state.graph, state.params) if state.qconfig is None else state.calibrated()
+    source = (state.graph, state.params) if state.qconfig is None else (state.calibrated(),)
     if to == "torch":
         from jquant_converters.command_line import torch_archive
 
-        return torch_archive(*model)
+        return torch_archive(*source)
     from jquant_converters import to_onnx
 
-    return bytes(to_onnx(*model).SerializeToString())
+    return bytes(to_onnx(*source).SerializeToString())

@@ -2,6 +2,8 @@
 
 import json as json_text
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,15 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from jquant import integer
-from jquant.apply import MODES, apply
+from jquant import targets
 from jquant.cli.console import Console, Json, Quiet, UnmetError, UsageError, Verbose, command, plain, replacing
-from jquant.cli.data import Data, load_data, load_object, read_arrays
-from jquant.cli.models import Batch, Config, DataOption, Model, Output, Samples, load_model, load_state_of
-from jquant.cli.settings import read_settings
+from jquant.cli.data import Data, check_data, load_data, load_object, read_arrays
+from jquant.cli.models import Batch, Config, DataOption, ModelPath, Output, Samples, load_state_of, load_with_settings
+from jquant.cli.settings import image_to_toml, joined_image
 from jquant.cli.state import State
-from jquant.lower import lower
-from jquant.progress import track
+from jquant.host.progress import track
+from jquant.meanings.apply import apply
+from jquant.meanings.meaning import Mode, check_mode
+from jquant.numerics.namespace import to_host
+from jquant.program import integers
+from jquant.program.lower import lower
 from jquant.types import JQuantError, Program
 
 Run = Callable[..., Any]
@@ -26,13 +31,11 @@ Run = Callable[..., Any]
 
 @command
 def evaluate(
-    model: Model,
+    model: ModelPath,
     data: DataOption,
     mode: Annotated[
         list[str] | None,
-        typer.Option(
-            help="float, validation, pre_export, bit_true or integer; repeat it for several. A program is integer."
-        ),
+        typer.Option(help="float, fake_quant, tables or bit_true; repeat it for several. A program is bit_true."),
     ] = None,
     metric: Annotated[
         str | None,
@@ -51,13 +54,13 @@ def evaluate(
     """Measure accuracy on labelled data, or without labels how often the answers agree with float.
 
     \b
-    jquant eval net.jqs --data test.npz --mode float --mode validation --mode integer
+    jquant eval net.jqs --data test.npz --mode float --mode fake_quant --mode bit_true
     jquant eval net.jq --data images/ --config q.toml --at-least 71.5
     jquant eval seg.jqs --data loader.py:batches --metric metrics.py:mean_iou
     """
     console = Console(json, quiet, verbose)
-    found, settings = load_model(model), read_settings(config)
-    source = found if isinstance(found, Program) else found.under(settings)
+    check_data(data)
+    source, settings = load_with_settings(model, config)
     loaded = load_data(data, source.graph, settings.image)
     runs = _runs(source, mode)
     baseline = _baseline(source) if metric is None and not loaded.labelled else None
@@ -84,26 +87,21 @@ def evaluate(
 
 def _runs(source: State | Program, modes: Sequence[str] | None) -> dict[str, Run]:
     if isinstance(source, Program):
-        if modes and set(modes) != {"integer"}:
-            raise UsageError("a program has one mode, integer; give the state it was made from for others")
-        return {"integer": lambda *x: integer.run(source, *x)}
-    known = ("float", "validation", "pre_export", "bit_true", "integer")
+        if modes and set(modes) != {"bit_true"}:
+            raise UsageError("a program has one mode, bit_true; give the state it was made from for others")
+        return {"bit_true": lambda *x: integers.run(source, *x)}
     for name in modes or ():
-        if name not in known:
-            raise UsageError(f"unknown mode {name!r}; known: {', '.join(known)}")
-    wanted = modes or (["float"] if source.qparams is None else ["float", "validation", "integer"])
+        check_mode(name)
+    wanted = modes or (["float"] if source.qparams is None else ["float", "fake_quant", "bit_true"])
     found: dict[str, Run] = {}
     for name in wanted:
         if name == "float":
             found[name] = _baseline(source)
-        elif name == "integer":
-            program = lower(*source.calibrated())
-            found[name] = lambda *x, program=program: integer.run(program, *x)
+        elif name == "bit_true":
+            program = lower(source.calibrated())
+            found[name] = lambda *x, program=program: integers.run(program, *x)
         else:
-            plan, params, qparams = source.calibrated()
-            mode: Any = name
-            assert mode in MODES
-            found[name] = lambda *x, mode=mode, state=(plan, params, qparams): apply(*state, *x, mode=mode)
+            found[name] = partial(apply, source.calibrated(), mode=name)  # type: ignore[arg-type]
     return found
 
 
@@ -111,11 +109,10 @@ def _baseline(source: State | Program) -> Run:
     if isinstance(source, Program):
         raise UsageError("without labels, and with a program only, there is nothing to compare with; give the state")
     if source.qconfig is None:
-        from jquant.simulate import evaluate_float
+        from jquant.graph.float import evaluate_float
 
         return lambda *x: evaluate_float(source.graph, source.params, *x)[0]
-    plan, params = source.prepared()
-    return lambda *x: apply(plan, params, {}, *x, mode="float")
+    return partial(apply, source.prepared(), mode="float")
 
 
 def _numpy(outputs: Any) -> Any:
@@ -137,12 +134,12 @@ def _top_1(outputs: Any, labels: Any) -> float:
 
 def _steps(data: Data, batch: int, samples: int | None) -> int | None:
     count = samples if data.count is None else min(data.count, samples or data.count)
-    return None if count is None else -(-count // batch)
+    return None if count is None else -(-count // data.even_size(batch, samples))
 
 
 @command
 def run(
-    model: Model,
+    model: ModelPath,
     data: DataOption,
     output: Output,
     raw: Annotated[bool, typer.Option(help="Write integers (LSB; acc of an accumulator), not real numbers.")] = False,
@@ -161,20 +158,22 @@ def run(
     jquant run net.jq --data images/ --config q.toml --raw --taps -o values.npz
     """
     console = Console(json, quiet, verbose)
-    found, settings = load_model(model), read_settings(config)
+    check_data(data)
+    found, settings = load_with_settings(model, config)
     if output.suffix != ".npz":
         raise UsageError(f"--output {output}: outputs are written as .npz")
-    program = found if isinstance(found, Program) else lower(*found.under(settings).calibrated())
+    program = found if isinstance(found, Program) else lower(found.calibrated())
     loaded = load_data(data, program.graph, settings.image)
+    host = replace(program, scales=to_host(program.scales))  # real values are made here, without compiling a product
     names = program.graph.values if taps else program.graph.outputs
     collected: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for inputs, _ in track(loaded.batches(batch, samples), "running", _steps(loaded, batch, samples)):
-        values = integer.run_with_taps(program, *(jnp.asarray(x) for x in inputs))
-        values = values if raw else integer.dequantize_values(program, values)
-        for name in names:
-            collected[name].append(np.asarray(values[name]))
+        values = to_host(integers.run_with_taps(program, *map(jnp.asarray, inputs)))
+        values = {name: values[name] for name in names}
+        for name, value in (values if raw else integers.dequantize_values(host, values)).items():
+            collected[name].append(np.asarray(value))
     arrays = {name: np.concatenate(parts) for name, parts in collected.items()}
-    with replacing(output) as partial, partial.open("wb") as file:
+    with replacing(output) as path, path.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     console.rows([{"name": n, "shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()])
     console.wrote(output)
@@ -185,12 +184,12 @@ def run(
 
 @command
 def compare(
-    model: Model,
+    model: ModelPath,
     data: DataOption,
     a: Annotated[
-        str, typer.Option("-a", help="The baseline: float, validation, pre_export, integer, or a .npz of values.")
+        str, typer.Option("-a", help="The baseline: float, fake_quant, tables, bit_true, or a .npz of values.")
     ] = "float",
-    b: Annotated[str, typer.Option("-b", help="What is measured against it.")] = "integer",
+    b: Annotated[str, typer.Option("-b", help="What is measured against it.")] = "bit_true",
     other: Annotated[
         Path | None, typer.Option(help="A state of the same model that -b is taken from, after training.")
     ] = None,
@@ -204,34 +203,35 @@ def compare(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare two meanings of a model layer by layer: which one loses accuracy, and where.
+    """Compare two modes of a model layer by layer: which one loses accuracy, and where.
 
     \b
     jquant compare net.jqs --data test.npz --sort own_sqnr --top 10
-    jquant compare net.jqs --data test.npz -a validation -b pre_export
-    jquant compare net.jqs --other trained.jqs --data test.npz -a validation -b validation
-    jquant compare net.jqs --data test.npz -a board_values.npz -b integer
+    jquant compare net.jqs --data test.npz -a fake_quant -b tables
+    jquant compare net.jqs --other trained.jqs --data test.npz -a fake_quant -b fake_quant
+    jquant compare net.jqs --data test.npz -a board_values.npz -b bit_true
     """
     from jquant import analysis
 
     console = Console(json, quiet, verbose)
+    check_data(data)
     state, settings = load_state_of(model, config)
-    plan, params, qparams = state.calibrated()
     second = None
     if other is not None:
         after, _ = load_state_of(str(other))
+        joined_image(after.image, replace(settings, has_image=state.image is not None), str(other))
         if after.graph != state.graph or after.qconfig != state.qconfig:
             raise UsageError(f"{other} is a state of another model or qconfig than {model}")
-        second = after.calibrated()[1:]
+        second = after.calibrated()
     x = _one_batch(load_data(data, state.graph, settings.image), samples)
-    found = analysis.compare(plan, params, qparams, x, _side(a), _side(b), state_b=second)
+    found = analysis.compare(state.calibrated(), x, _side(a), _side(b), model_b=second)
     rows = found.weights if weights else found.rows
     console.text(found.table(sort=sort, weights=weights) if top is None else _top(found, rows, sort, weights, top))
     if found.missing and verbose:
         console.note(f"only one side has: {', '.join(found.missing)}")
     if output is not None:
-        with replacing(output) as partial:
-            partial.write_text(json_text.dumps(plain(found.to_dict()), indent=1))
+        with replacing(output) as path:
+            path.write_text(json_text.dumps(plain(found.to_dict()), indent=1))
         console.wrote(output)
     console.value(found.to_dict())
 
@@ -254,7 +254,7 @@ def _one_batch(data: Data, samples: int) -> tuple[Any, ...]:
 
 @command
 def sensitivity(
-    model: Model,
+    model: ModelPath,
     data: DataOption,
     metric: Annotated[
         str, typer.Option(help="cosine, sqnr, mse, l1, kl, max_error, or module:function of two arrays.")
@@ -286,10 +286,11 @@ def sensitivity(
     from jquant import analysis
 
     console = Console(json, quiet, verbose)
+    check_data(data)
     if budget is not None and mode != "one_on":
         raise UsageError("--budget needs --mode one_on")
     state, settings = load_state_of(model, config)
-    plan, params, qparams = state.calibrated()
+    calibrated = state.calibrated()
     batches = list(load_data(data, state.graph, settings.image).inputs(batch, samples))
     chosen: Any = load_object(metric) if ":" in metric else metric
     formats: dict[str, Any] = {}
@@ -297,35 +298,38 @@ def sensitivity(
         formats = {"activations": ("int8", "int16"), "weights": ("int4", "int8")}
         chosen = "mse" if metric == "sqnr" else chosen
     formats |= {"kinds": tuple(kind) if kind else ("activation", "weight"), "mode": mode}
-    ranking = analysis.sensitivity(plan, params, qparams, batches, metric=chosen, **formats)
+    ranking = analysis.sensitivity(calibrated, batches, metric=chosen, **formats)
     console.text(ranking.table(top))
     result: dict[str, Any] = {"ranking": ranking.to_dict()}
     text = json_text.dumps(plain(ranking.to_dict()), indent=1)
     if budget is not None:
-        found = analysis.search_mixed_precision(plan, ranking, budget=budget, cost=cost)  # type: ignore[arg-type]
+        found = analysis.search_mixed_precision(calibrated, ranking, budget=budget, cost=cost)  # type: ignore[arg-type]
         console.text(found.table())
         result |= {"choices": dict(found.choices), "error": found.error, "cost": found.cost, "exact": found.exact}
         text = _mixed_toml(state, found.rules())
     if output is not None:
-        with replacing(output) as partial:
-            partial.write_text(text)
+        with replacing(output) as path:
+            path.write_text(text)
         console.wrote(output)
     console.value(result)
 
 
 def _mixed_toml(state: State, rules: dict) -> str:
-    from jquant.qconfig import QConfig
-    from jquant.qconfig_file import qconfig_to_toml
+    from jquant.config.files import qconfig_to_toml
+    from jquant.config.qconfig import QConfig
 
     assert state.qconfig is not None
     assert state.target is not None
     text = qconfig_to_toml(QConfig({**state.qconfig.rules, **rules}))
-    return f'{text}\n[target]\nmarch = "{state.target.name}"\n'
+    image = "" if state.image is None else "\n" + image_to_toml(state.image)
+    known = targets.MARCHES.get(state.target.name) == state.target
+    march = f'[target]\nmarch = "{state.target.name}"\n' if known else targets.to_toml(state.target, "target")
+    return f"{text}\n{march}{image}"
 
 
 @command
 def report(
-    model: Model,
+    model: ModelPath,
     data: DataOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write into.")],
     config: Config = None,
@@ -341,6 +345,7 @@ def report(
     jquant report net.jqs --data test.npz -o out/
     """
     console = Console(json, quiet, verbose)
+    check_data(data)
     state, settings = load_state_of(model, config)
     loaded = load_data(data, state.graph, settings.image)
     written = write_reports(console, state, loaded, output, batch, samples)
@@ -353,16 +358,19 @@ def write_reports(
     """The report of a calibrated state on the first samples of some data."""
     from jquant import analysis
 
-    plan, params, qparams = state.calibrated()
+    calibrated = state.calibrated()
+    plan = calibrated.plan
     x = next(islice(data.inputs(min(batch, samples or batch), samples), 1), None)
     if x is None:
         raise JQuantError("no samples")
-    pairs = {"Quantization": ("float", "validation"), "All of it": ("float", "integer")}
-    found = {title: analysis.compare(plan, params, qparams, x, *pair) for title, pair in pairs.items()}
-    checks = analysis.check_model(state.graph, state.params, state.qconfig, target=state.target, qparams=qparams)
+    sides: dict[str, Mode] = {"Quantization": "fake_quant", "All of it": "bit_true"}
+    found = {title: analysis.compare(calibrated, x, "float", mode) for title, mode in sides.items()}
+    checks = analysis.check_model(
+        state.graph, state.params, state.qconfig, target=state.target, qparams=calibrated.qparams
+    )
     advice = analysis.layer_advice(found["Quantization"])
     notes = [f"{plan.target.name}; {len(x[0])} samples. The integers follow a specification, not a board."]
-    ranking = analysis.sensitivity(plan, params, qparams, [x])
+    ranking = analysis.sensitivity(calibrated, [x])
     written = analysis.write_report(
         folder, "jquant report", [], found, notes, plan=plan, ranking=ranking, findings=[*checks, *advice]
     )

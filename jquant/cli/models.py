@@ -1,19 +1,20 @@
 """Models in: a state or a program of this command line, .pt2, .onnx, or a Python callable with a checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from jquant.checkpoint import load
 from jquant.cli.console import UsageError
 from jquant.cli.data import load_object
-from jquant.cli.settings import Settings, read_settings
-from jquant.cli.state import State, load_state, read_header
-from jquant.trace import trace
+from jquant.cli.settings import Settings, joined_image, read_settings
+from jquant.cli.state import State, load_state, program_image, read_header
+from jquant.functions.trace import trace
+from jquant.program.files import load
 from jquant.types import ConversionError, FormatError, Graph, Program
 
-Model = Annotated[
+ModelPath = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
@@ -42,6 +43,12 @@ Samples = Annotated[int | None, typer.Option(min=1, help="Use this many samples 
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
 
 
+_WEIGHTS = "--checkpoint, beside a MODEL of the form module:function that makes the network"
+_OTHER_OPTIONS = {
+    ".toml": "--config", ".npy": "--data", ".npz": "--data", ".pt": _WEIGHTS, ".pth": _WEIGHTS, ".ckpt": _WEIGHTS,
+}  # fmt: skip
+
+
 def load_model(source: str, checkpoint: Path | None = None, shapes: list[str] | None = None) -> State | Program:
     """A model from whatever names one.
 
@@ -51,6 +58,8 @@ def load_model(source: str, checkpoint: Path | None = None, shapes: list[str] | 
     """
     path = Path(source)
     kind = path.suffix.lower()
+    if kind in _OTHER_OPTIONS:
+        raise UsageError(f"{source} is no model: give it with {_OTHER_OPTIONS[kind]}")
     if checkpoint is not None and (kind in (".pt2", ".onnx", ".jq", ".jqs") or ":" not in source):
         raise UsageError("--checkpoint belongs to a MODEL of the form module:function")
     if kind in (".pt2", ".onnx"):
@@ -75,11 +84,31 @@ def load_state_of(
     Raises:
       UsageError: a program. Otherwise as `load_model`.
     """
+    model, settings = load_with_settings(source, config, checkpoint, shapes)
+    if isinstance(model, Program):
+        raise UsageError(f"{source} is a program; this command needs the state it was made from, or the float model")
+    return model, settings
+
+
+def load_with_settings(
+    source: str,
+    config: Path | None = None,
+    checkpoint: Path | None = None,
+    shapes: list[str] | None = None,
+) -> tuple[State | Program, Settings]:
+    """A model under the qconfig of a file, and the settings with the preprocessing that the model was made with.
+
+    Raises:
+      FormatError: two preprocessings that differ. Otherwise as `load_model`.
+    """
     settings = read_settings(config)
     model = load_model(source, checkpoint, shapes)
     if isinstance(model, Program):
-        raise UsageError(f"{source} is a program; this command needs the state it was made from, or the float model")
-    return model.under(settings), settings
+        image = joined_image(program_image(Path(source)), settings, source)
+    else:
+        model = model.under(settings, source)
+        image = model.image
+    return model, settings if image is None else replace(settings, image=image, has_image=True)
 
 
 def _foreign(path: Path, kind: str) -> State:
@@ -122,3 +151,8 @@ def _shape(text: str) -> tuple[int, ...]:
     if min(size) < 1:
         raise UsageError(f"--shape {text!r}: sizes are positive")
     return size
+
+
+def used_on(state: State, settings: Settings, data: str) -> State:
+    """The state that remembers how the pictures of a folder became its inputs, defaults included."""
+    return replace(state, image=settings.image) if Path(data).is_dir() else state

@@ -21,8 +21,20 @@ labels = "folders"         # or "stem": the file names are class numbers
 
 [train]                    # jquant train
 epochs = 2
+averaging = 0.01           # the share of the newest batch in an observed scale
+
+[train.values]             # when values are quantized: true, false, from a step on, or in steps [first, last)
+"*" = 1000
+
+[train.weights]            # when weights are
+"head.*" = false
+
+[train.observers]          # when scales of values follow the data of the quantized model
+"*" = [0, 1500]
 """
 
+import json
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -30,15 +42,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jquant import targets
-from jquant.qconfig import QConfig
-from jquant.qconfig_file import qconfig_from_dict
+from jquant.config.files import TABLES, qconfig_from_dict
+from jquant.config.qconfig import QConfig
 from jquant.text import did_you_mean
-from jquant.types import FormatError, Target
+from jquant.training.switching import When
+from jquant.types import FormatError, FrozenMap, QConfigError, Target
 
-TABLES = ("jquant", "rules", "target", "image", "train")
 LOSSES = ("cross_entropy", "mse", "l1")
 COLORS = ("rgb", "bgr", "gray", "yuv444", "yuv444_studio")
-MARCHES = {t.name: t for t in (getattr(targets, name) for name in targets.__all__)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +76,9 @@ class TrainSettings:
     `learning_rate`, `scale_learning_rate`  of parameters and of scales, for "adamw" relative to a scale
     `weight_decay`  of kernels only
     `schedule`   "constant", "cosine", or "step": divided by 10 at 1/3 and 2/3 of the steps
-    `mode`       "qat" or "bit_true"
+    `mode`       "fake_quant" or "bit_true"
     `clip`       global norm that gradients are clipped to; 0 for none
+    `values`, `weights`, `observers`, `averaging`  as for `jq.training.switches`: {pattern: when}, in steps of training
     """
 
     epochs: int = 2
@@ -79,9 +91,18 @@ class TrainSettings:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: str = "cosine"
-    mode: Literal["qat", "bit_true"] = "qat"
+    mode: Literal["fake_quant", "bit_true"] = "fake_quant"
     clip: float = 0.0
     seed: int = 0
+    values: FrozenMap[When] = FrozenMap()
+    weights: FrozenMap[When] = FrozenMap()
+    observers: FrozenMap[When] = FrozenMap()
+    averaging: float = 0.01
+
+    @property
+    def switched(self) -> bool:
+        """Whether the recipe switches anything."""
+        return bool(self.values or self.weights or self.observers)
 
 
 _CHOICES = {
@@ -90,7 +111,7 @@ _CHOICES = {
     "labels": ("folders", "stem"),
     "optimizer": ("sgd", "adamw"),
     "schedule": ("constant", "cosine", "step"),
-    "mode": ("qat", "bit_true"),
+    "mode": ("fake_quant", "bit_true"),
 }
 
 
@@ -101,6 +122,7 @@ class Settings:
     qconfig: QConfig | None = None
     march: Target = targets.NASH_E
     image: ImageSettings = ImageSettings()
+    has_image: bool = False
     train: TrainSettings = TrainSettings()
 
 
@@ -116,11 +138,10 @@ def read_settings(path: Path | None) -> Settings:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         _check_known("the file", data, TABLES)
         return Settings(
-            qconfig=qconfig_from_dict({k: data[k] for k in ("jquant", "rules") if k in data})
-            if "rules" in data
-            else None,
+            qconfig=qconfig_from_dict(data) if "rules" in data else None,
             march=_march(data.get("target", {})),
             image=_table(ImageSettings, data.get("image", {}), "image"),
+            has_image="image" in data,
             train=_table(TrainSettings, data.get("train", {}), "train"),
         )
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -129,22 +150,66 @@ def read_settings(path: Path | None) -> Settings:
         raise FormatError(f"{path}: {error}") from error
 
 
+def image_to_toml(image: ImageSettings) -> str:
+    """The table [image] of a file."""
+    values = ((f.name, getattr(image, f.name)) for f in fields(image))
+    lines = (f"{k} = {json.dumps(v)}" for k, v in values if v is not None)  # of these types JSON is TOML
+    return "\n".join(("[image]", *lines)) + "\n"
+
+
+def joined_image(kept: ImageSettings | None, settings: Settings, source: str) -> ImageSettings | None:
+    """The preprocessing of a model that may have its own, and of a file that may have one; labels are of the data.
+
+    Raises:
+      FormatError: two that differ.
+    """
+    if kept is None or not settings.has_image:
+        return settings.image if settings.has_image else kept
+    given = settings.image
+    different = [
+        f"{f.name} = {getattr(given, f.name)!r}, and {getattr(kept, f.name)!r} in the model"
+        for f in fields(ImageSettings)
+        if f.name != "labels" and getattr(given, f.name) != getattr(kept, f.name)
+    ]
+    if different:
+        raise FormatError(
+            f"{source} was made with another preprocessing of pictures than [image] says: {'; '.join(different)}. "
+            "Leave [image] out, or calibrate the float model with the new one"
+        )
+    return given
+
+
 def march_of(name: str) -> Target:
-    """The target of a march by its name.
+    """The target of a march by its name, by that of a chip, or in a file.
 
     Raises:
       FormatError: no such march.
     """
-    if name not in MARCHES:
-        raise FormatError(f"unknown march {name!r}; known: {', '.join(MARCHES)}{did_you_mean(name, MARCHES)}")
-    return MARCHES[name]
+    try:
+        return targets.find_target(name)
+    except (QConfigError, FileNotFoundError) as error:
+        raise FormatError(str(error)) from error
 
 
 def _march(table: Any) -> Target:
     if not isinstance(table, Mapping):
         raise FormatError("target must be a table, such as [target] with march = 'nash-e'")
+    if "name" in table:  # a march of one's own, field by field
+        return targets.from_dict(table)
     _check_known("target", table, ("march",))
     return march_of(str(table.get("march", "nash-e")))
+
+
+def image_from(data: Any) -> ImageSettings:
+    """The preprocessing that a state or a program was written with, under the checks of the file of settings.
+
+    Raises:
+      FormatError: no preprocessing, or values that it cannot have.
+    """
+    if not isinstance(data, Mapping):
+        return _table(ImageSettings, data, "image")
+    given = {k: v for k, v in data.items() if v is not None or k not in ("resize", "crop")}  # None: not at all
+    return _table(ImageSettings, given, "image")
 
 
 def _check_known(where: str, data: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -170,6 +235,8 @@ def _value(where: str, key: str, value: Any, default: Any) -> Any:
         if value not in _CHOICES[key]:
             raise FormatError(f"{where} must be one of {', '.join(_CHOICES[key])}; not {value!r}")
         return value
+    if isinstance(default, FrozenMap):
+        return _times(where, value)
     if key in ("resize", "crop"):
         size = value if isinstance(value, list) else [value]
         if len(size) not in (1, 2) or not all(type(n) is int and n > 0 for n in size):
@@ -184,17 +251,34 @@ def _value(where: str, key: str, value: Any, default: Any) -> Any:
         numbers = value if isinstance(value, list) else [value]
         if not numbers or not all(_is_number(n) for n in numbers) or (key == "std" and 0 in numbers):
             raise FormatError(
-                f"{where} must be a number or a list of numbers{', not 0' * (key == 'std')}; not {value!r}"
+                f"{where} must be a finite number or a list of such{', not 0' * (key == 'std')}; not {value!r}"
             )
         return tuple(float(n) for n in numbers)
+    if key == "averaging" and not (_is_number(value) and 0 <= value <= 1):
+        raise FormatError(f"{where} must be from 0 to 1; not {value!r}")
     if isinstance(default, float):
         if not _is_number(value) or value < 0 or (key == "divisor" and value == 0):
-            raise FormatError(f"{where} must be a number that is not negative; not {value!r}")
+            raise FormatError(f"{where} must be a finite number that is not negative; not {value!r}")
         return float(value)
     if type(value) is not int or value < 0 or (key in ("epochs", "batch") and value == 0):
         raise FormatError(f"{where} must be a positive integer; not {value!r}")
     return value
 
 
+def _times(where: str, value: Any) -> FrozenMap[When]:
+    """{pattern: when} of a table of switches; which patterns match something, the plan says."""
+    shown = f'[{where}] must be a table of patterns, such as "*" = 1000'
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{shown}; not {value!r}")
+    for pattern, when in value.items():
+        steps = when if isinstance(when, list) else [when]
+        whole = all(type(n) is int and n >= 0 for n in steps) and sorted(steps) == steps
+        if type(when) is not bool and not (whole and len(steps) == (2 if isinstance(when, list) else 1)):
+            raise FormatError(f"{where}: {pattern!r} must be true, false, a first step or [first, last]; not {when!r}")
+    return FrozenMap({pattern: tuple(when) if isinstance(when, list) else when for pattern, when in value.items()})
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value of the file is a finite number: TOML has nan and inf."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # an integer may be beyond float64

@@ -5,22 +5,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
 
-from jquant.apply import apply
 from jquant.cli.console import Console, Json, Quiet, UsageError, Verbose, command
-from jquant.cli.data import Data, load_data
+from jquant.cli.data import Data, check_data, load_data
 from jquant.cli.losses import Loss, check_labels, loss_of
-from jquant.cli.models import Config, DataOption, Model, Output, load_state_of
+from jquant.cli.models import Config, DataOption, ModelPath, Output, load_state_of, used_on
 from jquant.cli.settings import TrainSettings
 from jquant.cli.state import save_state
-from jquant.progress import track
-from jquant.qat import TrainState
+from jquant.host.progress import track
+from jquant.meanings.apply import apply
 from jquant.training import (
     History,
     TrainingError,
@@ -33,15 +34,18 @@ from jquant.training import (
     plot_curves,
     step_decay,
 )
-from jquant.types import Array, InputError, Plan
+from jquant.training.state import TrainState
+from jquant.training.switching import Switches, check_switches, switches
+from jquant.types import Array, InputError, Model
 
 Batch = tuple[tuple[Array, ...], Array]  # inputs, labels
+DIVERGED = 1.5  # times the loss before training and 0.1; an epoch on the way may go further up
 LOOK_EVERY = 20  # steps between looks at the loss, which wait for the device
 
 
 @command
 def train(
-    model: Model,
+    model: ModelPath,
     data: DataOption,
     output: Output,
     config: Config = None,
@@ -59,31 +63,94 @@ def train(
 
     Labels are class numbers for the loss "cross_entropy", one a sample or one a pixel; arrays of the output's shape for
     "mse" and "l1"; anything for a loss of your own, module:function. The state that is written has the trained
-    parameters and scales; interrupted, none is.
+    parameters and scales; interrupted, none is. Each epoch prints its mean loss. Training that diverges is an error;
+    the state of its best epoch is written, if one was better than the calibrated model. Tables [train.values],
+    [train.weights] and [train.observers] say by pattern in which steps fake-quant and observers are on: "*" = 1000 from
+    step 1000 on, [0, 500] before step 500, false never.
 
     \b
     jquant train net.jqs --config q.toml --data train.npz -o trained.jqs
     jquant train net.jqs -c q.toml -d train.npz -o trained.jqs --checkpoints run --curves run.png
     """
     console = Console(json, quiet, verbose)
+    check_data(data)
     state, settings = load_state_of(model, config)
-    plan, params, qparams = state.calibrated()
+    calibrated = state.calibrated()
     loaded = load_data(data, state.graph, settings.image)
     if not loaded.labelled:
         raise UsageError("training needs labels: class folders, or an array 'y'")
     recipe = settings.train if epochs is None else replace(settings.train, epochs=epochs)
-    run = Run(plan, loaded, recipe, loss_of(recipe.loss, recipe.ignore_label))
-    before, in_float = run.measure(params, qparams), run.measure(params, qparams, mode="float")
+    switched = _switches_of(calibrated, recipe)
+    run = Run(calibrated, loaded, recipe, loss_of(recipe.loss, recipe.ignore_label), switched)
+    before, in_float = run.measure(calibrated), run.measure(calibrated, mode="float")
     _alarm(console, before["loss"], in_float["loss"])
-    trained, history = run.train(console, params, qparams, checkpoints)
-    after = run.measure(trained.params, trained.qparams)
-    save_state(output, replace(state, trained=trained.params, qparams=trained.qparams))
+    best = Best(before["loss"])
+    try:
+        trained, history = run.train(console, checkpoints, best)
+        after = run.measure(trained.model)
+        run.check(after["loss"], best)
+    except TrainingError as error:
+        raise TrainingError(f"{error}. {_kept(best, state, output)}") from error
+    save_state(output, used_on(state, settings, data).with_model(trained.model, trained=True))
+    if run.switches is not None and (off := _not_quantized(run.switches, int(trained.step) - 1)):
+        console.warn(
+            f"in the last step {_few(off)} were not quantized: their error was not trained away, and the integers have "
+            "it. Switch them on earlier, in [train.values] and [train.weights]"
+        )
     console.rows([{"": name, **found} for name, found in (("float", in_float), ("before", before), ("after", after))])
     if curves is not None and history.metrics:
         plot_curves(curves, {name: {"QAT": points} for name, points in history.metrics.items()})
         console.wrote(curves)
     console.wrote(output)
     console.value({"output": output, "float": in_float, "before": before, "after": after, "steps": int(trained.step)})
+
+
+def _switches_of(model: Model, recipe: TrainSettings) -> Switches | None:
+    """What the recipe switches, or None where it switches nothing.
+
+    Raises:
+      QConfigError: a pattern that matches nothing; or another mode than "fake_quant".
+    """
+    if not recipe.switched:
+        return None
+    asked = {"values": recipe.values, "weights": recipe.weights, "observers": recipe.observers}
+    found = switches(model, **asked, averaging=recipe.averaging)
+    check_switches(model.plan, found, recipe.mode)
+    return found
+
+
+def _not_quantized(given: Switches, step: int) -> list[str]:
+    """The values and weights that are not quantized in a step."""
+    times = {name: np.asarray(time) for name, time in given.fake_quant.items()}
+    return [name for name, time in times.items() if not time[0] <= step < time[1]]
+
+
+def _few(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
+
+
+@dataclass
+class Best:
+    """The state with the lowest mean loss of an epoch, and the loss before training."""
+
+    start: float
+    loss: float = math.inf
+    epoch: int = 0
+    state: TrainState | None = None
+
+    def look(self, epoch: int, loss: float, state: TrainState) -> None:
+        if loss < min(self.loss, self.start):
+            self.loss, self.epoch, self.state = loss, epoch, state
+
+
+def _kept(best: Best, state: Any, output: Path) -> str:
+    """Writes the best state of a run that diverged, and says so."""
+    if best.state is None:
+        return f"No epoch was better than the calibrated model, so {output} was not written"
+    save_state(output, state.with_model(best.state.model, trained=True))
+    return f"{output} has the state of epoch {best.epoch}, whose mean loss was {best.loss:.4g}"
 
 
 def _alarm(console: Console, loss: float, float_loss: float) -> None:
@@ -98,40 +165,66 @@ def _alarm(console: Console, loss: float, float_loss: float) -> None:
 class Run:
     """What a training is made of, before it has a state."""
 
-    plan: Plan
+    model: Model
     data: Data
     recipe: TrainSettings
     loss: Loss
+    switches: Switches | None = None
 
-    def train(self, console: Console, params: dict, qparams: dict, folder: Path | None) -> tuple[TrainState, History]:
-        """The trained state, and the metrics of the steps that were looked at."""
-        step = make_step(self.plan, self._objective, inputs=_inputs_of, mode=self.recipe.mode, donate=False)
-        state, first, history = TrainState.create(self.plan, params, qparams, tx=self._optimizer()), 0, History()
-        with nullcontext() if folder is None else closing(open_checkpoints(folder, self.plan)) as kept:
+    def train(self, console: Console, folder: Path | None, best: Best) -> tuple[TrainState, History]:
+        """The trained state, and the metrics of the steps that were looked at.
+
+        Raises:
+          TrainingError: a loss that is not finite, or far above that before training.
+        """
+        step = self._make_step()
+        state, first, history = TrainState.create(self.model, tx=self._optimizer()), 0, History()
+        with nullcontext() if folder is None else closing(open_checkpoints(folder, self.model)) as kept:
             if kept is not None and (found := kept.restore(state)) is not None:
                 state, first = found.state, int(found.position["epoch"])
                 console.note(f"going on after epoch {first}, from {folder}")
             for epoch in range(first, self.recipe.epochs):
-                state = self._epoch(console, step, state, epoch, history)
+                state = self._epoch(console, step, state, epoch, history, best)
                 if kept is not None:
                     kept.save(state, position={"epoch": epoch + 1})
         return state, history
 
+    def _make_step(self) -> Callable[..., Any]:
+        """`step(state, batch) -> (state, metrics)`."""
+        step = make_step(self._objective, inputs=_inputs_of, mode=self.recipe.mode, donate=False)
+        return step if self.switches is None else partial(step, switches=self.switches)
+
     def _epoch(
-        self, console: Console, step: Callable[..., Any], start: TrainState, epoch: int, history: History
+        self, console: Console, step: Callable[..., Any], start: TrainState, epoch: int, history: History, best: Best
     ) -> TrainState:
         state, metrics, seen, clock = start, {}, 0, time.perf_counter()
+        totals: dict[str, Any] = {}
         name = f"epoch {epoch + 1} of {self.recipe.epochs}"
         for count, batch in enumerate(track(self._batches(epoch), name, self._steps()), 1):
             state, metrics = step(state, batch)
             seen += len(batch[1])
+            totals = {name: totals.get(name, 0.0) + value * len(batch[1]) for name, value in metrics.items()}
             if count % LOOK_EVERY == 0:
                 self._look(start, epoch, state, metrics, history)
         if seen:
             self._look(start, epoch, state, metrics, history)
-            words = ", ".join(f"{key} {float(value):.4g}" for key, value in metrics.items())
-            console.note(f"epoch {epoch + 1}: {words}, {seen / (time.perf_counter() - clock):.0f} samples a second")
+            means = {key: float(total) / seen for key, total in totals.items()}
+            words = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
+            console.progress(f"epoch {epoch + 1}: {words}, {seen / (time.perf_counter() - clock):.0f} samples a second")
+            if self.switches is None or not _not_quantized(self.switches, int(start.step)):
+                best.look(epoch + 1, means["loss"], state)
+            self.check(means["loss"], best, factor=10.0, where=f"in {name} ")
         return state
+
+    def check(self, loss: float, best: Best, *, factor: float = DIVERGED, where: str = "after training ") -> None:
+        """Raises TrainingError for a loss that is far above the one before training: it diverged."""
+        limit = factor * (abs(best.start) + 0.1)
+        if not loss <= limit:
+            raise TrainingError(
+                f"training diverged: the loss {where}is {loss:.4g}, and was {best.start:.4g} before. The learning rate "
+                f"{self.recipe.learning_rate:g} may be too high for QAT: take 1/10 to 1/20 of the float one, set clip "
+                "= 1.0, and take SGD with steps instead of OneCycle or warm-up (jq.analysis.nan_checklist)"
+            )
 
     def _look(self, start: TrainState, epoch: int, state: TrainState, metrics: Any, history: History) -> None:
         """Records the metrics of the last step.
@@ -147,14 +240,13 @@ class Run:
 
     def _cause(self, start: TrainState, epoch: int) -> str:
         """The epoch once more, step by step, to the first value that is not finite."""
-        step = make_step(self.plan, self._objective, inputs=_inputs_of, mode=self.recipe.mode, donate=False)
+        step = self._make_step()
 
         def with_loss(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
             state, metrics = step(state, batch)
             return state, metrics["loss"]
 
         found = find_first_nan(
-            self.plan,
             with_loss,
             start,
             self._batches(epoch),
@@ -165,19 +257,24 @@ class Run:
         where = "" if found is None else f": {found}"
         return f"{where}. Lower learning_rate, or set clip = 1.0 in [train]"
 
-    def measure(self, params: dict, qparams: dict, mode: Any = "validation") -> dict[str, float]:
+    def measure(self, model: Model, mode: Any = "fake_quant") -> dict[str, float]:
         """The loss and metrics over all data, a mean over samples."""
         totals: dict[str, float] = {}
         count = 0
         for inputs, labels in self._checked(self.data.batches(self.recipe.batch)):
-            outputs = apply(self.plan, params, qparams, *map(jnp.asarray, inputs), mode=mode)
+            outputs = apply(model, *map(jnp.asarray, inputs), mode=mode)
             if count == 0:
                 check_labels(self.recipe.loss, labels, outputs, self.recipe.ignore_label)
-            loss, metrics = self.loss(outputs, _as_labels(labels))
+            loss, metrics = self._measured(outputs, _as_labels(labels))
             for name, value in {"loss": loss, **metrics}.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(labels)
             count += len(labels)
         return {name: total / count for name, total in totals.items()}
+
+    @cached_property
+    def _measured(self) -> Loss:
+        """The loss, compiled as one program and not operation by operation; in a step it is compiled as well."""
+        return jax.jit(self.loss)
 
     def _objective(self, outputs: Any, batch: Batch) -> tuple[Array, dict[str, Array]]:
         return self.loss(outputs, batch[1])
@@ -194,7 +291,7 @@ class Run:
             return rate
 
         return make_optimizer(
-            self.plan,
+            self.model,
             optimizer=recipe.optimizer,
             learning_rate=schedule(recipe.learning_rate),
             scale_rate=schedule(recipe.scale_learning_rate),
@@ -211,7 +308,7 @@ class Run:
     def _batches(self, epoch: int) -> Iterator[Batch]:
         """In another order every epoch; samples are shuffled within a window of 32 batches."""
         rng, size = np.random.default_rng([self.recipe.seed, epoch]), self.recipe.batch
-        for inputs, labels in self._checked(self.data.batches(32 * size)):
+        for inputs, labels in self._checked(self.data.read(32 * size)):
             order = rng.permutation(len(labels))
             for i in range(0, len(order), size):
                 part = order[i : i + size]

@@ -1,4 +1,4 @@
-"""What keeps XLA from computing a value anew in each of its readers, which an optimization barrier does not on a CPU.
+"""What keeps XLA from computing a value again in each of its readers, which an optimization barrier does not on a CPU.
 
 Fusion copies cheap work into everything that reads its result. That is wrong where the work is not cheap in sum, and
 where a reader has a fast form for a finished array alone.
@@ -19,6 +19,15 @@ def apart(v: Array) -> Array:
     axis = known.index(max(known))
     index = jax.lax.broadcasted_iota(jnp.int32, v.shape, axis)
     return jnp.where(index < v.shape[axis], v, jnp.zeros_like(v))
+
+
+def held(v: Array, certain: Array) -> Array:
+    """An integer v behind a branch on `certain`, a scalar that is true and that XLA cannot know.
+
+    For integers that are read several times along a long chain, as those of residual blocks: XLA would compute each
+    from the start of the chain in every reader, in a program that grows with the square of the depth.
+    """
+    return jax.lax.cond(certain, lambda u: u, lambda u: ~u, v)
 
 
 def computed_once(x: Array) -> Array:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from jquant.numerics.rounding import unknown
 from jquant.types import Array, integer_range
 
 MASK = 0xFFFF
@@ -57,19 +58,28 @@ def shift_right_floor(a: Limbs, n: Array) -> Limbs:
 
 
 def shift_right(a: Limbs, n: Array, rounding: str) -> Limbs:
-    """a / 2^n for 0 <= n < 64 with "floor", "half_up" or "half_even"."""
+    """a / 2^n as an integer, for 0 <= n < 64, by one of `ROUNDINGS`."""
     n = jnp.asarray(n, jnp.int32)
     quotient = shift_right_floor(a, n)
     if rounding == "floor":
         return quotient
+    if rounding == "toward_zero":
+        up = jnp.where((a.high < 0) & ~_equal(shift_left(quotient, n), a), 1, 0)
+        return carry(quotient.low + up, quotient.middle, quotient.high)
     before = shift_right_floor(a, jnp.maximum(n - 1, 0))
     half = jnp.where(n > 0, before.low & 1, 0)
-    if rounding == "half_even":
+    if rounding in ("half_even", "half_away"):
         # A tie has nothing below the half bit: shifting back gives the number again.
-        back = shift_left(before, jnp.maximum(n - 1, 0))
-        tie = (back.low == a.low) & (back.middle == a.middle) & (back.high == a.high)
-        half = jnp.where(tie & (half == 1), quotient.low & 1, half)
+        tie = _equal(shift_left(before, jnp.maximum(n - 1, 0)), a) & (half == 1)
+        at_tie = quotient.low & 1 if rounding == "half_even" else jnp.where(a.high < 0, 0, 1)
+        half = jnp.where(tie, at_tie, half)
+    elif rounding != "half_up":
+        raise unknown(rounding)
     return carry(quotient.low + half, quotient.middle, quotient.high)
+
+
+def _equal(a: Limbs, b: Limbs) -> Array:
+    return (a.low == b.low) & (a.middle == b.middle) & (a.high == b.high)
 
 
 def shift_left(a: Limbs, n: Array) -> Limbs:
@@ -86,6 +96,11 @@ def shift_left(a: Limbs, n: Array) -> Limbs:
 
 def saturate(a: Limbs, dtype: str) -> Array:
     """Clamps to a signed quantized dtype; returns int32."""
+    return clip(a, *integer_range(dtype))
+
+
+def clip(a: Limbs, low: int, high: int) -> Array:
+    """Clamps to int32 bounds; returns int32."""
     fits = a.high == jnp.where(a.middle < 0x8000, 0, -1)
     ends = jnp.where(a.high < 0, jnp.int32(-(2**31)), jnp.int32(2**31 - 1))
-    return jnp.clip(jnp.where(fits, (a.middle << 16) | a.low, ends), *integer_range(dtype))
+    return jnp.clip(jnp.where(fits, (a.middle << 16) | a.low, ends), low, high)

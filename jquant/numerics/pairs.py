@@ -34,12 +34,12 @@ def saturate(v: Pair) -> Array:
 
 
 def shift_right(v: Pair, n: Array, rounding: str) -> Array:
-    """v / 2^n for 0 <= n <= 31 with "floor" or "half_up", saturated to int32 (which only n = 0 needs).
+    """v / 2^n for 0 <= n <= 31 by one of `ROUNDINGS`, saturated to int32 (which only n = 0 needs).
 
     With v = 2 * half + odd, v >> n is half >> (n - 1); the last bit shifted out is odd for n = 1, else one of half.
     """
-    if rounding not in ("floor", "half_up"):
-        raise ValueError(f"rounding {rounding!r} of a pair; known: floor, half_up")
+    if rounding not in ("floor", "half_up"):  # these need all the bits shifted out
+        return limbs.saturate(limbs.shift_right(to_limbs(v), n, rounding), "int32")
     n = jnp.asarray(n, jnp.int32)
     half, odd = _halved(v)
     shifted = shift_int32(half, jnp.maximum(n - 1, 0), rounding)

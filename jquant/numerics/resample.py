@@ -5,43 +5,37 @@ two pixels with weights that sum to 2^bits; a value is the sum of the products o
 """
 
 from fractions import Fraction
-from math import floor
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from jquant.numerics import limbs
+from jquant.numerics.namespace import array_namespace
 from jquant.numerics.rescale import Ratio, multiplier_of
-from jquant.numerics.rounding import saturate, shift_right, widen
-from jquant.types import Array
-
-STEP_BITS = 16  # fraction bits of the step and the offset of a resize
-_MAP_SHIFT = 16  # the largest shift of a coordinate map whose sum stays in int32
-
+from jquant.numerics.rounding import round_fraction, saturate, shift_right, widen
+from jquant.types import Array, GridFormat, ResizeFormat, bit_width
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Resize: static coordinates, one axis at a time
 
 
 class Steps(NamedTuple):
-    """Coordinates i * step + offset for i < outputs, in 16 fraction bits."""
+    """Coordinates i * step + offset for i < outputs, in `bits` fraction bits."""
 
     step: int
     offset: int
     outputs: int
+    bits: int
 
     def at(self) -> np.ndarray:
         return np.arange(self.outputs, dtype=np.int64) * self.step + self.offset
 
 
-def steps_of(step: Fraction, offset: Fraction, outputs: int) -> Steps:
-    """Step and offset, in pixels, each rounded to 16 fraction bits: floor(v * 2^16 + 1/2)."""
-
-    def fixed(v: Fraction) -> int:
-        return floor(v * 2**STEP_BITS + Fraction(1, 2))
-
-    return Steps(fixed(step), fixed(offset), outputs)
+def steps_of(step: Fraction, offset: Fraction, outputs: int, form: ResizeFormat) -> Steps:
+    """Step and offset, in pixels, each rounded to the fraction bits of the format."""
+    fixed_step, fixed_offset = (round_fraction(v * 2**form.step_bits, form.step_rounding) for v in (step, offset))
+    return Steps(fixed_step, fixed_offset, outputs, form.step_bits)
 
 
 def pick(x: Array, axis: int, steps: Steps, ahead: int = 0) -> Array:
@@ -50,17 +44,19 @@ def pick(x: Array, axis: int, steps: Steps, ahead: int = 0) -> Array:
     A gather by constant indices, also where slices would do: measured on a CPU, it fuses with the products that follow
     and takes a sixth to a half of their time when bilinear doubles an image, at 1 to 256 channels.
     """
-    index = np.clip((steps.at() >> STEP_BITS) + ahead, 0, x.shape[axis] - 1)
+    index = np.clip((steps.at() >> steps.bits) + ahead, 0, x.shape[axis] - 1)
     return jnp.take(x, index.astype(np.int32), axis=axis, mode="clip")
 
 
-def step_weights(steps: Steps, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """The weights of the pixel below a coordinate and of the one above, the fraction cut to `bits` bits."""
-    fraction = ((steps.at() & (2**STEP_BITS - 1)) >> (STEP_BITS - bits)).astype(np.int32)
-    return np.int32(2**bits) - fraction, fraction
+def step_weights(steps: Steps, form: ResizeFormat) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of the pixel below a coordinate and of the one above, with the fraction bits of the format."""
+    fraction = (steps.at() & (2**steps.bits - 1)).astype(np.int32)
+    cut = cast(Array, np.int32(steps.bits - form.weight_bits))
+    above = np.asarray(shift_right(cast(Array, fraction), cut, form.weight_rounding))
+    return np.int32(2**form.weight_bits) - above, above
 
 
-def resize(x: Array, axes: tuple[int, ...], steps: tuple[Steps, ...], bits: int, dtype: str) -> Array:
+def resize(x: Array, axes: tuple[int, ...], steps: tuple[Steps, ...], form: ResizeFormat, dtype: str) -> Array:
     """Linear interpolation of int8 or int16 along one or two axes, all products summed exactly before the one shift.
 
     Weights are not negative and sum to 2^bits an axis, so every partial sum lies between the extremes of x times that:
@@ -68,15 +64,15 @@ def resize(x: Array, axes: tuple[int, ...], steps: tuple[Steps, ...], bits: int,
     """
     acc = widen(x)
     for axis, step in zip(axes[:-1], steps[:-1], strict=True):
-        below, above = _along(step_weights(step, bits), axis, x.ndim)
+        below, above = _along(step_weights(step, form), axis, x.ndim)
         acc = pick(acc, axis, step) * below + pick(acc, axis, step, 1) * above
-    below, above = _along(step_weights(steps[-1], bits), axes[-1], x.ndim)
+    below, above = _along(step_weights(steps[-1], form), axes[-1], x.ndim)
     first, second = pick(acc, axes[-1], steps[-1]), pick(acc, axes[-1], steps[-1], 1)
-    total = jnp.int32(len(axes) * bits)
-    if (7 if dtype == "int8" else 15) + len(axes) * bits <= 31:
-        return saturate(shift_right(first * below + second * above, total, "half_up"), dtype)
+    total = len(axes) * form.weight_bits
+    if bit_width(dtype) - 1 + total <= 31:
+        return saturate(shift_right(first * below + second * above, jnp.int32(total), form.rounding), dtype)
     wide = limbs.add(limbs.multiply(limbs.from_int32(first), below), limbs.multiply(limbs.from_int32(second), above))
-    return saturate(limbs.saturate(limbs.shift_right(wide, total, "half_up"), dtype), dtype)
+    return saturate(limbs.saturate(limbs.shift_right(wide, jnp.int32(total), form.rounding), dtype), dtype)
 
 
 def _along(weights: tuple[np.ndarray, np.ndarray], axis: int, rank: int) -> tuple[Array, Array]:
@@ -88,39 +84,48 @@ def _along(weights: tuple[np.ndarray, np.ndarray], axis: int, rank: int) -> tupl
 # Sampling: computed coordinates
 
 
+def coordinate_bits(form: GridFormat, *sides: int) -> int:
+    """The fraction bits of absolute coordinates on images with these sides."""
+    return min(max(form.coordinate_bits - max(sides).bit_length(), 0), form.max_fraction_bits)
+
+
 class Line(NamedTuple):
-    """The map of quantized coordinates to pixels: (multiplier * q + offset) >> shift, int32 scalars or [2] for x, y."""
+    """The map of quantized coordinates to pixels: (multiplier * q + offset) >> shift, int32 scalars or [2] for x, y.
+
+    Where the shift rounds half up, its half is part of the offset, and the shift is a floor.
+    """
 
     multiplier: Array
     offset: Array
     shift: Array
 
 
-def coordinate_bits(*sides: int) -> int:
-    """F, the fraction bits of absolute coordinates on images with these sides: clip(15 - ceil(log2(max + 1)), 0, 8)."""
-    return min(max(15 - max(sides).bit_length(), 0), 8)
-
-
-def line_of(slope: Ratio | None, half_pixels: int, bits: int) -> Line:
-    """The map q -> slope * q + half_pixels / 2 * 2^bits, rounded to the nearest integer.
+def line_of(slope: Ratio | None, half_pixels: int, bits: int, form: GridFormat) -> Line:
+    """The map q -> slope * q + half_pixels / 2 * 2^bits, rounded to an integer.
 
     The multiplier is below 2^15 and, with |half_pixels| < 2^(15 - bits), the offset is at most 2^30 + 2^15, so that the
-    sum stays in int32 for every int16. The half that makes the shift round is part of the offset. slope None: 0.
+    sum stays in int32 for every int16. slope None: 0.
     """
     if slope is None:
-        multiplier, shift = jnp.int32(0), jnp.int32(_MAP_SHIFT)
+        multiplier, shift = cast(tuple[Array, Array], (np.int32(0), np.int32(form.max_map_shift)))
     else:
-        multiplier, shift = multiplier_of(slope, _MAP_SHIFT)
+        rounding = form.map_constant_rounding
+        multiplier, shift = multiplier_of(slope, form.max_map_shift, bits=form.map_bits, rounding=rounding)
+    xp = array_namespace(multiplier, shift)
     power = bits + shift
-    whole = jnp.int32(half_pixels) << jnp.maximum(power - 1, 0)
-    offset = jnp.where(power > 0, whole, jnp.int32((half_pixels + 1) >> 1))
-    half = jnp.where(shift > 0, jnp.int32(1) << jnp.maximum(shift - 1, 0), 0)
-    return Line(multiplier, offset + half, shift)
+    whole = np.int32(half_pixels) << xp.maximum(power - 1, 0)
+    at_zero = np.int32(round_fraction(Fraction(half_pixels, 2), form.map_constant_rounding))
+    offset = xp.where(power > 0, whole, at_zero)
+    if form.map_rounding == "half_up":
+        offset = offset + xp.where(shift > 0, np.int32(1) << xp.maximum(shift - 1, 0), 0)
+    return Line(multiplier, offset, shift)
 
 
-def on_line(q: Array, line: Line) -> Array:
+def on_line(q: Array, line: Line, form: GridFormat) -> Array:
     """Absolute coordinates of quantized ones, saturated to int16, as int32."""
-    return widen(saturate((widen(q) * line.multiplier + line.offset) >> line.shift, "int16"))
+    total = widen(q) * line.multiplier + line.offset
+    rounding = "floor" if form.map_rounding == "half_up" else form.map_rounding
+    return widen(saturate(shift_right(total, line.shift, rounding), "int16"))
 
 
 def displaced(offset: Array, size: tuple[int, int], bits: int) -> Array:
@@ -129,13 +134,15 @@ def displaced(offset: Array, size: tuple[int, int], bits: int) -> Array:
     return widen(saturate(offset + np.stack([x, y], axis=-1), "int16"))
 
 
-def neighbours(at: Array, n: int, bits: int, *, nearest: bool, border: bool) -> list[tuple[Array, Array]]:
+def neighbours(
+    at: Array, n: int, bits: int, form: GridFormat, *, nearest: bool, border: bool
+) -> list[tuple[Array, Array]]:
     """The pixels that absolute coordinates meet along an axis of n, as (index in [0, n), weight in [0, 2^bits]).
 
-    Nearest rounds half to even and has one. Outside, the weight is 0, or with `border` the border pixel is met.
+    Nearest has one. Outside, the weight is 0, or with `border` the border pixel is met.
     """
     if nearest:
-        met = [(shift_right(at, jnp.int32(bits), "half_even"), jnp.full_like(at, 2**bits))]
+        met = [(shift_right(at, jnp.int32(bits), form.nearest_rounding), jnp.full_like(at, 2**bits))]
     else:
         fraction = at & (2**bits - 1)
         met = [(at >> bits, 2**bits - fraction), ((at >> bits) + 1, fraction)]
@@ -147,29 +154,30 @@ def neighbours(at: Array, n: int, bits: int, *, nearest: bool, border: bool) -> 
     return kept
 
 
-def round_weighted(total: Array, bits: int, dtype: str) -> Array:
-    """A sum of products of weights along two axes, back to the data: sat(rsh(total, 2 * bits)).
+def round_weighted(total: Array, bits: int, dtype: str, rounding: str) -> Array:
+    """A sum of products of weights along two axes, back to the data: sat(total / 2^(2 * bits)).
 
     Weights sum to at most 2^16, so |total| <= 2^15 * 2^16, and 2^31 itself is only reached as -2^31: int32 holds it.
     """
-    return saturate(shift_right(total, jnp.int32(2 * bits), "half_up"), dtype)
+    return saturate(shift_right(total, jnp.int32(2 * bits), rounding), dtype)
 
 
-def points_between(start: Array, end: Array, count: int, *, least: int | None) -> Array:
+def points_between(start: Array, end: Array, count: int, form: GridFormat, *, least: int | None) -> Array:
     """`count` points at the centres of equal parts of every [start, end], [K] -> [K, count], in the same unit.
 
-    start and end are int16 in int32; parts are cut at 15 fraction bits, a length is at least `least`. A length has 17
-    bits with its sign and is at most 2^16 - 1, so its product with a fraction of at most 2^15 stays in int32.
+    start and end are int16 in int32; parts are cut at the point bits of the format, at most 15, and a length is at
+    least `least`. A length has 17 bits with its sign and is at most 2^16 - 1, so its product with a fraction of at most
+    2^15 stays in int32.
     """
     length = end - start if least is None else jnp.maximum(end - start, least)
-    centres = [Fraction(2 * i + 1, 2 * count) for i in range(count)]
-    fraction = np.array([floor(c * 2**15 + Fraction(1, 2)) for c in centres], np.int32)
-    return start[:, None] + shift_right(length[:, None] * fraction, jnp.int32(15), "half_up")
+    centres = [Fraction(2 * i + 1, 2 * count) * 2**form.point_bits for i in range(count)]
+    fraction = np.array([round_fraction(c, form.point_fraction_rounding) for c in centres], np.int32)
+    return start[:, None] + shift_right(length[:, None] * fraction, jnp.int32(form.point_bits), form.point_rounding)
 
 
-def inside_border(at: Array, n: int, bits: int) -> list[tuple[Array, Array]]:
+def inside_border(at: Array, n: int, bits: int, form: GridFormat) -> list[tuple[Array, Array]]:
     """`neighbours` with the border pixel up to one pixel outside the image, and weight 0 beyond."""
     near = (at >= -(1 << bits)) & (at <= n << bits)
     clamped = jnp.clip(at, 0, (n - 1) << bits)
-    met = neighbours(clamped, n, bits, nearest=False, border=True)
+    met = neighbours(clamped, n, bits, form, nearest=False, border=True)
     return [(index, jnp.where(near, weight, 0)) for index, weight in met]

@@ -4,19 +4,22 @@ A ratio of float32 scales is a ratio of integers of at most 48 bits. Long divisi
 exponent, so that the same mantissas come out inside jit and outside.
 """
 
+from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.numerics import limbs, pairs
 from jquant.numerics.limbs import Limbs
+from jquant.numerics.namespace import array_namespace, bits_of, repeat, traced_once
 from jquant.numerics.pairs import Pair
-from jquant.numerics.rounding import saturate, shift_right
-from jquant.types import Array, Target, bit_width
+from jquant.numerics.rounding import goes_up, saturate, shift_right
+from jquant.types import Array, RescaleFormat, Target, bit_width
 
 _PART = 26  # bits of the lower part of a 52-bit number in two int32 words
 _PART_MASK = (1 << _PART) - 1
+_LARGEST = np.int32(2**31 - 1)
 
 
 class Ratio(NamedTuple):
@@ -37,7 +40,7 @@ class Rescale(NamedTuple):
 
 def _split(scale: Array) -> tuple[Array, Array]:
     """A positive normal float32 as mantissa * 2^exponent with the mantissa in [2^23, 2^24)."""
-    pattern = jax.lax.bitcast_convert_type(jnp.asarray(scale, jnp.float32), jnp.int32)
+    pattern = bits_of(scale)
     return (pattern & 0x7FFFFF) | 0x800000, ((pattern >> 23) & 0xFF) - 150
 
 
@@ -58,7 +61,8 @@ def _at_least(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
 
 
 def _choose(condition: Array, a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    return jnp.where(condition, a[0], b[0]), jnp.where(condition, a[1], b[1])
+    where = array_namespace(condition).where
+    return where(condition, a[0], b[0]), where(condition, a[1], b[1])
 
 
 def _subtract(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -66,79 +70,189 @@ def _subtract(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Ar
     return a[0] - b[0] + (low >> 31), low & _PART_MASK  # the sign of low is the borrow
 
 
-@jax.jit
-def ratio(n1: Array, n2: Array, d1: Array, d2: Array) -> Ratio:
-    """(n1 * n2) / (d1 * d2) of positive normal float32 arrays, exactly; integers below 2^24 are such numbers."""
-    n1, n2, d1, d2 = jnp.broadcast_arrays(*(jnp.asarray(v, jnp.float32) for v in (n1, n2, d1, d2)))
+Division = tuple[tuple[Array, Array], tuple[Array, Array], Array]  # numerator, denominator in two words, exponent
+
+
+def _division(n1: Array, n2: Array, d1: Array, d2: Array) -> Division:
+    """(n1 * n2) / (d1 * d2) as numerator / denominator * 2^exponent, the quotient of the first two in [1/2, 1)."""
+    xp = array_namespace(n1, n2, d1, d2)
     (mn1, en1), (mn2, en2), (md1, ed1), (md2, ed2) = _split(n1), _split(n2), _split(d1), _split(d2)
     numerator, denominator = _product(mn1, mn2), _product(md1, md2)
     exponent = en1 + en2 - ed1 - ed2
     # Mantissa products lie in [2^46, 2^48): bring numerator / denominator from (1/4, 4) into [1/2, 1).
     small = ~_at_least(_double(*numerator), denominator)
     numerator = _choose(small, _double(*numerator), numerator)
-    exponent = jnp.where(small, exponent - 1, exponent)
+    exponent = xp.where(small, exponent - 1, exponent)
     for _ in range(2):
         large = _at_least(numerator, denominator)
         denominator = _choose(large, _double(*denominator), denominator)
-        exponent = jnp.where(large, exponent + 1, exponent)
+        exponent = xp.where(large, exponent + 1, exponent)
+    return numerator, denominator, exponent
+
+
+def _next_bits(remainder: tuple[Array, Array], denominator: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+    """The next 16 bits of remainder / denominator, which is below 1, and what remains after them."""
+    xp = array_namespace(*remainder)
+    if xp is np:
+        return _next_bits_on_host(remainder, denominator)
 
     def step(_: int, state: tuple) -> tuple:
         remainder, bits = state
         remainder = _double(*remainder)
         fits = _at_least(remainder, denominator)
-        return _choose(fits, _subtract(remainder, denominator), remainder), jnp.where(fits, (bits << 1) + 1, bits << 1)
+        return _choose(fits, _subtract(remainder, denominator), remainder), xp.where(fits, (bits << 1) + 1, bits << 1)
 
-    remainder, bits = jax.lax.fori_loop(0, 16, step, (numerator, jnp.zeros_like(mn1)))
+    found: tuple[tuple[Array, Array], Array] = repeat(16, step, (remainder, xp.zeros_like(remainder[0])))
+    return found
+
+
+def _next_bits_on_host(
+    remainder: tuple[Array, Array], denominator: tuple[Array, Array]
+) -> tuple[tuple[Array, Array], Array]:
+    """The same in int64, which numpy has: both are below 2^50, so that 8 bits more fit."""
+    left, by = ((np.asarray(high, np.int64) << _PART) | low for high, low in (remainder, denominator))
+    bits = np.zeros_like(left)
+    for _ in range(2):
+        quotient, left = np.divmod(left << 8, by)
+        bits = (bits << 8) | quotient
+    high, low, found = (part.astype(np.int32) for part in (left >> _PART, left & _PART_MASK, bits))
+    return (high, low), found  # type: ignore[return-value]
+
+
+def _together(*numbers: Array) -> list[Array]:
+    xp = array_namespace(*numbers)
+    found: list[Array] = xp.broadcast_arrays(*(xp.asarray(v, np.float32) for v in numbers))
+    return found
+
+
+@traced_once
+def ratio(n1: Array, n2: Array, d1: Array, d2: Array) -> Ratio:
+    """(n1 * n2) / (d1 * d2) of positive normal float32 arrays, exactly; integers below 2^24 are such numbers."""
+    numerator, denominator, exponent = _division(*_together(n1, n2, d1, d2))
+    remainder, bits = _next_bits(numerator, denominator)
     return Ratio(bits, exponent, (remainder[0] == 0) & (remainder[1] == 0))
 
 
-@jax.jit(static_argnames=("bits", "narrow"))
-def rescale_of(value: Ratio, *, bits: int, narrow: bool = False) -> Rescale:
+@partial(traced_once, static_argnames=("rounding",))
+def quantize_exactly(x: Array, d1: Array, d2: Array, *, rounding: str) -> Array:
+    """sat_32(round(x / (d1 * d2))) of the exact quotient: the bias of section 4 of the specification.
+
+    Args:
+      x: real, float32.
+      d1, d2: positive normal float32 numbers whose product is a step, in real per LSB; broadcastable to x.
+      rounding: one of `ROUNDINGS`.
+
+    Returns:
+      int32, in LSB. A subnormal x is 0, as it is less than half of any step.
+    """
+    xp = array_namespace(x, d1, d2)
+    x, d1, d2 = _together(x, d1, d2)
+    tiny = abs(x) < np.float32(2.0**-126)
+    numerator, denominator, exponent = _division(xp.where(tiny, np.float32(1), abs(x)), xp.ones_like(x), d1, d2)
+    remainder, high = _next_bits(numerator, denominator)
+    remainder, low = _next_bits(remainder, denominator)
+    more = (remainder[0] != 0) | (remainder[1] != 0)
+    # 32 bits, of which the last one is kept apart so that the others fit: (31 bits + last / 2) * 2^(exponent - 31).
+    leading, last, drop = (high << 15) | (low >> 1), low & 1, xp.clip(31 - exponent, 0, 31)
+    whole = leading >> drop
+    half = xp.where(drop > 0, (leading >> xp.maximum(drop - 1, 0)) & 1, last)
+    below = leading & ((np.int32(1) << xp.maximum(drop - 1, 0)) - 1)
+    small, large = exponent < 0, exponent > 31  # below 1/2; 2^31 or more
+    more = more | ((drop > 0) & ((below != 0) | (last != 0))) | small
+    up = goes_up(whole, (half == 1) & ~small, more, x < 0, rounding)
+    magnitude = xp.where(large, _LARGEST, xp.where(small, 0, whole))
+    up = xp.where(large, np.int32(1), up)
+    positive = xp.where(magnitude == _LARGEST, magnitude, magnitude + up)
+    return xp.where(tiny, 0, xp.where(x < 0, -magnitude - up, positive)).astype(np.int32)
+
+
+@partial(traced_once, static_argnames=("bits", "narrow", "form"))
+def rescale_of(value: Ratio, *, bits: int, form: RescaleFormat, narrow: bool = False) -> Rescale:
     """Mantissa and shifts for an output of `bits` bits; `narrow`: the input is int8 or int16, with no pre-shift."""
-    mantissa = jnp.minimum((value.bits + 1) >> 1, 32767)
-    too_large = value.exponent > 15
-    mantissa = jnp.where(too_large, 32767, mantissa)
-    total = jnp.where(too_large, 0, 15 - value.exponent)
-    max_post = 29 - (bits - 1)
-    pre = jnp.zeros_like(total) if narrow else jnp.clip(total - max_post, 0, 31)
+    xp = array_namespace(*value)
+    value = _clamped(value, form.ratio_bits)
+    largest, drop = 2**form.mantissa_bits - 1, 16 - form.mantissa_bits
+    mantissa = _rounded(value.bits, drop, value.exact, form.mantissa_rounding)
+    total = form.mantissa_bits - value.exponent
+    if form.mantissa_overflow == "renormalize":
+        total = xp.where(mantissa > largest, total - 1, total)
+        mantissa = xp.where(mantissa > largest, (largest + 1) >> 1, mantissa)
+    mantissa = xp.minimum(mantissa, largest)
+    pre = xp.zeros_like(total) if narrow else xp.clip(total - form.post_shift(bits), 0, form.max_pre_shift)
     # A shift that both clips cannot hold (ratios below 2^-38 or so) leaves nothing of an int32 either way. High
     # precision uses their sum, of at most 62 bits.
-    return Rescale(mantissa, pre, jnp.clip(total - pre, 0, 31))
+    return Rescale(mantissa, pre, xp.clip(total - pre, 0, form.max_post_shift))
 
 
-@jax.jit(static_argnames=("exact_bound",))
-def multiplier_of(value: Ratio, max_shift: int | Array, *, exact_bound: bool = False) -> tuple[Array, Array]:
-    """(factor, shift) with factor = floor(r * 2^shift + 1/2) in int16, for the largest shift in [0, max_shift].
+def _clamped(value: Ratio, bits: int) -> Ratio:
+    """The ratio, or 2^bits - 1 where it is larger."""
+    xp = array_namespace(*value)
+    most = np.int32((2**bits - 1) << (16 - bits))
+    over = (value.exponent == bits) & ((value.bits > most) | ((value.bits == most) & ~value.exact))
+    over = over | (value.exponent > bits)
+    exponent = xp.where(over, np.int32(bits), value.exponent)
+    return Ratio(xp.where(over, most, value.bits), exponent, value.exact | over)
+
+
+def _rounded(bits: Array, drop: Array | int, exact: Array, rounding: str) -> Array:
+    """bits / 2^drop as an integer, for 1 <= drop <= 17; `exact`: nothing of the number lies below `bits`."""
+    whole, half = bits >> drop, (bits >> (drop - 1)) & 1
+    below = (bits & ((1 << (drop - 1)) - 1)) != 0
+    return whole + goes_up(whole, half == 1, below | ~exact, False, rounding)
+
+
+@partial(traced_once, static_argnames=("bits", "rounding", "exact_bound"))
+def multiplier_of(
+    value: Ratio, max_shift: int | Array, *, bits: int, rounding: str, exact_bound: bool = False
+) -> tuple[Array, Array]:
+    """(factor, shift) with factor = round(r * 2^shift) below 2^bits, for the largest shift in [0, max_shift].
 
     The bound is on the rounded factor (the sumin rule); `exact_bound` puts it on r * 2^shift itself (the add rule).
     """
-    rounded = (value.bits + 1) >> 1
-    over = ~((value.bits < 65534) | ((value.bits == 65534) & value.exact)) if exact_bound else rounded > 32767
-    shift = jnp.clip(jnp.where(over, 14, 15) - value.exponent, 0, max_shift)
-    kept = jnp.clip(value.exponent + shift, -1, 15)  # bits of the factor before its rounding bit
-    factor = ((value.bits >> (15 - kept)) + 1) >> 1
-    return jnp.where(value.exponent > 15, 32767, jnp.minimum(factor, 32767)), shift
+    xp = array_namespace(*value, max_shift)
+    largest = 2**bits - 1
+    if exact_bound:
+        most = largest << (16 - bits)
+        over = ~((value.bits < most) | ((value.bits == most) & value.exact))
+    else:
+        over = _rounded(value.bits, 16 - bits, value.exact, rounding) > largest
+    shift = xp.clip(xp.where(over, np.int32(bits - 1), np.int32(bits)) - value.exponent, 0, max_shift)
+    kept = xp.clip(value.exponent + shift, -1, bits)  # bits of the factor before its rounding bit
+    factor = _rounded(value.bits, 16 - kept, value.exact, rounding)
+    return xp.where(value.exponent > bits, largest, xp.minimum(factor, largest)), shift
 
 
 def rescale(v: Array | Limbs | Pair, by: Rescale, dtype: str, target: Target, *, average: bool = False) -> Array:
-    """An accumulator in acc to an integer of `dtype`: y = sat(rsh(sat_16(v >> pre) * mantissa, post))."""
+    """An accumulator in acc to an integer of `dtype`: y = sat(rsh(sat_inner(v >> pre) * mantissa, post))."""
     return saturate(rescale_unsaturated(v, by, target, bits=bit_width(dtype), average=average), dtype)
 
 
 def rescale_unsaturated(
     v: Array | Limbs | Pair, by: Rescale, target: Target, *, bits: int, average: bool = False
 ) -> Array:
-    """`rescale` before the last saturation, int32; with high precision it is saturated to int32 only."""
-    pre_rounding = target.average_pre_rounding if average else target.pre_rounding
-    if target.high_precision_rescale:
+    """`rescale` before the last saturation, int32; a product beyond 32 bits is shifted and saturated to int32."""
+    form = target.rescale
+    pre_rounding = form.average_pre_rounding if average else form.pre_rounding
+    if form.high_precision:
         v = pairs.to_limbs(v) if isinstance(v, Pair) else v
         wide = v if isinstance(v, Limbs) else limbs.from_int32(v.astype(jnp.int32))
-        product = limbs.multiply(wide, by.mantissa)
-        return limbs.saturate(limbs.shift_right(product, by.pre + by.post, target.post_rounding), "int32")
+        return _shifted_product(wide, by.mantissa, by.pre + by.post, form.post_rounding)
+    low, high = -(2 ** (form.inner_bits - 1)), 2 ** (form.inner_bits - 1) - 1
     if isinstance(v, Limbs):
-        head = limbs.saturate(limbs.shift_right(v, by.pre, pre_rounding), "int16")
+        head = limbs.clip(limbs.shift_right(v, by.pre, pre_rounding), low, high)
     elif isinstance(v, Pair):
-        head = jnp.clip(pairs.shift_right(v, by.pre, pre_rounding), -32768, 32767)
+        head = jnp.clip(pairs.shift_right(v, by.pre, pre_rounding), low, high)
     else:
-        head = jnp.clip(shift_right(v.astype(jnp.int32), by.pre, pre_rounding), -32768, 32767)
-    return shift_right(head * by.mantissa, by.post, target.post_rounding)
+        head = jnp.clip(shift_right(v.astype(jnp.int32), by.pre, pre_rounding), low, high)
+    if leaves_int32(form):
+        return _shifted_product(limbs.from_int32(head), by.mantissa, by.post, form.post_rounding)
+    return shift_right(head * by.mantissa, by.post, form.post_rounding)
+
+
+def leaves_int32(form: RescaleFormat) -> bool:
+    """Whether a rescaled value before its last saturation can be beyond +-2^30."""
+    return form.high_precision or form.inner_bits + form.mantissa_bits > 31
+
+
+def _shifted_product(v: Limbs, mantissa: Array, shift: Array, rounding: str) -> Array:
+    return limbs.saturate(limbs.shift_right(limbs.multiply(v, mantissa), shift, rounding), "int32")

@@ -6,11 +6,12 @@ fraction, which is cut in limbs; from 2^23 on every product is whole already.
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.numerics import limbs
 from jquant.numerics.limbs import Limbs
+from jquant.numerics.namespace import array_namespace, bits_of
 from jquant.types import Array
 
 WholeRounding = Literal["floor", "ceil", "half_even"]
@@ -28,11 +29,11 @@ class Whole(NamedTuple):
 
 def whole_of(scale: Array) -> Whole:
     """The exact parts of a positive normal float32 scale, real per LSB."""
-    pattern = jax.lax.bitcast_convert_type(jnp.asarray(scale, jnp.float32), jnp.int32)
+    xp, pattern = array_namespace(scale), bits_of(scale)
     factor, exponent = (pattern & 0x7FFFFF) | 0x800000, ((pattern >> 23) & 0xFF) - 150
     coarse = exponent >= 0
-    shift = jnp.where(coarse, 0, jnp.minimum(-exponent, 63))  # beyond 40, all that is left is the sign
-    return Whole(jnp.where(coarse, 1, factor), shift, jnp.where(coarse, scale, jnp.float32(1)))
+    shift = xp.where(coarse, 0, xp.minimum(-exponent, 63))  # beyond 40, all that is left is the sign
+    return Whole(xp.where(coarse, 1, factor), shift, xp.where(coarse, scale, np.float32(1)))
 
 
 def to_whole(x: Array, factor: Array, shift: Array, rounding: WholeRounding) -> Limbs:

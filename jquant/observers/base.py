@@ -1,6 +1,6 @@
 """What all observers share: the range of the data, and the scale that covers a threshold."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ class RangeState(NamedTuple):
 
 
 def empty_range(channels: int) -> RangeState:
-    return RangeState(jnp.full(channels, jnp.inf, jnp.float32), jnp.full(channels, -jnp.inf, jnp.float32))
+    return RangeState(*(cast(Array, np.full(channels, bound, np.float32)) for bound in (np.inf, -np.inf)))
 
 
 def flush(x: Array) -> Array:
@@ -59,3 +59,8 @@ def clipped_scale(threshold: Array, seen: RangeState, spec: QuantSpec) -> Array:
 def carry(lower: Array, upper: Array, bits: int) -> tuple[Array, Array]:
     """uint32 counts in two limbs: what exceeds `bits` bits of the lower one goes to the upper one."""
     return lower & jnp.uint32(2**bits - 1), upper + (lower >> jnp.uint32(bits))
+
+
+def last_smallest(errors: Array) -> Array:
+    """The index of the smallest along axis 0, the last of equals: of thresholds, the one that clips least."""
+    return errors.shape[0] - 1 - jnp.argmin(errors[::-1], axis=0)

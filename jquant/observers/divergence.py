@@ -9,7 +9,7 @@ import numpy as np
 from jquant.numerics import limbs
 from jquant.numerics.limbs import Limbs
 from jquant.numerics.rounding import divide
-from jquant.observers.base import limit_of, scale_for
+from jquant.observers.base import last_smallest, limit_of, scale_for
 from jquant.observers.histograms import (
     HistogramState,
     bin_centres,
@@ -28,8 +28,11 @@ def kl(bins: int = 2048, *, candidates: int = 100) -> Observer:
     Thresholds are `k / candidates * max(-min, max, 0)`. P is the histogram up to the threshold, the bin that holds it
     included, with the samples beyond added to its outermost filled bin of their sign. Q spreads the samples of each
     integer evenly over the filled bins that quantize to it, without those beyond. Both are normalised. Zeros, and
-    for unsigned dtypes negative values, are left out: they do not depend on the scale. It takes several bins an
-    integer to say anything: from int16 on, the scale is that of `min_max`.
+    for unsigned dtypes negative values, are left out: they do not depend on the scale.
+
+    A threshold at which every filled bin has an integer of its own says nothing, since Q is then P: it is no candidate.
+    Of equal divergences the largest threshold is taken. So data of few values, and int16, whose integers are finer than
+    the bins, have the scale of `min_max`.
 
     Args:
       bins: per sign, a power of two from 2 to 4096.
@@ -71,7 +74,7 @@ def _kl_scale(state: HistogramState, spec: QuantSpec, candidates: int) -> Array:
         threshold = limit * fraction
         return divergence(counts, divide(threshold, width), divide(scale_for(threshold, spec), width))
 
-    best = jnp.argmin(jax.lax.map(of_fraction, fractions), axis=0)
+    best = last_smallest(jax.lax.map(of_fraction, fractions))
     return scale_for(limit * fractions[best], spec)
 
 
@@ -95,7 +98,7 @@ def _line(rows: Array) -> Array:
 
 
 def _divergence(counts: Array, threshold: Array, scale: Array, spec: QuantSpec) -> Array:
-    """KL(P || Q) of one channel: counts [2 * bins], threshold and scale in bin widths."""
+    """KL(P || Q) of one channel, infinite where Q is P in any case: counts [2 * bins], the others in bin widths."""
     centre = _line(bin_centres(counts.shape[0] // 2))
     inside = jnp.abs(centre) - 0.5 <= threshold
     level = jnp.clip(jnp.round(divide(centre, scale)), *map(float, spec.range))
@@ -110,7 +113,8 @@ def _divergence(counts: Array, threshold: Array, scale: Array, spec: QuantSpec) 
     # p log(p / q) - p + q, of which the last two cancel in the sum, is positive and small where p is near q.
     r = divide(p - q, jnp.where(q > 0, q, 1.0))
     terms = jnp.where(q > 0, q * ((1.0 + r) * jnp.log1p(r) - r), jnp.where(p > 0, jnp.inf, 0.0))
-    return jnp.sum(terms)
+    says_something = (filled & (size > 1)).any()
+    return jnp.where(says_something, jnp.sum(terms), jnp.inf)
 
 
 def _outliers(counts: Array, kept: Array, centre: Array) -> Array:

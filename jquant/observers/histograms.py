@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.numerics.limbs import MASK, Limbs
 from jquant.observers.base import RangeState, carry, empty_range, flush, merge_range, range_of
@@ -13,7 +14,7 @@ from jquant.types import Array, Observer, QConfigError, QuantSpec
 
 _LIMB = 20  # bits of the lower limb: bins * 2^20 <= 2^32, so that all bins may be summed before the carry
 _MAX_BINS = 2**12
-_MIN_EXPONENT = -40  # narrower bins than 2^-40 would tell apart only what the smallest scale, 2^-23, rounds to zero
+MIN_EXPONENT = -40  # narrower bins than 2^-40 would tell apart only what the smallest scale, 2^-23, rounds to zero
 
 
 class HistogramState(NamedTuple):
@@ -49,10 +50,10 @@ def histogram_observer(name: str, choose: Choose, bins: int, **options: float) -
     )
 
 
-def _exponent_for(limit: Array, bins: int) -> Array:
+def exponent_for(limit: Array, bins: int) -> Array:
     """The smallest exponent for which `bins` bins reach beyond limit >= 0."""
     field = (jax.lax.bitcast_convert_type(limit, jnp.int32) >> 23) & 0xFF
-    return jnp.maximum(field - 126 - (bins.bit_length() - 1), _MIN_EXPONENT)
+    return jnp.maximum(field - 126 - (bins.bit_length() - 1), MIN_EXPONENT)
 
 
 def power_of_two(exponent: Array) -> Array:
@@ -60,7 +61,7 @@ def power_of_two(exponent: Array) -> Array:
     return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def _bin_of(x: Array, exponent: Array) -> Array:
+def bin_of(x: Array, exponent: Array) -> Array:
     """floor(|x| / 2^exponent) on the bits of x, exact: the significand, shifted."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     significand = (bits & 0x7FFFFF) | 0x800000  # |x| = significand * 2^(field - 150)
@@ -70,7 +71,7 @@ def _bin_of(x: Array, exponent: Array) -> Array:
 
 def _count(x: Array, exponent: Array, bins: int) -> Array:
     """[samples] and one exponent to counts [2, bins] by sign."""
-    index = jnp.where(x < 0, bins, 0) + _bin_of(x, exponent)
+    index = jnp.where(x < 0, bins, 0) + bin_of(x, exponent)
     return jnp.zeros(2 * bins, jnp.uint32).at[index].add((x != 0).astype(jnp.uint32)).reshape(2, bins)
 
 
@@ -88,9 +89,10 @@ def _with_exponent(state: HistogramState, exponent: Array) -> HistogramState:
 
 
 def _init(channels: int, bins: int) -> HistogramState:
-    counts = jnp.zeros((channels, 2, bins), jnp.uint32)
-    exponent = jnp.full(channels, _MIN_EXPONENT, jnp.int32)
-    return HistogramState(empty_range(channels), exponent, counts, counts, jnp.zeros((channels, 2), jnp.uint32))
+    counts: Any = np.zeros((channels, 2, bins), np.uint32)
+    exponent: Any = np.full(channels, MIN_EXPONENT, np.int32)
+    zeros: Any = np.zeros((channels, 2), np.uint32)
+    return HistogramState(empty_range(channels), exponent, counts, counts, zeros)
 
 
 def _add_zeros(zeros: Array, lower: Array, upper: Array) -> Array:
@@ -101,7 +103,7 @@ def _update(state: HistogramState, x: Array) -> HistogramState:
     bins = state.lower.shape[-1]
     x, seen = flush(x), range_of(x)
     limit = jnp.maximum(jnp.maximum(-seen.low, seen.high), 0.0)
-    exponent = jnp.maximum(state.exponent, _exponent_for(limit, bins))
+    exponent = jnp.maximum(state.exponent, exponent_for(limit, bins))
     state = _with_exponent(state, exponent)
     added = jax.vmap(partial(_count, bins=bins))(x, exponent)
     lower, upper = carry(state.lower + added, state.upper, _LIMB)

@@ -1,10 +1,11 @@
 """Clipping at a multiple of the standard deviation, from sums of x and x^2 that are exact in any order."""
 
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.numerics.rounding import divide
 from jquant.observers.base import (
@@ -73,13 +74,19 @@ def _clip_std(multiple: float) -> Observer:
 
 
 def _init(channels: int) -> MomentState:
-    sums = jnp.zeros((channels, 2, _FIELDS, _BYTES), jnp.uint32)
-    return MomentState(empty_range(channels), jnp.zeros(2, jnp.uint32), sums, sums)
+    sums: Any = np.zeros((channels, 2, _FIELDS, _BYTES), np.uint32)
+    count: Any = np.zeros(2, np.uint32)
+    return MomentState(empty_range(channels), count, sums, sums)
+
+
+def significand(x: Array) -> Array:
+    """The integer s of |x| = s * 2^(field - 150), int32 below 2^24; x has no subnormals."""
+    return jnp.where(x == 0, 0, (jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFF) | 0x800000)
 
 
 def _bytes(x: Array) -> Array:
     """[samples] to the bytes of s and s^2, uint32 [samples, 9]."""
-    s = jnp.where(x == 0, 0, (jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFF) | 0x800000)
+    s = significand(x)
     a, b = s >> 12, s & 0xFFF
     product = a * b  # s^2 = a^2 * 2^24 + product * 2^13 + b^2
     low = b * b + ((product & 0x7FF) << 13)
@@ -108,17 +115,27 @@ def _update(state: MomentState, x: Array) -> MomentState:
         pieces = x[:, :whole].reshape(channels, -1, _PIECE).swapaxes(0, 1)
         sums = jax.lax.scan(lambda s, piece: (_add(s, piece), None), sums, pieces)[0]
     sums = _add(sums, x[:, whole:])
-    count = _add_counts(state.samples, jnp.asarray([samples % 2**_LIMB, samples >> _LIMB], jnp.uint32))
+    count = add_counts(state.samples, split_count(samples))
     return MomentState(merge_range(state.range, range_of(x)), count, *sums)
 
 
-def _add_counts(a: Array, b: Array) -> Array:
+def split_count(samples: int) -> Array:
+    """A number of samples in two limbs, uint32 [2]."""
+    return jnp.asarray([samples % 2**_LIMB, samples >> _LIMB], jnp.uint32)
+
+
+def add_counts(a: Array, b: Array) -> Array:
     return jnp.stack(carry(a[0] + b[0], a[1] + b[1], _LIMB))
+
+
+def count_of(limbs: Array) -> Array:
+    """The number as float32, at least 1."""
+    return jnp.maximum(limbs[1].astype(jnp.float32) * 2.0**_LIMB + limbs[0].astype(jnp.float32), 1.0)
 
 
 def _merge(a: MomentState, b: MomentState) -> MomentState:
     sums = carry(a.lower + b.lower, a.upper + b.upper, _LIMB)
-    return MomentState(merge_range(a.range, b.range), _add_counts(a.samples, b.samples), *sums)
+    return MomentState(merge_range(a.range, b.range), add_counts(a.samples, b.samples), *sums)
 
 
 def _clipped(state: MomentState, spec: QuantSpec, multiple: float) -> Array:
@@ -131,15 +148,32 @@ def _clipped(state: MomentState, spec: QuantSpec, multiple: float) -> Array:
 
 def _moments(state: MomentState) -> tuple[Array, Array, Array]:
     """Mean and standard deviation, [channels], in units of 2 * `unit`, real: the power of two beyond the limit."""
-    limit = jnp.maximum(jnp.maximum(-state.range.low, state.range.high), 0.0)
-    top = (jax.lax.bitcast_convert_type(limit, jnp.int32) >> 23) & 0xFF
-    below = jnp.arange(_FIELDS) - top[:, None]  # log2 of each field's unit over the unit of the largest
-    sums = state.upper.astype(jnp.float32) * 2.0**_LIMB + state.lower.astype(jnp.float32)
+    top, below = _below(jnp.maximum(jnp.maximum(-state.range.low, state.range.high), 0.0))
+    sums = _float_sums(state.lower, state.upper)
     first, second = _weighted(sums[..., :3], below), _weighted(sums[..., 3:], 2 * below)
-    count = jnp.maximum(state.samples[1].astype(jnp.float32) * 2.0**_LIMB + state.samples[0].astype(jnp.float32), 1.0)
+    count = count_of(state.samples)
     mean = divide(first[:, 0] - first[:, 1], count)
     variance = divide(second[:, 0] + second[:, 1], count) - flush(mean * mean)
     return mean, jnp.sqrt(jnp.maximum(variance, 0.0)), power_of_two(top - 127)
+
+
+def sum_of_fields(lower: Array, upper: Array, limit: Array) -> tuple[Array, Array]:
+    """The sum of numbers >= 0 from the sums of the bytes of their significands, [channels, 256, 3], by exponent field.
+
+    Returns it in units of 2 * `unit`, [channels], and `unit`, real: the power of two of `limit`, the largest of them.
+    """
+    top, below = _below(limit)
+    return _weighted(_float_sums(lower, upper)[:, None], below)[:, 0], power_of_two(top - 127)
+
+
+def _below(limit: Array) -> tuple[Array, Array]:
+    """The exponent field of the largest number, [channels], and log2 of every field's unit over its own."""
+    top = (jax.lax.bitcast_convert_type(limit, jnp.int32) >> 23) & 0xFF
+    return top, jnp.arange(_FIELDS) - top[:, None]
+
+
+def _float_sums(lower: Array, upper: Array) -> Array:
+    return upper.astype(jnp.float32) * 2.0**_LIMB + lower.astype(jnp.float32)
 
 
 def _weighted(sums: Array, below: Array) -> Array:

@@ -1,9 +1,10 @@
 """Observers of a range: min_max and moving_average."""
 
 from functools import cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.observers.base import RangeState, empty_range, flush, limit_of, merge_range, range_of, scale_for
 from jquant.types import Array, Observer, QConfigError, QuantSpec
@@ -78,7 +79,7 @@ def moving_average(averaging_constant: float = 0.01) -> Observer:
 @cache
 def _moving_average(constant: float) -> Observer:
     def init(channels: int) -> MovingAverageState:
-        return MovingAverageState(empty_range(channels), jnp.zeros((), jnp.int32))
+        return MovingAverageState(empty_range(channels), cast(Array, np.zeros((), np.int32)))
 
     def average(first: Array, old: Array, new: Array) -> Array:
         old = jnp.where(first, new, old)  # not inf: inf * 0 is NaN where c is 1

@@ -10,7 +10,7 @@ import numpy as np
 from jquant.numerics import limbs
 from jquant.numerics.limbs import Limbs
 from jquant.numerics.rounding import divide
-from jquant.observers.base import clipped_scale, limit_of, scale_for
+from jquant.observers.base import clipped_scale, last_smallest, limit_of, scale_for
 from jquant.observers.divergence import kl
 from jquant.observers.histograms import (
     HistogramState,
@@ -20,6 +20,7 @@ from jquant.observers.histograms import (
     histogram_observer,
     magnitude_counts,
     power_of_two,
+    sum_counts,
     to_limbs,
 )
 from jquant.types import Array, Observer, QConfigError, QuantSpec
@@ -33,6 +34,7 @@ _SHARE_BITS = 30
 def percentile(percentile: float = 99.99, *, bins: int = 2048) -> Observer:
     """The smallest bin edge that this share of the magnitudes lies below, zeros included; at most the largest one.
 
+    Where that share holds nothing but zeros, the percentile is 0, which is no scale: the largest magnitude is taken.
     Unsigned dtypes clip negative values to zero, and so does the percentile. 100 is `min_max`.
 
     Args:
@@ -83,7 +85,8 @@ def _percentile_scale(state: HistogramState, spec: QuantSpec, above: int) -> Arr
     allowed = Limbs(*(v[:, None] for v in _share_of(all_samples(state), above)))
     first = jnp.argmax(_at_most(beyond, allowed), axis=1)
     edge = (first + 1).astype(jnp.float32) * power_of_two(state.exponent)
-    return clipped_scale(edge, state.range, spec)
+    only_zeros = _at_most(to_limbs(*sum_counts(lower, upper)), Limbs(*(v[:, 0] for v in allowed)))
+    return clipped_scale(jnp.where(only_zeros, jnp.inf, edge), state.range, spec)
 
 
 def _share_of(total: Limbs, share: int) -> Limbs:
@@ -106,8 +109,9 @@ def norm(p: float = 2.0, *, bins: int = 2048, candidates: int = 100) -> Observer
     """The scale with the smallest L_p error, sum of |x_hat - x|^p, out of `candidates` clipping thresholds.
 
     Thresholds are `k / candidates * max(-min, max, 0)`, k = 1 .. candidates; the error of each is computed from a
-    histogram, every sample taken at the centre of its bin. At least half of the bins are in use. With int16, a bin is
-    wider than an LSB: the saturation error is still seen, the rounding error only on average.
+    histogram, every sample taken at the centre of its bin. Of equal errors the largest threshold is taken. At least
+    half of the bins are in use. With int16, a bin is wider than an LSB: the saturation error is still seen, the
+    rounding error only on average.
 
     Args:
       p: in (0, 4]. 2 is `mse`; a larger one clips less, a smaller one more.
@@ -163,7 +167,7 @@ def mse(bins: int = 2048, candidates: int = 100) -> Observer:
 
 
 def histogram(bins: int = 2048) -> Observer:
-    """Keeps a histogram from which `jq.reset_scale` derives scales by another method; the scale of `mse` until then.
+    """Keeps a histogram from which `jq.calibration.reset_scale` derives other scales; the scale of `mse` until then.
 
     Any of `percentile`, `mse`, `norm`, `kl` and `mix` keeps the same histogram: this one says that no method is meant.
 
@@ -204,7 +208,7 @@ def _norm_scale(state: HistogramState, spec: QuantSpec, p: float, candidates: in
     def error(fraction: Array) -> Array:
         return quantization_error(state, scale_for(limit * fraction, spec), spec, p)
 
-    best = jnp.argmin(jax.lax.map(error, fractions), axis=0)  # one candidate at a time: [channels, 2, bins] in memory
+    best = last_smallest(jax.lax.map(error, fractions))  # one candidate at a time: [channels, 2, bins] in memory
     return scale_for(limit * fractions[best], spec)
 
 
@@ -230,7 +234,7 @@ def mix(*methods: Observer) -> Observer:
 
     Args:
       *methods: at least two of `percentile`, `mse`, `norm`, `kl` and `histogram`, with the same number of bins; by
-        default percentile(100), percentile(99.99), mse() and kl(). The first of equals wins.
+        default percentile(100), percentile(99.99), mse() and kl(). Of equal errors the largest scale is taken.
 
     Returns:
       An observer whose state is a `HistogramState`; `update` and `merge` are exact in any order.
@@ -268,4 +272,5 @@ def _mix(methods: tuple[Observer, ...], bins: int) -> Observer:
 def _best_scale(state: HistogramState, spec: QuantSpec, methods: tuple[Observer, ...]) -> Array:
     scales = jnp.stack([method.finalize(state, spec) for method in methods])
     errors = jnp.stack([quantization_error(state, scale, spec, 2.0) for scale in scales])
-    return jnp.take_along_axis(scales, jnp.argmin(errors, axis=0)[None], axis=0)[0]
+    broken = jnp.isnan(errors).any(axis=0)  # by NaN or infinity in the data, which must reach the scale
+    return jnp.where(broken, scales[0], jnp.max(scales, axis=0, where=errors == errors.min(axis=0), initial=0.0))

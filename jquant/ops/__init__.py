@@ -1,8 +1,6 @@
 """Operators, one family a file: dataclass, float rule, integer rule, lowering and constraints side by side."""
 
-from jquant.ops.activation import Dropout, PRelu, Relu, Relu6
-from jquant.ops.attention import Attention
-from jquant.ops.base import (
+from jquant.graph.operator import (
     Lowered,
     Operand,
     Parts,
@@ -11,9 +9,12 @@ from jquant.ops.base import (
     derived_scale,
     eval_float,
     eval_integer,
+    eval_on_grid,
     lower_op,
     to_channels_last,
 )
+from jquant.ops.activation import Dropout, PRelu, Relu, Relu6
+from jquant.ops.attention import Attention
 from jquant.ops.batch_norm import BatchNorm, KeptBatchNorm
 from jquant.ops.bits import BitShift
 from jquant.ops.compare import (
@@ -38,6 +39,7 @@ from jquant.ops.compare import (
 )
 from jquant.ops.composite import Div, GroupNorm, InstanceNorm, LayerNorm, LogSoftmax, Norm, RmsNorm, Softmax, Variance
 from jquant.ops.conv import Conv, ConvTranspose, Linear
+from jquant.ops.dequantize import Dequantize
 from jquant.ops.elementwise import Abs, Add, Clamp, Constant, IntegerConstant, Mul, Neg, Requantize, Scale, Sub
 from jquant.ops.functional import (
     affine_grid,
@@ -53,18 +55,19 @@ from jquant.ops.functional import (
     warp,
 )
 from jquant.ops.grid import AffineGrid, base_grid, denormalize_grid, grid_scale, normalize_grid
-from jquant.ops.grid_sample import GridSample, Warp
+from jquant.ops.grid_sampling import GridSample, Warp
 from jquant.ops.image import CentrePixels, Nv12ToCentredYuv444, RgbToCentredYuv444, RoiResize, SwapChannels
 from jquant.ops.indexing import Gather, IndexSelect, Slice
 from jquant.ops.lookup import TableOptions, Traits, as_table, table_float, traits
 from jquant.ops.matmul import Embedding, MatMul
 from jquant.ops.movement import Cat, Expand, Flatten, Flip, Pad, Permute, Reshape, Roll, Stack, StopGradient, Tile
+from jquant.ops.on_grid import number_on_grid
 from jquant.ops.opaque import Opaque
 from jquant.ops.pool import AdaptiveAvgPool, AdaptiveMaxPool, AvgPool, MaxPool
 from jquant.ops.recurrent import Gru, Lstm
 from jquant.ops.reduce import ArgMax, ArgMin, CumSum, Mean, ReduceAll, ReduceAny, ReduceMax, ReduceMin, Sum
+from jquant.ops.regions import RoiAlign
 from jquant.ops.resample import Interpolate
-from jquant.ops.roi_align import RoiAlign
 from jquant.ops.rounding import Ceil, Floor, Mod, Round
 from jquant.ops.scatter import Scatter, SliceScatter
 from jquant.ops.shuffle import ChannelShuffle, PixelShuffle, PixelUnshuffle
@@ -84,6 +87,7 @@ from jquant.ops.table import (
     Elu,
     Erf,
     Exp,
+    Expm1,
     Gelu,
     HardSigmoid,
     HardSwish,
@@ -107,6 +111,7 @@ from jquant.ops.table import (
     Tanh,
     ThresholdedRelu,
 )
+from jquant.types import Op
 
 __all__ = [
     "Abs",
@@ -143,6 +148,7 @@ __all__ = [
     "Cosh",
     "CumSum",
     "DeQuantStub",
+    "Dequantize",
     "Div",
     "Dropout",
     "Elu",
@@ -151,6 +157,7 @@ __all__ = [
     "Erf",
     "Exp",
     "Expand",
+    "Expm1",
     "Flatten",
     "Flip",
     "Floor",
@@ -195,6 +202,7 @@ __all__ = [
     "Norm",
     "NotEqual",
     "Nv12ToCentredYuv444",
+    "Op",
     "Opaque",
     "Operand",
     "PRelu",
@@ -265,11 +273,13 @@ __all__ = [
     "derived_scale",
     "eval_float",
     "eval_integer",
+    "eval_on_grid",
     "grid_sample",
     "grid_scale",
     "interpolate",
     "lower_op",
     "normalize_grid",
+    "number_on_grid",
     "nv12_to_centred_yuv444",
     "pixel_shuffle",
     "pixel_unshuffle",

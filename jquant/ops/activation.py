@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jquant.graph.operator import Lowered, Operand, check_roles, eval_float, eval_integer, lower_op, to_channels_last
+from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.rescale import Rescale, ratio, rescale_of, rescale_unsaturated
 from jquant.numerics.rounding import expand, quantize, saturate, widen
-from jquant.ops.base import Lowered, Operand, eval_float, eval_integer, lower_op, to_channels_last
-from jquant.types import MIN_SCALE, Array, NodeFormat, Op, Target, bit_width
+from jquant.types import MIN_SCALE, Array, NodeFormat, Op, Target, bit_width, integer_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def _(op: Dropout, node_format: NodeFormat, target: Target, x: Array) -> Array:
 
 @lower_op.register
 def _(op: Relu6, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return Lowered({"upper": quantize(jnp.float32(6.0), output.scale, output.dtype, "half_up")})
+    return Lowered({"upper": quantize(real(6.0), output.scale, output.dtype, target.number_rounding)})
 
 
 @eval_integer.register
@@ -118,10 +119,11 @@ def _(op: PRelu, x: Array, *, weight: Array) -> Array:
 def _(op: PRelu, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     (x,), bits = inputs, bit_width(output.dtype)
     weight = params["weight"]
-    slope_scale = jnp.maximum(jnp.max(jnp.abs(weight)) / 32767.5, MIN_SCALE)
-    positive = rescale_of(ratio(x.scale, 1.0, output.scale, 1.0), bits=bits, narrow=True)
-    negative = rescale_of(ratio(x.scale, slope_scale, output.scale, 1.0), bits=bits)
-    slope = quantize(weight, slope_scale, "int16", target.quantize_rounding)
+    low, high = integer_range(target.slope_dtype)
+    slope_scale = array_namespace(weight).maximum(abs(weight).max() / ((high - low) / 2), MIN_SCALE)
+    positive = rescale_of(ratio(x.scale, 1.0, output.scale, 1.0), bits=bits, narrow=True, form=target.rescale)
+    negative = rescale_of(ratio(x.scale, slope_scale, output.scale, 1.0), bits=bits, form=target.rescale)
+    slope = quantize(weight, slope_scale, target.slope_dtype, target.quantize_rounding)
     return Lowered(
         {"slope": slope, **positive._asdict(), **{f"negative_{k}": v for k, v in negative._asdict().items()}}
     )
@@ -129,6 +131,7 @@ def _(op: PRelu, inputs: Sequence[Operand], output: Operand, params: dict[str, A
 
 @eval_integer.register
 def _(op: PRelu, node_format: NodeFormat, target: Target, x: Array, *, slope: Array, **by: Array) -> Array:
+    check_roles(by, *Rescale._fields, *(f"negative_{role}" for role in Rescale._fields))
     x, bits = widen(x), bit_width(node_format.output)
     factor = widen(slope)
     factor = factor if factor.size == 1 else expand(factor, _channel_axis(op, x.ndim), x.ndim)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.ops.base import Parts, decompose, eval_float
+from jquant.graph.operator import Parts, decompose, eval_float
 from jquant.ops.compare import LogicalNot, LogicalOr
-from jquant.ops.composite import MASKED, Chain, Shapes, Softmax
+from jquant.ops.composite import Chain, Shapes, Softmax, masked_softmax
 from jquant.ops.elementwise import Add, Clamp, IntegerConstant, Scale
 from jquant.ops.matmul import MatMul
 from jquant.types import Array, Node, Op
@@ -24,14 +24,17 @@ class Attention(Op):
 
     Operands: query [..., L, E], key [..., S, E], value [..., S, D], and a mask [..., L, S] if there is one. `mask`
     "bool": exact, True where attention is allowed; "add": a number to add to the score, cut at -30. `scale` None is
-    1 / sqrt(E). `causal` masks keys after the query.
+    1 / sqrt(E). `causal` masks keys after the query. `empty` is that of `Softmax`: torch's attention gives zeros to a
+    query whose keys are all masked.
     """
 
+    takes_exact: ClassVar = True
     ports: ClassVar = ("query", "key", "value", "mask")
 
     scale: float | None = None
     causal: bool = False
     mask: Literal["none", "bool", "add"] = "none"
+    empty: Literal["zero", "mean", "scores", "nan"] = "zero"
 
 
 def _factor(op: Attention, features: int) -> float:
@@ -48,11 +51,15 @@ def _(op: Attention, query: Array, key: Array, value: Array, mask: Array | None 
     scores = jnp.matmul(query, key.swapaxes(-1, -2)) * _factor(op, query.shape[-1])
     if mask is not None and op.mask == "add":
         scores = scores + jnp.maximum(mask, LEAST_ADDED)
+    masked = None
     if op.causal:
-        scores = jnp.where(_later(*scores.shape[-2:]), MASKED, scores)
+        masked = jnp.asarray(_later(*scores.shape[-2:]))
     if mask is not None and op.mask == "bool":
-        scores = jnp.where(mask, scores, MASKED)
-    probabilities = jnp.where(scores <= MASKED, 0.0, jax.nn.softmax(scores, axis=-1))
+        masked = ~mask if masked is None else masked | ~mask
+    if masked is None:
+        probabilities = jax.nn.softmax(scores, axis=-1)
+    else:
+        probabilities = masked_softmax(scores, masked, -1, op.empty)
     return jnp.matmul(probabilities, value)
 
 
@@ -72,6 +79,6 @@ def _(op: Attention, node: Node, shapes: Shapes) -> Parts:
         masks.append(chain.add("later", constant))
     if len(masks) == 2:
         masks = [chain.add("masked", LogicalOr(), *masks)]
-    probabilities = chain.add("softmax", Softmax(axis=-1), scores, *masks)
+    probabilities = chain.add("softmax", Softmax(axis=-1, empty=op.empty), scores, *masks)
     chain.add("output", MatMul(), probabilities, value)
     return chain.parts()

@@ -6,7 +6,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jquant.ops.base import eval_float
+from jquant.graph.operator import eval_float
+from jquant.numerics.namespace import array_namespace, barrier
 from jquant.types import Array, Op
 
 BatchNormMode = Literal["live", "frozen", "reverse_fold"]  # how `jq.prepare` keeps one; otherwise "fold"
@@ -34,7 +35,7 @@ class KeptBatchNorm:
     """A batch norm that a convolution or linear keeps for training, between its bias and its addend or activation.
 
     The layer has more parameters then, [O]: norm_mean, norm_var; optional norm_weight and norm_bias. It is folded into
-    weight and bias before there are integers (`jquant.batch_norm`).
+    weight and bias before there are integers (`jquant.plan.batch_norm`).
 
     `statistics`  that training normalizes with: of the batch, which moves the running ones; or the running ones
     `scaled`      the weight is quantized as the running statistics scale it, and the scaling undone after the layer
@@ -84,11 +85,13 @@ def batch_norm_affine(
 ) -> tuple[Array, Array]:
     """The multiplier and offset [C] that inference batch norm amounts to.
 
-    Behind barriers: XLA must not fuse products and sums, so that they have the same bits inside any jit and outside.
+    Behind barriers: XLA must not fuse products and sums, nor make a reciprocal square root of one and the other, so
+    that they have the same bits inside any jit and in numpy.
     """
-    multiplier = jax.lax.rsqrt(variance + op.epsilon) * (1.0 if weight is None else weight)
-    multiplier = jax.lax.optimization_barrier(multiplier)
-    shift = jax.lax.optimization_barrier(mean * multiplier)
+    deviation = barrier(array_namespace(variance).sqrt(variance + op.epsilon))
+    multiplier = barrier(1.0 / deviation) * (1.0 if weight is None else weight)
+    multiplier = barrier(multiplier)
+    shift = barrier(mean * multiplier)
     return multiplier, (0.0 if bias is None else bias) - shift
 
 

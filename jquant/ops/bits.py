@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from jquant.ops.base import Lowered, Operand, eval_float, eval_integer, lower_op
+from jquant.graph.operator import Lowered, Operand, eval_float, eval_integer, lower_op
 from jquant.types import Array, GraphError, NodeFormat, Op, Target
 
 
@@ -14,6 +14,7 @@ from jquant.types import Array, GraphError, NodeFormat, Op, Target
 class BitShift(Op):
     """An exact int32 shifted to the right, rounding down, or by negative `bits` to the left, dropping what leaves."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
 

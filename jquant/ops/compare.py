@@ -11,8 +11,18 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.graph.operator import (
+    Lowered,
+    Operand,
+    check_roles,
+    constraints,
+    derived_scale,
+    eval_float,
+    eval_integer,
+    lower_op,
+)
+from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.rounding import half_steps, quantize, widen
-from jquant.ops.base import Lowered, Operand, constraints, derived_scale, eval_float, eval_integer, lower_op
 from jquant.ops.elementwise import as_numbers, exact_number, is_exact, requantize_each, rescale_each
 from jquant.ops.movement import only_moves
 from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target
@@ -22,6 +32,7 @@ from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target
 class Minimum(Op):
     """min(a, b) with broadcasting, at the larger of the two scales."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "derived"
     needs_stats: ClassVar = False
@@ -32,6 +43,7 @@ class Minimum(Op):
 class Maximum(Op):
     """max(a, b) with broadcasting, at the larger of the two scales."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "derived"
     needs_stats: ClassVar = False
@@ -46,6 +58,7 @@ class Equal(Op):
     float32. Nothing is rounded or saturated, so a `value` between two grid points equals none.
     """
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -57,6 +70,7 @@ class Equal(Op):
 class NotEqual(Op):
     """a != b, or x != value: a mask."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -68,6 +82,7 @@ class NotEqual(Op):
 class Greater(Op):
     """a > b, or x > value: a mask."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -79,6 +94,7 @@ class Greater(Op):
 class GreaterEqual(Op):
     """a >= b, or x >= value: a mask."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -90,6 +106,7 @@ class GreaterEqual(Op):
 class Less(Op):
     """a < b, or x < value: a mask."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -101,6 +118,7 @@ class Less(Op):
 class LessEqual(Op):
     """a <= b, or x <= value: a mask."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -112,6 +130,7 @@ class LessEqual(Op):
 class LogicalAnd(Op):
     """A mask of where both are true; a number is true where it is not 0."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -121,6 +140,7 @@ class LogicalAnd(Op):
 class LogicalOr(Op):
     """A mask of where one or both are true."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -130,6 +150,7 @@ class LogicalOr(Op):
 class LogicalXor(Op):
     """A mask of where exactly one is true."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -139,6 +160,7 @@ class LogicalXor(Op):
 class LogicalNot(Op):
     """A mask of where x is false, or 0."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
 
@@ -147,6 +169,7 @@ class LogicalNot(Op):
 class BitwiseAnd(Op):
     """a & b of exact values of one dtype."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -156,6 +179,7 @@ class BitwiseAnd(Op):
 class BitwiseOr(Op):
     """a | b of exact values of one dtype."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -165,6 +189,7 @@ class BitwiseOr(Op):
 class BitwiseXor(Op):
     """a ^ b of exact values of one dtype."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
     ports: ClassVar = ("a", "b")
@@ -174,6 +199,7 @@ class BitwiseXor(Op):
 class BitwiseNot(Op):
     """~x of an exact value."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     needs_stats: ClassVar = False
 
@@ -182,17 +208,19 @@ class BitwiseNot(Op):
 class Where(Op):
     """a where the mask `condition` is true, else b; each is rescaled to the output."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     ports: ClassVar = ("condition", "a", "b")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedFill(Op):
-    """`value` where the mask is true, else x. The scale is kept: `value` becomes floor(v / s + 1/2), saturated.
+    """`value` where the mask is true, else x. The scale is kept: `value` becomes v / s rounded, saturated.
 
     So minus infinity is the smallest integer, which may still be near the others.
     """
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
@@ -233,10 +261,11 @@ def alike(a: Array, b: Array) -> tuple[Array, Array]:
     return a, b
 
 
-def to_larger_scale(inputs: Sequence[Operand]) -> dict[str, Array]:
+def to_larger_scale(inputs: Sequence[Operand], target: Target) -> dict[str, Array]:
     """The rescale of two operands to the larger of their scales, each in its own dtype: the identity for that one."""
-    scale = jnp.maximum(inputs[0].scale, inputs[1].scale)
-    return requantize_each(inputs, [replace(x, scale=scale) for x in inputs])
+    scales = [x.scale for x in inputs]
+    scale = array_namespace(*scales).maximum(*scales)
+    return requantize_each(inputs, [replace(x, scale=scale) for x in inputs], target)
 
 
 def one_dtype(
@@ -268,13 +297,13 @@ def _(op: Maximum, a: Array, b: Array) -> Array:
 @derived_scale.register(Minimum)
 @derived_scale.register(Maximum)
 def _(op: Op, *scales: Array) -> Array:
-    return jnp.maximum(*scales)
+    return array_namespace(*scales).maximum(*scales)
 
 
 @lower_op.register(Minimum)
 @lower_op.register(Maximum)
 def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return Lowered({} if output.dtype in EXACT_DTYPES else to_larger_scale(inputs))
+    return Lowered({} if output.dtype in EXACT_DTYPES else to_larger_scale(inputs, target))
 
 
 @eval_integer.register(Minimum)
@@ -307,8 +336,8 @@ def _lower_comparison(
     if all(x.dtype in EXACT_DTYPES for x in inputs):
         return Lowered({})
     if op.value is not None:
-        return Lowered({"half_steps": half_steps(jnp.float32(op.value), inputs[0].scale)})
-    return Lowered(to_larger_scale(inputs))
+        return Lowered({"half_steps": half_steps(real(op.value), inputs[0].scale)})
+    return Lowered(to_larger_scale(inputs, target))
 
 
 def _compared_integers(
@@ -318,6 +347,7 @@ def _compared_integers(
     if not constants:
         return eval_float(op, x, *others)
     if "half_steps" in constants:
+        check_roles(constants, "half_steps")
         return _COMPARE[type(op)](2 * widen(x), constants["half_steps"])
     return _COMPARE[type(op)](*rescale_each((x, *others), constants, node_format.inputs[0], target))
 
@@ -368,7 +398,7 @@ def _(op: Where, condition: Array, a: Array, b: Array) -> Array:
 
 @lower_op.register
 def _(op: Where, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return Lowered({} if output.dtype in EXACT_DTYPES else requantize_each(inputs[1:], [output, output]))
+    return Lowered({} if output.dtype in EXACT_DTYPES else requantize_each(inputs[1:], [output, output], target))
 
 
 @eval_integer.register
@@ -389,9 +419,12 @@ def _(op: MaskedFill, x: Array, mask: Array) -> Array:
 def _(op: MaskedFill, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     if output.dtype in EXACT_DTYPES:
         return Lowered({})
-    return Lowered({"fill": quantize(jnp.float32(op.value), output.scale, output.dtype, "half_up")})
+    return Lowered({"fill": quantize(real(op.value), output.scale, output.dtype, target.number_rounding)})
 
 
 @eval_integer.register
 def _(op: MaskedFill, node_format: NodeFormat, target: Target, x: Array, mask: Array, **constants: Array) -> Array:
-    return jnp.where(mask, constants["fill"], x) if constants else eval_float(op, x, mask)
+    if not constants:
+        return eval_float(op, x, mask)
+    check_roles(constants, "fill")
+    return jnp.where(mask, constants["fill"], x)

@@ -12,37 +12,46 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jquant.ops.base import Parts, decompose, eval_float
-from jquant.ops.compare import MaskedFill
+from jquant.graph.operator import Parts, decompose, eval_float
+from jquant.ops.compare import LogicalAnd, LogicalNot, MaskedFill
 from jquant.ops.elementwise import Abs, Add, Clamp, Constant, Mul, Requantize, Scale, Sub
-from jquant.ops.lookup import TableOptions
 from jquant.ops.movement import Reshape
-from jquant.ops.reduce import Mean, ReduceMax, Sum
+from jquant.ops.reduce import Mean, ReduceAll, ReduceMax, Sum
 from jquant.ops.table import Exp, Log, Reciprocal, Rsqrt, Sqrt
 from jquant.types import Array, FrozenMap, Node, Op, QuantSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 MASKED = -1e30  # of a masked element: finite, where -inf would be NaN in a row of nothing else
-# exp(x - max) is nothing in int16 below -12. Seven points that keep the error of the tables below one LSB of 1/32767.
+# exp(x - max) is nothing in int16 below -12.
 EXP_RANGE = 12.0
-EXP_TABLE = TableOptions(placement=(-12.0, -6.0, -4.0, -2.5, -1.5, -0.7, 0.0))
 SHIFTED = QuantSpec(dtype="int16", fixed_scale=EXP_RANGE / 32768)
 UNIT = QuantSpec(dtype="int16", fixed_scale=1 / 32767)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Op):
-    """exp(x) / sum(exp(x)) along `axis`. Where a second operand, bool, is True, an element is left out and gives 0."""
+    """exp(x) / sum(exp(x)) along `axis`. Where a second operand, bool, is True, an element is left out and gives 0.
 
+    `empty`: what a row gives that is masked everywhere. "zero": zeros. "mean": 1 / n each, as where a finite number is
+    filled in. "scores": the softmax of x, as where a finite number is added. "nan": NaN, as of minus infinity; integers
+    have none, and give zeros.
+    """
+
+    bounded: ClassVar = True
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     ports: ClassVar = ("x", "masked")
 
     axis: int = -1
+    empty: Literal["zero", "mean", "scores", "nan"] = "zero"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogSoftmax(Op):
     """x - log(sum(exp(x))) along `axis`."""
+
+    reduces: ClassVar = True
 
     axis: int = -1
 
@@ -58,6 +67,8 @@ class Div(Op):
 class Variance(Op):
     """Mean square distance from the mean over `axes`; `correction` 1 divides by n - 1, as torch's default does."""
 
+    reduces: ClassVar = True
+
     axes: tuple[int, ...]
     keepdims: bool = False
     correction: int = 1
@@ -66,6 +77,8 @@ class Variance(Op):
 @dataclass(frozen=True, kw_only=True)
 class Norm(Op):
     """Vector norm over `axes`: the sum of magnitudes ("1"), the root of the sum of squares ("2"), or "max"."""
+
+    reduces: ClassVar = True
 
     axes: tuple[int, ...]
     keepdims: bool = False
@@ -115,7 +128,18 @@ class InstanceNorm(Op):
 def _(op: Softmax, x: Array, masked: Array | None = None) -> Array:
     if masked is None:
         return jax.nn.softmax(x, axis=op.axis)
-    return jnp.where(masked, 0.0, jax.nn.softmax(jnp.where(masked, MASKED, x), axis=op.axis))
+    return masked_softmax(x, masked, op.axis, op.empty)
+
+
+def masked_softmax(x: Array, masked: Array, axis: int, empty: str) -> Array:
+    """The softmax of what is not masked; `empty` as in `Softmax`."""
+    if empty == "scores":
+        masked = jnp.broadcast_to(masked, x.shape)
+        masked = masked & ~masked.all(axis, keepdims=True)
+    if empty == "nan":
+        return jax.nn.softmax(jnp.where(masked, -jnp.inf, x), axis=axis)
+    y = jax.nn.softmax(jnp.where(masked, MASKED, x), axis=axis)
+    return y if empty == "mean" else jnp.where(masked, 0.0, y)
 
 
 @eval_float.register
@@ -238,16 +262,19 @@ class Chain:
 def _(op: Softmax, node: Node, shapes: Shapes) -> Parts:
     chain = Chain(node)
     exp, total, count = _exponentials(chain, op.axis, shapes)
-    inverse = chain.add("reciprocal", Reciprocal(table=_from_one(count)), total)
-    chain.add("mul", Mul(), exp, inverse)
+    inverse = chain.add("reciprocal", Reciprocal(), total)
+    y = chain.add("mul", Mul(), exp, inverse)
+    x, *masks = node.inputs
+    if masks and op.empty == "mean":
+        chain.add("mean", MaskedFill(value=1 / count), y, _empty_rows(chain, op.axis, x, masks[0], shapes))
     return chain.parts()
 
 
 @decompose.register
 def _(op: LogSoftmax, node: Node, shapes: Shapes) -> Parts:
     chain = Chain(node)
-    _, total, count = _exponentials(chain, op.axis, shapes)
-    log = chain.add("log", Log(table=_from_one(count)), total)
+    _, total, _ = _exponentials(chain, op.axis, shapes)
+    log = chain.add("log", Log(), total)
     # The distance to the maximum again, in a scale of its own: what softmax may cut at -12 counts here.
     distance = chain.add("distance", Sub(), node.inputs[0], f"{node.name}.max")
     chain.add("sub", Sub(), distance, log)
@@ -260,11 +287,14 @@ def _exponentials(chain: Chain, axis: int, shapes: Shapes) -> tuple[str, str, in
     A masked element is the smallest integer for the maximum, which may still be near the others: hence 0 after exp.
     """
     x, *masks = chain.node.inputs
+    if masks and getattr(chain.node.op, "empty", "") == "scores":
+        others = chain.add("others", LogicalNot(), _empty_rows(chain, axis, x, masks[0], shapes))
+        masks = [chain.add("left_out", LogicalAnd(), masks[0], others)]
     for mask in masks:
         x = chain.add("filled", MaskedFill(value=MASKED), x, mask)
     largest = chain.add("max", ReduceMax(axes=(axis,), keepdims=True), x)
     shifted = chain.add("shift", Sub(), x, largest, spec=SHIFTED)
-    exp = chain.add("exp", Exp(table=EXP_TABLE), shifted, spec=UNIT)
+    exp = chain.add("exp", Exp(), shifted, spec=UNIT)
     for mask in masks:
         exp = chain.add("masked", MaskedFill(value=0.0), exp, mask)
     total = chain.add("sum", Sum(axes=(axis,), keepdims=True), exp)
@@ -273,9 +303,12 @@ def _exponentials(chain: Chain, axis: int, shapes: Shapes) -> tuple[str, str, in
     return exp, total, shapes[chain.node.inputs[0]][axis]
 
 
-def _from_one(count: int) -> TableOptions:
-    """Tables over [1, count], the range of a sum of exponentials, each as wide as the last one times a factor."""
-    return TableOptions(placement=tuple(float(max(count, 2) ** (i / 6)) for i in range(7)))
+def _empty_rows(chain: Chain, axis: int, x: str, mask: str, shapes: Shapes) -> str:
+    """A mask of the rows that are masked everywhere, one element along the axis."""
+    axis = axis % len(shapes[x]) - len(shapes[x])
+    if -axis > len(shapes[mask]):
+        return mask  # which is the same along the axis
+    return chain.add("empty", ReduceAll(axes=(axis,), keepdims=True), mask)
 
 
 @decompose.register
@@ -358,7 +391,9 @@ def _normalize(chain: Chain, x: str, axes: tuple[int, ...], epsilon: float) -> s
 
 def _divide_by_root(chain: Chain, x: str, axes: tuple[int, ...], epsilon: float) -> str:
     variance = chain.add("variance", Mean(axes=axes, keepdims=True), _square(chain, x))
-    return chain.add("normalize", Mul(), x, chain.add("rsqrt", Rsqrt(epsilon=epsilon), variance))
+    # A variance is positive, and the pole at 0 is where the data begin: 6 tables by a factor each.
+    root = chain.add("rsqrt", Rsqrt(epsilon=epsilon), variance)
+    return chain.add("normalize", Mul(), x, root)
 
 
 def _scaled(chain: Chain, shape: tuple[int, ...]) -> Parts:

@@ -10,14 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.numerics import limbs, pairs
-from jquant.numerics.convolution import NO_WINDOW, Window, accumulate_exactly, convolve, kernel_of, matmul
-from jquant.numerics.limbs import Limbs
-from jquant.numerics.pairs import Pair
-from jquant.numerics.rescale import Rescale, multiplier_of, ratio, rescale, rescale_of
-from jquant.numerics.rounding import quantize, shift_right
-from jquant.numerics.transposed import transpose_convolve
-from jquant.ops.base import (
+from jquant.graph.checks import check_lengths
+from jquant.graph.operator import (
     Lowered,
     Operand,
     constraints,
@@ -27,8 +21,16 @@ from jquant.ops.base import (
     lower_op,
     to_channels_last,
 )
+from jquant.numerics import limbs, pairs
+from jquant.numerics.convolution import NO_WINDOW, Window, accumulate_exactly, convolve, kernel_of, matmul
+from jquant.numerics.limbs import Limbs
+from jquant.numerics.namespace import array_namespace, real
+from jquant.numerics.pairs import Pair
+from jquant.numerics.rescale import Rescale, multiplier_of, quantize_exactly, ratio, rescale, rescale_of
+from jquant.numerics.rounding import quantize, shift_right
+from jquant.numerics.transposed import transpose_convolve
 from jquant.ops.batch_norm import KeptBatchNorm, batch_norm_affine
-from jquant.types import Array, LoweringError, NodeFormat, Op, Target, bit_width
+from jquant.types import Array, GraphError, LoweringError, NodeFormat, Op, Target, bit_width, integer_range
 
 Activation = Literal["none", "relu", "relu6"]
 
@@ -54,6 +56,10 @@ class Conv(Op):
     addend: bool = False
     channels_last: bool = False
     batch_norm: KeptBatchNorm | None = None
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "strides", "padding", "dilation", positive=("strides", "dilation"))
+        _check_groups(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,10 @@ class ConvTranspose(Op):
     channels_last: bool = False
     batch_norm: KeptBatchNorm | None = None
 
+    def __post_init__(self) -> None:
+        check_lengths(self, "strides", "padding", "output_padding", "dilation", positive=("strides", "dilation"))
+        _check_groups(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Op):
@@ -93,6 +103,11 @@ class Linear(Op):
     activation: Activation = "none"
     addend: bool = False
     batch_norm: KeptBatchNorm | None = None
+
+
+def _check_groups(op: Conv | ConvTranspose) -> None:
+    if op.groups < 1:
+        raise GraphError(f"{type(op).__name__}: groups {op.groups} must be positive")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,9 +142,9 @@ def _slide(op: Conv | ConvTranspose, x: Array, kernel: Array, product: Any) -> A
 def kernel_layout(op: Conv | ConvTranspose, weight: Array) -> Array:
     """torch's weight as [*K, C / groups, O], the output channels of a group side by side."""
     if isinstance(op, Conv):
-        return jnp.moveaxis(weight, (0, 1), (-1, -2))
+        return array_namespace(weight).moveaxis(weight, (0, 1), (-1, -2))
     split = weight.reshape(op.groups, -1, *weight.shape[1:])  # [groups, C / groups, O / groups, *K]
-    kernel = jnp.moveaxis(split, (1, 0, 2), (-3, -2, -1))
+    kernel = array_namespace(weight).moveaxis(split, (1, 0, 2), (-3, -2, -1))
     return kernel.reshape(*kernel.shape[:-2], -1)
 
 
@@ -204,7 +219,7 @@ def _post_process(
 ) -> Array:
     terms = [products]
     if addend is not None and sumin_scale is not None and sumin_rshift is not None:
-        terms.append(shift_right(addend.astype(jnp.int32) * sumin_scale, sumin_rshift, "half_up"))
+        terms.append(shift_right(addend.astype(jnp.int32) * sumin_scale, sumin_rshift, target.addend.rounding))
     total = _sum(terms, bias, node_format.accumulator)
     y = finish_accumulator(total, node_format, target, **by)
     if activation == "none":
@@ -217,6 +232,8 @@ def finish_accumulator(total: Array | Limbs | Pair, node_format: NodeFormat, tar
     """The rescaled accumulator, or with high precision the accumulator itself."""
     if node_format.output != "int32":
         return rescale(total, Rescale(**by), node_format.output, target)
+    if by:
+        raise GraphError(f"an accumulator as it is has no constant {min(by)!r}")
     if isinstance(total, Pair):
         return pairs.saturate(total)
     return limbs.saturate(total, "int32") if isinstance(total, Limbs) else total
@@ -240,13 +257,13 @@ def _(
     op: Conv | ConvTranspose, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target
 ) -> Lowered:
     weight, scale = quantized_weight(params)
-    return _lower(op, inputs, output, kernel_layout(op, weight), scale, params.get("bias"))
+    return _lower(op, inputs, output, kernel_layout(op, weight), scale, params.get("bias"), target)
 
 
 @lower_op.register
 def _(op: Linear, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     weight, scale = quantized_weight(params)
-    return _lower(op, inputs, output, weight.T, scale, params.get("bias"))
+    return _lower(op, inputs, output, weight.T, scale, params.get("bias"), target)
 
 
 def quantized_weight(params: dict[str, Any]) -> tuple[Array, Array]:
@@ -263,49 +280,64 @@ def _lower(
     weight: Array,
     weight_scale: Array,
     bias: Array | None,
+    target: Target,
 ) -> Lowered:
     """weight [*K, C / groups, O]."""
     x, *addends = inputs
-    channels = weight.shape[-1]
-    weight_scale = jnp.broadcast_to(channel_scale(op, weight_scale), (channels,))
+    channels, xp = weight.shape[-1], array_namespace(x.scale, weight_scale)
+    rounded = xp.zeros(channels, np.int32)
+    if bias is not None:
+        rounded = quantized_bias(op, bias, x.scale, weight_scale, target)
+    weight_scale = xp.broadcast_to(channel_scale(op, weight_scale), (channels,))
     acc_scale = x.scale * weight_scale
-    bias = jnp.zeros(channels, jnp.int32) if bias is None else quantize(bias, acc_scale, "int32")
-    constants = {"weight": weight, "bias": bias}
+    constants = {"weight": weight, "bias": rounded}
     if addends:
         sumin = ratio(addends[0].scale, 1.0, x.scale, weight_scale)
-        constants["sumin_scale"], constants["sumin_rshift"] = multiplier_of(sumin, 31)
-        if not isinstance(sumin.exponent, jax.core.Tracer) and int(sumin.exponent.max()) > 15:
+        form = target.addend
+        constants["sumin_scale"], constants["sumin_rshift"] = multiplier_of(
+            sumin, form.max_shift, bits=form.multiplier_bits, rounding=form.multiplier_rounding
+        )
+        if not isinstance(sumin.exponent, jax.core.Tracer) and int(sumin.exponent.max()) > form.multiplier_bits:
             raise LoweringError(
-                "the scale of the fused addend is more than 32767 times that of the accumulator: the weight scale of a "
-                "channel has collapsed; call jq.raise_collapsed_scales(plan, params, qparams) after training"
+                f"the scale of the fused addend is more than {2**form.multiplier_bits - 1} times that of the "
+                "accumulator: the weight scale of a channel has collapsed; after training call "
+                "jq.training.raise_collapsed_scales(model)"
             )
     if output.dtype != "int32":
-        by = rescale_of(ratio(x.scale, weight_scale, output.scale, 1.0), bits=bit_width(output.dtype))
-        constants |= by._asdict()
+        to_output = ratio(x.scale, weight_scale, output.scale, 1.0)
+        constants |= rescale_of(to_output, bits=bit_width(output.dtype), form=target.rescale)._asdict()
     if op.activation == "relu6":
         scale = acc_scale if output.dtype == "int32" else output.scale
-        limit = quantize(jnp.float32(6.0), scale, output.dtype, "half_up")
-        constants["upper"] = limit.astype(jnp.int32)
+        limit = quantize(real(6.0), scale, output.dtype, target.number_rounding)
+        constants["upper"] = limit.astype(np.int32)
     worst = _worst_case(x, addends, constants)
     kernel = kernel_of(weight.shape, getattr(op, "groups", 1))
-    return Lowered(constants, _accumulator(worst, x, addends, weight), worst, kernel)
+    saturating = _saturating(x, addends, constants) if worst is not None and output.dtype == "int32" else None
+    return Lowered(constants, _accumulator(worst, x, addends, weight, target), worst, kernel, saturating)
 
 
 def _accumulator(
-    worst: int | None, x: Operand, addends: Sequence[Operand], weight: Array
+    worst: int | None, x: Operand, addends: Sequence[Operand], weight: Array, target: Target
 ) -> Literal["int32", "pair", "limbs"]:
     """What holds the sum: int32 where the weights show that it fits; else a pair where all but the bias fits anyway."""
     if worst is not None and worst < 2**31:
         return "int32"
     products = prod(weight.shape[:-1]) << (bit_width(x.dtype) + bit_width(str(weight.dtype)) - 2)
-    most = products + sum(2 ** (15 + bit_width(addend.dtype) - 1) for addend in addends)
+    most = products + sum(2 ** (target.addend.multiplier_bits + bit_width(addend.dtype) - 1) for addend in addends)
     return "pair" if most < 2**31 else "limbs"
+
+
+def quantized_bias(
+    op: Conv | ConvTranspose | Linear, bias: Array, x_scale: Array, weight_scale: Array, target: Target
+) -> Array:
+    """A bias [O] in acc, int32: the exact quotient by s_x * s_w, rounded once (specification, section 4)."""
+    return quantize_exactly(bias, x_scale, channel_scale(op, weight_scale), rounding=target.bias_rounding)
 
 
 def channel_scale(op: Conv | ConvTranspose | Linear, scale: Array) -> Array:
     """A weight's scale as [O] or, for the whole tensor, [1]. Groups of a transposed convolution share theirs."""
     scale = scale.reshape(-1)
-    return jnp.tile(scale, op.groups) if isinstance(op, ConvTranspose) and scale.size > 1 else scale
+    return array_namespace(scale).tile(scale, op.groups) if isinstance(op, ConvTranspose) and scale.size > 1 else scale
 
 
 def _worst_case(x: Operand, addends: Sequence[Operand], constants: dict[str, Array]) -> int | None:
@@ -322,6 +354,20 @@ def _worst_case(x: Operand, addends: Sequence[Operand], constants: dict[str, Arr
         scale, shift = (np.asarray(constants[k]).astype(np.int64) for k in ("sumin_scale", "sumin_rshift"))
         largest += ((scale << (bit_width(addends[0].dtype) - 1)) >> shift) + 1
     return int(largest.max())
+
+
+def _saturating(x: Operand, addends: Sequence[Operand], constants: dict[str, Array]) -> np.ndarray:
+    """bool [O]: the channels whose largest or smallest sum leaves 32 bits."""
+    weight = np.asarray(constants["weight"]).astype(np.int64).reshape(-1, constants["weight"].shape[-1])
+    low, high = integer_range(x.dtype)
+    bias = np.asarray(constants["bias"]).astype(np.int64)
+    most = np.maximum(weight * low, weight * high).sum(0) + bias
+    least = np.minimum(weight * low, weight * high).sum(0) + bias
+    for addend in addends:
+        scale, shift = (np.asarray(constants[k]).astype(np.int64) for k in ("sumin_scale", "sumin_rshift"))
+        low, high = integer_range(addend.dtype)
+        most, least = most + ((scale * high) >> shift) + 1, least + ((scale * low) >> shift)
+    return (most >= 2**31) | (least < -(2**31))
 
 
 @derived_scale.register(Conv)

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.graph.operator import Lowered, Operand, check_roles, derived_scale, eval_float, eval_integer, lower_op
+from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.rescale import Ratio, Rescale, multiplier_of, ratio, rescale, rescale_of
 from jquant.numerics.rounding import negate, quantize, saturate, widen
-from jquant.ops.base import Lowered, Operand, derived_scale, eval_float, eval_integer, lower_op
 from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target, bit_width
 
 
@@ -21,6 +22,7 @@ from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target
 class Add(Op):
     """a + b with broadcasting."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     ports: ClassVar = ("a", "b")
 
@@ -29,6 +31,7 @@ class Add(Op):
 class Sub(Op):
     """a - b with broadcasting."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     ports: ClassVar = ("a", "b")
 
@@ -37,6 +40,7 @@ class Sub(Op):
 class Mul(Op):
     """a * b with broadcasting."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     ports: ClassVar = ("a", "b")
 
@@ -56,6 +60,7 @@ class Scale(Op):
 class Neg(Op):
     """-x; the smallest integer becomes the largest one."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
@@ -65,6 +70,7 @@ class Neg(Op):
 class Abs(Op):
     """|x|; the smallest integer becomes the largest one."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
@@ -72,8 +78,9 @@ class Abs(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Clamp(Op):
-    """min(max(x, minimum), maximum), with None for no bound. Integer bounds are floor(v / s + 1/2), saturated."""
+    """min(max(x, minimum), maximum), with None for no bound. Integer bounds are v / s rounded, saturated."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
@@ -135,15 +142,17 @@ def exact_number(value: float, dtype: str) -> np.ndarray:
     return np.asarray(int(value)).astype(dtype)
 
 
-def requantize(x: Operand, output: Operand) -> Rescale:
+def requantize(x: Operand, output: Operand, target: Target) -> Rescale:
     """The rescale from one narrow format to another."""
-    return rescale_of(ratio(x.scale, 1.0, output.scale, 1.0), bits=bit_width(output.dtype), narrow=True)
+    to_output = ratio(x.scale, 1.0, output.scale, 1.0)
+    return rescale_of(to_output, bits=bit_width(output.dtype), narrow=True, form=target.rescale)
 
 
-def requantize_each(inputs: Sequence[Operand], outputs: Sequence[Operand]) -> dict[str, Array]:
+def requantize_each(inputs: Sequence[Operand], outputs: Sequence[Operand], target: Target) -> dict[str, Array]:
     """The rescale of every operand, stacked: role i belongs to operand i."""
-    each = [requantize(x, y) for x, y in zip(inputs, outputs, strict=True)]
-    return {role: jnp.stack([getattr(by, role) for by in each]) for role in Rescale._fields}
+    each = [requantize(x, y, target) for x, y in zip(inputs, outputs, strict=True)]
+    xp = array_namespace(*each[0])
+    return {role: xp.stack([getattr(by, role) for by in each]) for role in Rescale._fields}
 
 
 def rescale_each(inputs: Sequence[Array], by: Mapping[str, Array], dtype: str, target: Target) -> list[Array]:
@@ -175,15 +184,18 @@ def _(op: Add | Sub, inputs: Sequence[Operand], output: Operand, params: dict[st
     if output.dtype in EXACT_DTYPES:
         return Lowered({})
     a, b = inputs
-    max_shift = 23 if {a.dtype, b.dtype} <= {"int8", "bool"} else 15
-    swap = b.scale > a.scale
-    large, small = jnp.where(swap, b.scale, a.scale), jnp.where(swap, a.scale, b.scale)
-    factor, shift = multiplier_of(ratio(small, 1.0, large, 1.0), max_shift, exact_bound=True)
-    shifted = jnp.int32(1) << shift
+    form = target.addition
+    max_shift = form.max_shift_int8 if {a.dtype, b.dtype} <= {"int8", "bool"} else form.max_shift_int16
+    xp, swap = array_namespace(a.scale, b.scale), b.scale > a.scale
+    large, small = xp.where(swap, b.scale, a.scale), xp.where(swap, a.scale, b.scale)
+    how = {"bits": form.multiplier_bits, "rounding": form.multiplier_rounding}
+    factor, shift = multiplier_of(ratio(small, 1.0, large, 1.0), max_shift, exact_bound=True, **how)
+    shifted = np.int32(1) << shift
     to_output = ratio(large, 1.0, output.scale, 1.0)
-    by = rescale_of(Ratio(to_output.bits, to_output.exponent - shift, to_output.exact), bits=bit_width(output.dtype))
-    of_a, of_b = jnp.where(swap, factor, shifted), jnp.where(swap, shifted, factor)
-    multiplier = jnp.stack([of_a, -of_b if isinstance(op, Sub) else of_b])
+    to_output = Ratio(to_output.bits, to_output.exponent - shift, to_output.exact)
+    by = rescale_of(to_output, bits=bit_width(output.dtype), form=target.rescale)
+    of_a, of_b = xp.where(swap, factor, shifted), xp.where(swap, shifted, factor)
+    multiplier = xp.stack([of_a, -of_b if isinstance(op, Sub) else of_b])
     return Lowered({"multiplier": multiplier, **by._asdict()})
 
 
@@ -208,7 +220,8 @@ def _(op: Mul, inputs: Sequence[Operand], output: Operand, params: dict[str, Any
     if output.dtype in EXACT_DTYPES:
         return Lowered({})
     a, b = inputs
-    return Lowered(rescale_of(ratio(a.scale, b.scale, output.scale, 1.0), bits=bit_width(output.dtype))._asdict())
+    to_output = ratio(a.scale, b.scale, output.scale, 1.0)
+    return Lowered(rescale_of(to_output, bits=bit_width(output.dtype), form=target.rescale)._asdict())
 
 
 @eval_integer.register
@@ -285,20 +298,25 @@ def _(op: Clamp, x: Array) -> Array:
 def _(op: Clamp, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     if output.dtype in EXACT_DTYPES:
         return Lowered({})
-    bounds = {"lower": op.minimum, "upper": op.maximum}
     return Lowered(
         {
-            role: quantize(jnp.float32(bound), output.scale, output.dtype, "half_up")
-            for role, bound in bounds.items()
-            if bound is not None
+            role: quantize(real(bound), output.scale, output.dtype, target.number_rounding)
+            for role, bound in _bounds(op).items()
         }
     )
+
+
+def _bounds(op: Clamp) -> dict[str, float]:
+    bounds = {"lower": op.minimum, "upper": op.maximum}
+    return {role: bound for role, bound in bounds.items() if bound is not None}
 
 
 @eval_integer.register
 def _(op: Clamp, node_format: NodeFormat, target: Target, x: Array, **bounds: Array) -> Array:
     if node_format.output in EXACT_DTYPES:
+        check_roles(bounds)
         return eval_float(op, x)
+    check_roles(bounds, *_bounds(op))
     x = jnp.maximum(x, bounds["lower"]) if "lower" in bounds else x
     return jnp.minimum(x, bounds["upper"]) if "upper" in bounds else x
 
@@ -350,7 +368,7 @@ def _(op: Requantize, x: Array) -> Array:
 def _(op: Requantize, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     if inputs[0].dtype == "float16":
         return Lowered({"scale": output.scale})
-    return Lowered(requantize(inputs[0], output)._asdict())
+    return Lowered(requantize(inputs[0], output, target)._asdict())
 
 
 @eval_integer.register

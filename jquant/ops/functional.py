@@ -1,27 +1,27 @@
 """Operators as functions, for anyone's model: what `lax` would shred into many primitives.
 
 They are plain jitted functions of arrays with the float meaning of the operator, differentiable, and work under every
-transformation. `jquant.trace` finds the operator again, since the jit carries it. Images are [N, H, W, C], as in JAX;
+transformation. `jq.trace` finds the operator again, since the jit carries it. Images are [N, H, W, C], as in JAX;
 `channels_last=False` takes [N, C, H, W].
 """
 
 import json
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jquant.ir.serialize import decode, encode
+from jquant.graph.operator import eval_float
+from jquant.graph.serialize import decode, encode
 from jquant.numerics.color import Swing
-from jquant.ops.base import eval_float
 from jquant.ops.grid import AffineGrid
-from jquant.ops.grid_sample import GridSample, Mode, Padding, Warp
+from jquant.ops.grid_sampling import GridSample, Mode, Padding, Warp
 from jquant.ops.image import Nv12ToCentredYuv444, RgbToCentredYuv444
+from jquant.ops.regions import RoiAlign
 from jquant.ops.resample import Interpolate
-from jquant.ops.roi_align import RoiAlign
 from jquant.ops.shuffle import ChannelShuffle, PixelShuffle, PixelUnshuffle
-from jquant.types import Array, FormatError, Op
+from jquant.types import Array, FormatError, InputError, Op
 
 NAME = "jquant_operator"  # of the jit in a jaxpr
 
@@ -52,9 +52,16 @@ def grid_sample(
     mode: Mode = "bilinear",
     padding: Padding = "zeros",
     align_corners: bool = False,
+    coordinates: Literal["normalized", "absolute"] = "normalized",
     channels_last: bool = True,
 ) -> Array:
-    """The values of images at the normalized coordinates of a grid [N, Ho, Wo, 2], order (x, y): torch's grid_sample.
+    """The values of images at the coordinates of a grid [N, Ho, Wo, 2], order (x, y).
+
+    "normalized" is torch's grid_sample; "absolute" takes pixels, (0, 0) at the centre of the first one, as the vendor's
+    does. `jq.ops.normalize_grid` and `denormalize_grid` convert.
+
+    Raises:
+      InputError: other coordinates, mode or padding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,7 +69,16 @@ def grid_sample(
       >>> grid_sample(jnp.arange(4.0).reshape(1, 2, 2, 1), jnp.zeros((1, 1, 1, 2))).item()
       1.5
     """
-    op = GridSample(mode=mode, padding=padding, align_corners=align_corners, channels_last=channels_last)
+    for name, value, known in (
+        ("coordinates", coordinates, ("normalized", "absolute")),
+        ("mode", mode, ("bilinear", "nearest")),
+        ("padding", padding, ("zeros", "border")),
+    ):
+        if value not in known:
+            raise InputError(f"{name} {value!r}; known: {', '.join(known)}")
+    op = GridSample(
+        mode=mode, padding=padding, align_corners=align_corners, coordinates=coordinates, channels_last=channels_last
+    )
     return jquant_operator(op, x, grid)
 
 

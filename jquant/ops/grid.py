@@ -6,17 +6,16 @@ normalized ones put -1 and 1 at the centres of the outer pixels (align_corners) 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.graph.operator import Lowered, Operand, eval_float, eval_integer, lower_op
 from jquant.numerics.rescale import Rescale, ratio, rescale, rescale_of
-from jquant.numerics.rounding import widen
-from jquant.ops.base import Lowered, Operand, eval_float, eval_integer, lower_op
-from jquant.types import Array, GraphError, NodeFormat, Op, Target, bit_width
-
-_BASE_BITS = 14  # fraction bits of a normalized base coordinate: three products with int16 stay in int32
+from jquant.numerics.rounding import round_fraction, widen
+from jquant.types import Array, GraphError, GridFormat, NodeFormat, Op, Target, bit_width, integer_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,8 @@ def grid_scale(n: int, *, align_corners: bool) -> float:
     A value has one scale, so a grid takes the larger one of its two axes: that of the shorter side.
     """
     if align_corners:
-        return (1 if n == 1 else 2 / (n - 1) + 1) / 32767
-    return (2 / n + 1) / 32767
+        return (1 if n == 1 else 2 / (n - 1) + 1) / integer_range("int16")[1]
+    return (2 / n + 1) / integer_range("int16")[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,9 +86,19 @@ def _(op: AffineGrid, theta: Array) -> Array:
 
 @lower_op.register
 def _(op: AffineGrid, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    base = jnp.asarray(np.rint(homogeneous(op) * 2**_BASE_BITS).astype(np.int32))
-    to_output = ratio(inputs[0].scale, 2.0**-_BASE_BITS, output.scale, 1.0)
-    return Lowered({"base": base, **rescale_of(to_output, bits=bit_width(output.dtype))._asdict()})
+    bits = target.grid.affine_bits  # at most 14: three products with int16 stay in int32
+    h, w = op.size
+    base: Any = np.full((h, w, 3), 2**bits, np.int32)
+    base[..., 0], base[..., 1] = _fixed_axis(op, w, target.grid), _fixed_axis(op, h, target.grid)[:, None]
+    to_output = ratio(inputs[0].scale, 2.0**-bits, output.scale, 1.0)
+    return Lowered({"base": base, **rescale_of(to_output, bits=bit_width(output.dtype), form=target.rescale)._asdict()})
+
+
+def _fixed_axis(op: AffineGrid, n: int, form: GridFormat) -> np.ndarray:
+    """Normalized coordinates of n pixels, in the fraction bits of the format."""
+    span = max(n - 1, 1) if op.align_corners else n
+    exact = [Fraction((2 * i + 1 - n) << form.affine_bits, span) for i in range(n)]
+    return np.array([round_fraction(v, form.affine_rounding) for v in exact], np.int32)
 
 
 @eval_integer.register

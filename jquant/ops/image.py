@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.graph.operator import Lowered, Operand, constraints, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.numerics.color import CENTRE, Swing, check_even, check_swing, join_planes, rgb_to_yuv, to_pixels
 from jquant.numerics.crop import MAX_FRACTION_BITS, REACH, Region, crop_resize, region_of, taps_of
 from jquant.numerics.rescale import Rescale, ratio, rescale, rescale_of
 from jquant.numerics.rounding import divide, widen
-from jquant.ops.base import Lowered, Operand, constraints, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.ops.movement import channels_last_axis
 from jquant.types import Array, GraphError, InputError, LoweringError, NodeFormat, Op, Target, bit_width
 
@@ -218,11 +218,11 @@ def _(op: SwapChannels, node_format: NodeFormat, target: Target, x: Array) -> Ar
 
 @eval_integer.register
 def _(op: RoiResize, node_format: NodeFormat, target: Target, y: Array, *others: Array, **by: Array) -> Array:
-    bits, nearest = target.resample_fraction_bits, op.interpolation == "nearest"
+    form, nearest = target.resize, op.interpolation == "nearest"
     planes = []
     for plane, regions, size, fill in _planes(op, y, *others):
-        rows, columns = (taps_of(r, out, bits, nearest=nearest) for r, out in zip(regions, size, strict=True))
-        planes.append(to_pixels(crop_resize(plane, rows, columns, bits, fill)))
+        rows, columns = (taps_of(r, out, form, nearest=nearest) for r, out in zip(regions, size, strict=True))
+        planes.append(to_pixels(crop_resize(plane, rows, columns, form, fill)))
     return _centred(planes[0] if op.mode == "gray" else join_planes(*planes), node_format, target, by)
 
 
@@ -243,11 +243,12 @@ def _(
 ) -> Lowered:
     """`unit` to the scale of the output: the identity where they are the same."""
     if isinstance(op, RoiResize):
-        if target.resample_fraction_bits > MAX_FRACTION_BITS:
-            raise LoweringError(f"resample_fraction_bits is above {MAX_FRACTION_BITS}, where a sum leaves int32")
+        if target.resize.weight_bits > MAX_FRACTION_BITS:
+            raise LoweringError(f"resize.weight_bits is above {MAX_FRACTION_BITS}, where a sum leaves int32")
         if max(n or 0 for n in inputs[0].shape) > REACH:
             raise LoweringError(f"a picture of {inputs[0].shape} has a side above {REACH}, beyond the coordinates")
-    by = rescale_of(ratio(jnp.float32(op.unit), 1.0, output.scale, 1.0), bits=bit_width(output.dtype), narrow=True)
+    to_output = ratio(np.float32(op.unit), 1.0, output.scale, 1.0)
+    by = rescale_of(to_output, bits=bit_width(output.dtype), narrow=True, form=target.rescale)
     return Lowered(by._asdict())
 
 

@@ -6,7 +6,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.ops.base import eval_float, to_channels_last
+from jquant.graph.checks import check_lengths
+from jquant.graph.operator import eval_float, to_channels_last
 from jquant.ops.movement import channels_last_axis, channels_last_order, only_moves
 from jquant.types import Array, GraphError, Op
 
@@ -15,13 +16,18 @@ from jquant.types import Array, GraphError, Op
 class Slice(Op):
     """x[starts[0]:stops[0]:steps[0], ...], an entry for every axis, steps positive. A stop of None is the end."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     starts: tuple[int, ...]
     stops: tuple[int | None, ...]
     steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "starts", "stops", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +37,11 @@ class IndexSelect(Op):
     Static indices may count from the end. Those of an operand are clamped to the axis.
     """
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
     ports: ClassVar = ("x", "index")
 
     axis: int
@@ -47,6 +55,7 @@ class Gather(Op):
     The index may be shorter than x along the other axes. It is clamped to the axis.
     """
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False

@@ -1,26 +1,32 @@
 """How a function of one operand becomes a lookup table: section 6 of the specification.
 
-A table function is an operator with a field `table: TableOptions` and an `eval_float`; `as_table` gives it the rest.
-The functions themselves are in `jquant/ops/table.py`.
+`table_function` declares one: an operator with a field `table: TableOptions`. `as_table` is its part for a class
+that has an `eval_float` already.
+The functions themselves are in `jquant/ops/table.py`. Numpy makes the tables of a function with a float64 form
+(`eval_float64`), also inside jit, by a host callback: the same bytes at every optimization level and on every platform.
+A function without is evaluated by its float rule, in the float32 of the compiler that runs it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial, singledispatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial, singledispatch
 from itertools import pairwise
 from math import inf, isfinite
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jquant.graph.operator import Lowered, Operand, check_roles, constraints, eval_float, eval_integer, lower_op
 from jquant.numerics import tables
+from jquant.numerics.namespace import array_namespace
 from jquant.numerics.rounding import dequantize, quantize, widen
-from jquant.numerics.tables import MAX_TABLES, Segments, Shape
-from jquant.ops.base import Lowered, Operand, eval_float, eval_integer, lower_op
-from jquant.types import Array, LoweringError, NodeFormat, Op, QConfigError, Target
+from jquant.numerics.tables import Segments, Shape
+from jquant.types import Array, LoweringError, NodeFormat, Op, QConfigError, TableFormat, Target
 
 _MIRROR = {"none": 0, "even": 1, "odd": -1}
+Placement = Literal["least_error", "evenly", "curvature", "balanced", "geometric"]
 FunctionClass = TypeVar("FunctionClass", bound=type[Op])
 
 
@@ -28,10 +34,14 @@ FunctionClass = TypeVar("FunctionClass", bound=type[Op])
 class TableOptions:
     """The segmented table of an int16 input. A table of an int8 input has all 256 entries, and nothing to choose.
 
-    `num_tables`   a multiple of 6 up to 126, each with 64 entries
-    `placement`    of the boundaries: "evenly", by "curvature" (equal sums of |f''|), "balanced" (equal sums of its
-                   square root, which spreads the error of interpolation: best on smooth steep functions, not on poles),
-                   or given: num_tables + 1 real numbers, strictly increasing; not negative for a mirrored function
+    `num_tables`   None: as many as the march has by default (`Target.tables`), or as `placement` gives points for
+    `placement`    of the boundaries: "least_error", which depends on both scales: of the following and of segments as
+                   wide as a small error of interpolation allows, the table that is nearest to the function over all
+                   integers of the input (a function without a float64 form has "balanced" in its place); "evenly";
+                   by "curvature" (equal sums of |f''|); "balanced" (equal sums of its square root, which spreads the
+                   error of interpolation: best on smooth steep functions, not on poles); "geometric" (each a constant
+                   times the one before, from where the output leaves saturation: for positive numbers and a pole at
+                   0); or given: num_tables + 1 real numbers, strictly increasing; not negative for a mirrored function
     `input_range`  real; the boundaries stay within, and lines continue the function outside. None: its domain. Of a
                    mirrored function the end farther from 0 counts
     `symmetric`    use the symmetry of an odd or even function: its tables cover |x|, twice as densely
@@ -39,22 +49,21 @@ class TableOptions:
     `right_slope`  the same above the last boundary
     """
 
-    num_tables: int = 6
-    placement: Literal["evenly", "curvature", "balanced"] | tuple[float, ...] = "evenly"
+    num_tables: int | None = None
+    placement: Placement | tuple[float, ...] = "least_error"
     input_range: tuple[float, float] | None = None
     symmetric: bool = True
     left_slope: float | None = None
     right_slope: float | None = None
 
     def __post_init__(self) -> None:
-        if self.num_tables % 6 or not 6 <= self.num_tables <= MAX_TABLES:
-            raise QConfigError(f"num_tables must be a multiple of 6 from 6 to {MAX_TABLES}, not {self.num_tables}")
+        if self.num_tables is not None and self.num_tables < 1:
+            raise QConfigError(f"num_tables must be at least 1, not {self.num_tables}")
         if isinstance(self.placement, tuple):
             self._check_points(self.placement)
-        elif self.placement not in ("evenly", "curvature", "balanced"):
-            raise QConfigError(
-                f"placement must be 'evenly', 'curvature', 'balanced' or a tuple of points, not {self.placement!r}"
-            )
+        elif self.placement not in get_args(Placement):
+            known = ", ".join(map(repr, get_args(Placement)))
+            raise QConfigError(f"placement must be one of {known}, or a tuple of points, not {self.placement!r}")
         if self.input_range is not None:
             low, high = self.input_range
             if not (isfinite(low) and isfinite(high) and low < high):
@@ -64,15 +73,24 @@ class TableOptions:
 
     def __str__(self) -> str:
         placement = self.placement if isinstance(self.placement, str) else "at given points"
-        parts = [str(self.num_tables), placement]
+        parts = [] if self.num_tables is None else [str(self.num_tables)]
+        parts += [placement]
         parts += [f"on [{self.input_range[0]:g}, {self.input_range[1]:g}]"] if self.input_range else []
         parts += [] if self.symmetric else ["not mirrored"]
         slopes = {"left": self.left_slope, "right": self.right_slope}
         parts += [f"{side} slope {slope:g}" for side, slope in slopes.items() if slope is not None]
         return " ".join(parts)
 
+    def count(self, form: TableFormat) -> int:
+        """How many tables a march makes by these options."""
+        if self.num_tables is not None:
+            return self.num_tables
+        return len(self.placement) - 1 if isinstance(self.placement, tuple) else form.count
+
     def _check_points(self, points: tuple[float, ...]) -> None:
-        if len(points) != self.num_tables + 1:
+        if len(points) < 2:
+            raise QConfigError(f"placement gives {len(points)} points; a table lies between two")
+        if self.num_tables is not None and len(points) != self.num_tables + 1:
             raise QConfigError(
                 f"{self.num_tables} tables have {self.num_tables + 1} boundaries; placement gives {len(points)} points"
             )
@@ -80,8 +98,7 @@ class TableOptions:
             raise QConfigError(f"the points of placement must be finite and strictly increasing; got {points}")
 
 
-EVENLY = TableOptions()
-CURVATURE = TableOptions(placement="curvature")
+LEAST_ERROR = TableOptions()
 
 
 class Traits(NamedTuple):
@@ -98,18 +115,42 @@ class Traits(NamedTuple):
     reduced: Op | None = None
 
 
+ORDINARY = Traits()
+
+
 @singledispatch
 def traits(op: Op) -> Traits:
     """Register a table function here if it has a domain, a symmetry or a period."""
     return Traits()
 
 
-@partial(jax.jit, static_argnames=("op",))
+@singledispatch
+def eval_float64(op: Op, x: np.ndarray) -> np.ndarray:
+    """The function on float64 arrays, right to 40 bits or more: what its table entries are rounded from.
+
+    Register a function here beside its `eval_float`. Warnings of numpy are off; NaN and infinity may come out.
+    """
+    raise LoweringError(f"{type(op).__name__} has no float64 form: register one with jquant.ops.lookup.eval_float64")
+
+
+def has_float64(op: Op) -> bool:
+    return eval_float64.dispatch(type(op)) is not eval_float64.dispatch(Op)
+
+
 def evaluate_function(op: Op, real: Array) -> Array:
     """The function as a table sees it: real to real, never NaN; what is left of NaN after cutting to the domain is 0.
 
-    The barriers and the jit keep it a computation of its own, so that a table has the same bits inside any jit.
+    In float64 for a numpy array, by `eval_float64`; else by `eval_float`.
     """
+    low, high, *_ = traits(op)
+    if array_namespace(real) is np:
+        return np.nan_to_num(eval_float64(op, np.clip(real, low, high)), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    return _evaluate_compiled(op, real)
+
+
+@partial(jax.jit, static_argnames=("op",))
+def _evaluate_compiled(op: Op, real: Array) -> Array:
+    """The barriers and the jit keep it a computation of its own, so that a table has the same bits inside any jit."""
     low, high, *_ = traits(op)
     real = jax.lax.optimization_barrier(jnp.clip(real, low, high))
     values = jax.lax.optimization_barrier(eval_float(op, real))
@@ -123,7 +164,7 @@ def _options(op: Op) -> TableOptions:
     return options
 
 
-def _shape(op: Op) -> Shape:
+def _shape(op: Op, form: TableFormat) -> Shape:
     options, function = _options(op), traits(op)
     mirror = _MIRROR[function.symmetry] if options.symmetric else 0
     low, high = (function.low, function.high) if options.input_range is None else options.input_range
@@ -135,10 +176,13 @@ def _shape(op: Op) -> Shape:
                 "below 0; give points from 0 on, or TableOptions(symmetric=False)"
             )
     slopes = options.left_slope, options.right_slope
-    return Shape(options.num_tables, options.placement, mirror, low, high, slopes)
+    placement = options.placement
+    if placement == "least_error" and not has_float64(op):
+        placement = "balanced"
+    return Shape(options.count(form), placement, mirror, low, high, slopes)
 
 
-def table_constants(op: Op, x_scale: Array, x_dtype: str, y_scale: Array, y_dtype: str, rounding: str) -> dict:
+def table_constants(op: Op, x_scale: Array, x_dtype: str, y_scale: Array, y_dtype: str, form: TableFormat) -> dict:
     """The constants of a table function by role: `table` for int8; `Segments`, and `turn` with a period, for int16."""
     if x_dtype not in ("int8", "int16"):
         raise LoweringError(
@@ -146,30 +190,86 @@ def table_constants(op: Op, x_scale: Array, x_dtype: str, y_scale: Array, y_dtyp
         )
     if y_dtype not in ("int8", "int16"):
         raise LoweringError(f"tables give int8 or int16, and the output is {y_dtype}; set the output to one of them")
+    if x_dtype == "int16" and (broken := _limits(_options(op), form)):
+        raise LoweringError(broken[0])
+    make = partial(_constants, op, x_dtype, y_dtype, form)
+    if not has_float64(op):
+        return make(jnp.asarray(x_scale), jnp.asarray(y_scale))
+    if not any(isinstance(scale, jax.core.Tracer) for scale in (x_scale, y_scale)):
+        return _on_host(make, x_scale, y_scale)
+    kinds = _constant_kinds(op, x_dtype, y_dtype, form)
+    scales = jax.lax.stop_gradient((x_scale, y_scale))
+    return jax.pure_callback(partial(_on_host, make), kinds, *scales, vmap_method="sequential")
+
+
+def _on_host(make: Callable[[np.ndarray, np.ndarray], dict[str, Any]], x_scale: Any, y_scale: Any) -> dict[str, Any]:
+    with np.errstate(all="ignore"):
+        return make(np.asarray(x_scale, np.float32), np.asarray(y_scale, np.float32))
+
+
+def _constant_kinds(op: Op, x_dtype: str, y_dtype: str, form: TableFormat) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what `table_constants` gives."""
+    entries = np.dtype(y_dtype)
     if x_dtype == "int8":
-        return {"table": tables.direct_table(partial(evaluate_function, op), x_scale, y_scale, y_dtype, rounding)}
+        return {"table": jax.ShapeDtypeStruct((256,), entries)}
+    n = _options(op).count(form)
+    shapes = {"boundaries": (n + 1,), "lines": (n + 2, 4), "entries": (n, form.entries), "mirror": ()}
+    shapes |= {} if traits(op).reduced is None else {"turn": (2,)}
+    dtypes = dict.fromkeys(shapes, np.dtype(np.int32)) | {"entries": entries}
+    return {role: jax.ShapeDtypeStruct(shape, dtypes[role]) for role, shape in shapes.items()}
+
+
+def _limits(options: TableOptions, form: TableFormat) -> list[str]:
+    """The limits of a march that the options break."""
+    count = options.count(form)
+    if count % form.multiple or count > form.max_count:
+        return [
+            f"num_tables must be a multiple of {form.multiple} from {form.multiple} to {form.max_count}, not {count}"
+        ]
+    return []
+
+
+def _constants(op: Op, x_dtype: str, y_dtype: str, form: TableFormat, x_scale: Array, y_scale: Array) -> dict[str, Any]:
+    if x_dtype == "int8":
+        function = partial(evaluate_function, op)
+        return {"table": tables.direct_table(function, x_scale, y_scale, y_dtype, form.entry_rounding)}
     reduced = traits(op).reduced
     if reduced is None:
-        function = partial(evaluate_function, op)
-        return tables.segment_table(function, x_scale, y_scale, y_dtype, rounding, _shape(op))._asdict()
+        return _segments(op, x_scale, y_scale, y_dtype, form)._asdict()
     turn, angle_scale = tables.turn_constants(x_scale)
-    function = partial(evaluate_function, reduced)
-    made = tables.segment_table(function, angle_scale, y_scale, y_dtype, rounding, _shape(reduced))
-    return {**made._asdict(), "turn": turn}
+    return {**_segments(reduced, angle_scale, y_scale, y_dtype, form)._asdict(), "turn": turn}
 
 
-def table_integers(x: Array, y_dtype: str, **constants: Array) -> Array:
+def _segments(op: Op, x_scale: Array, y_scale: Array, y_dtype: str, form: TableFormat) -> Segments:
+    function, shape = partial(evaluate_function, op), _shape(op, form)
+    if shape.placement != "least_error":
+        return tables.segment_table(function, x_scale, y_scale, y_dtype, form, shape)
+    boundaries: Any = np.array(_nearest_boundaries(op, float(x_scale), float(y_scale), y_dtype, form), np.int32)
+    return tables.table_between(function, x_scale, y_scale, y_dtype, form, shape, boundaries)
+
+
+@lru_cache(maxsize=4096)
+def _nearest_boundaries(op: Op, x_scale: float, y_scale: float, y_dtype: str, form: TableFormat) -> tuple[int, ...]:
+    """Kept, since a step of bit-true training asks again for the scales that are not trained."""
+    scales = np.float32(x_scale), np.float32(y_scale)
+    with np.errstate(all="ignore"):
+        found = tables.nearest_boundaries(partial(evaluate_function, op), *scales, y_dtype, form, _shape(op, form))
+    return tuple(found.tolist())
+
+
+def table_integers(x: Array, y_dtype: str, form: TableFormat, **constants: Array) -> Array:
     """The output integers, stored as `y_dtype`, for int8 or int16 integers x."""
     if "table" in constants:
+        check_roles(constants, "table")
         return constants["table"][widen(x) + 128]
     x = widen(x)
     if (turn := constants.pop("turn", None)) is not None:
-        x = tables.reduce_turns(x, turn)
-    return tables.evaluate_segments(x, Segments(**constants), y_dtype)
+        x = tables.reduce_turns(x, turn, form.angle_rounding)
+    return tables.evaluate_segments(x, Segments(**constants), y_dtype, form)
 
 
 def table_float(
-    op: Op, x: Array, x_scale: Array, x_dtype: str, y_scale: Array, y_dtype: str, *, rounding: str = "half_even"
+    op: Op, x: Array, x_scale: Array, x_dtype: str, y_scale: Array, y_dtype: str, *, target: Target
 ) -> Array:
     """What the table of `op` gives for real x, as real numbers: to find tables that cost accuracy, before lowering.
 
@@ -180,19 +280,20 @@ def table_float(
       x: real, any shape, float32; quantized here to `x_dtype` at `x_scale`.
       x_scale, y_scale: real per LSB, scalars; they may be traced.
       x_dtype, y_dtype: "int8" or "int16".
-      rounding: the target's `quantize_rounding`.
+      target: the march.
 
     Returns:
       Real, the shape of x: integers of `y_dtype` times `y_scale`.
     """
-    constants = table_constants(op, x_scale, x_dtype, y_scale, y_dtype, rounding)
-    integers = table_integers(quantize(x, x_scale, x_dtype, rounding), y_dtype, **constants)
+    constants = table_constants(op, x_scale, x_dtype, y_scale, y_dtype, target.tables)
+    x = quantize(x, x_scale, x_dtype, target.quantize_rounding)
+    integers = table_integers(x, y_dtype, target.tables, **constants)
     return dequantize(integers, y_scale)
 
 
 def _lower(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     (x,) = inputs
-    return Lowered(table_constants(op, x.scale, x.dtype, output.scale, output.dtype, target.quantize_rounding))
+    return Lowered(table_constants(op, x.scale, x.dtype, output.scale, output.dtype, target.tables))
 
 
 def is_table(op: Op) -> bool:
@@ -200,43 +301,53 @@ def is_table(op: Op) -> bool:
     return lower_op.dispatch(type(op)) is _lower
 
 
-def lower_tables_alike(sites: Mapping[str, tuple[Op, Operand, Operand]], target: Target) -> dict[str, Lowered]:
-    """Tables of int16 inputs that differ in their scales alone, made by one loop: {site: what `lower_op` gives}.
-
-    For use inside jit. A table takes thousands of operations to make; a recurrent network that is unrolled has hundreds
-    of tables, and XLA would compile each of them apart.
-
-    Args:
-      sites: {any name: (table function, operand, output)}. What has no like, or cannot be a table, is left out of the
-        result: `lower_op` makes the one, and has the words for the other.
-    """
-    groups: dict[tuple[Op, str, str], list[str]] = {}
-    for name, (op, x, y) in sites.items():
-        if x.dtype == "int16" and y.dtype in ("int8", "int16"):
-            groups.setdefault((op, x.dtype, y.dtype), []).append(name)
-    found: dict[str, Lowered] = {}
-    for (op, x_dtype, y_dtype), names in groups.items():
-        if len(names) > 1:
-            pairs = [jnp.stack([jnp.float32(operand.scale) for operand in sites[name][1:]]) for name in names]
-            made = jax.lax.map(partial(_table_of_scales, op, x_dtype, y_dtype, target), jnp.stack(pairs))
-            found |= {name: Lowered({role: v[i] for role, v in made.items()}) for i, name in enumerate(names)}
-    return found
-
-
-def _table_of_scales(op: Op, x_dtype: str, y_dtype: str, target: Target, scales: Array) -> dict:
-    x_scale, y_scale = scales
-    return table_constants(op, x_scale, x_dtype, y_scale, y_dtype, target.quantize_rounding)
-
-
 def _integers(op: Op, node_format: NodeFormat, target: Target, x: Array, **constants: Array) -> Array:
-    return table_integers(x, node_format.output, **constants)
+    return table_integers(x, node_format.output, target.tables, **constants)
+
+
+def _constraints(
+    op: Op, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target
+) -> list[str]:
+    return _limits(_options(op), target.tables) if inputs[0].dtype == "int16" else []
 
 
 def as_table(cls: FunctionClass) -> FunctionClass:
     """Class decorator: the operator, with an `eval_float` and a field `table: TableOptions`, lowers to a table."""
     lower_op.register(cls)(_lower)
     eval_integer.register(cls)(_integers)
+    constraints.register(cls)(_constraints)
     return cls
+
+
+DECLARED: list[type[Op]] = []  # by `table_function`, in order
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def table_function(
+    float32: Callable[..., Array],
+    float64: Callable[..., np.ndarray],
+    described: Traits | Callable[[Any], Traits] = ORDINARY,
+) -> Callable[[FunctionClass], FunctionClass]:
+    """Class decorator that declares a function of one operand: a frozen dataclass with a field `table: TableOptions`.
+
+    Args:
+      float32: its float rule, on JAX arrays, differentiable: `x -> y`, or `(op, x) -> y` where the class has other
+        fields than `table`.
+      float64: the same on numpy arrays, right to 40 bits or more.
+      described: its domain, symmetry and period, or a function of the operator that gives them.
+    """
+
+    def declare(cls: FunctionClass) -> FunctionClass:
+        cls.layout = "elementwise"
+        made = dataclass(frozen=True, kw_only=True)(cls)
+        has_attributes = len(fields(made)) > 1
+        eval_float.register(made)(float32 if has_attributes else lambda op, x: float32(x))
+        eval_float64.register(made)(float64 if has_attributes else lambda op, x: float64(x))
+        traits.register(made)(described if callable(described) else lambda op: described)
+        DECLARED.append(made)
+        return as_table(made)  # type: ignore[return-value]  # the class, with dataclass methods
+
+    return declare
 
 
 def without_period(op: Any) -> Op:

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jquant.graph.operator import Lowered, Operand, constraints, derived_scale, eval_float, eval_integer, lower_op
 from jquant.numerics.convolution import batch_matmul, multiply_exactly
 from jquant.numerics.rescale import ratio, rescale_of
 from jquant.numerics.rounding import quantize, widen
-from jquant.ops.base import Lowered, Operand, constraints, derived_scale, eval_float, eval_integer, lower_op
 from jquant.ops.conv import finish_accumulator
 from jquant.types import Array, GraphError, LoweringError, NodeFormat, Op, Target, bit_width
 
@@ -32,12 +33,15 @@ class Embedding(Op):
 
     The output has a scale of its own, and the table is quantized at it, as a `Constant` is; `Policy.weight` does not
     apply. An index outside the table gives NaN in float, zeros in the integer program, which has no NaN, and an error
-    in the reference. `padding_index`: a row that is not trained; -1 for none.
+    in the reference. `padding_index`: a row that is not trained; -1 for none. `from_end`: an index below 0 counts from
+    the end, as in numpy and JAX; else it is outside, as in torch.
     """
 
+    takes_exact: ClassVar = True
     ports: ClassVar = ("index",)
 
     padding_index: int = -1
+    from_end: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,8 +68,13 @@ def _(op: MatMul, inputs: Sequence[Operand], output: Operand, params: dict[str, 
     worst = count << (bit_width(a.dtype) + bit_width(b.dtype) - 2)
     by = {}
     if output.dtype != "int32":
-        by = rescale_of(ratio(a.scale, b.scale, output.scale, 1.0), bits=bit_width(output.dtype))._asdict()
-    return Lowered(by, "int32" if worst < 2**31 else "limbs", worst, "matmul")
+        to_output = ratio(a.scale, b.scale, output.scale, 1.0)
+        by = rescale_of(to_output, bits=bit_width(output.dtype), form=target.rescale)._asdict()
+    wide = worst >= 2**31
+    # Both operands are data, so that every column of an int32 output can leave 32 bits.
+    columns = b.shape[-2 if op.transpose_b else -1] if output.dtype == "int32" and len(b.shape) > 1 else None
+    saturating = None if columns is None else np.full(columns, wide)
+    return Lowered(by, "limbs" if wide else "int32", worst, "matmul", saturating)
 
 
 def _products(op: MatMul, a: Operand) -> int | None:
@@ -108,8 +117,9 @@ def _(op: MatMul, inputs: Sequence[Operand], output: Operand, weight_dtype: str 
 # Embedding
 
 
-def _rows(table: Array, index: Array, outside: Array) -> Array:
+def _rows(op: Embedding, table: Array, index: Array, outside: Array) -> Array:
     index = widen(index)
+    index = jnp.where(index < 0, index + table.shape[0], index) if op.from_end else index
     inside = (index >= 0) & (index < table.shape[0])
     rows = jnp.take(table, jnp.where(inside, index, 0), axis=0)
     return jnp.where(inside[..., None], rows, outside)
@@ -121,7 +131,7 @@ def _(op: Embedding, index: Array, *, weight: Array) -> Array:
         raise GraphError(f"the index of an embedding is {index.dtype}; it takes an input of dtype int32")
     if op.padding_index >= 0:
         weight = weight.at[op.padding_index].set(jax.lax.stop_gradient(weight[op.padding_index]))
-    return _rows(weight, index, jnp.full((), jnp.nan, weight.dtype))
+    return _rows(op, weight, index, jnp.full((), jnp.nan, weight.dtype))
 
 
 @lower_op.register
@@ -131,4 +141,4 @@ def _(op: Embedding, inputs: Sequence[Operand], output: Operand, params: dict[st
 
 @eval_integer.register
 def _(op: Embedding, node_format: NodeFormat, target: Target, index: Array, *, weight: Array) -> Array:
-    return _rows(weight, index, jnp.zeros((), weight.dtype))
+    return _rows(op, weight, index, jnp.zeros((), weight.dtype))

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.numerics.rounding import quantize
-from jquant.ops.base import (
+from jquant.graph.checks import check_lengths
+from jquant.graph.operator import (
     Lowered,
     Operand,
     constraints,
@@ -19,14 +20,17 @@ from jquant.ops.base import (
     lower_op,
     to_channels_last,
 )
+from jquant.numerics.namespace import real, to_device
+from jquant.numerics.rounding import quantize
 from jquant.ops.elementwise import requantize_each, rescale_each
-from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target
+from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target, storage_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cat(Op):
     """Concatenation along `axis`."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
 
     axis: int
@@ -36,6 +40,8 @@ class Cat(Op):
 class Stack(Op):
     """Operands of one shape side by side along a new axis, which is `axis` of the output."""
 
+    takes_exact: ClassVar = True
+
     axis: int
 
 
@@ -43,8 +49,10 @@ class Stack(Op):
 class Reshape(Op):
     """Reshape with at most one -1, which stands for the symbolic batch or a free axis."""
 
+    takes_exact: ClassVar = True
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     shape: tuple[int, ...]
 
@@ -53,8 +61,10 @@ class Reshape(Op):
 class Flatten(Op):
     """Joins axes `start` to `end` inclusive."""
 
+    takes_exact: ClassVar = True
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     start: int = 1
     end: int = -1
@@ -64,19 +74,28 @@ class Flatten(Op):
 class Permute(Op):
     """Transposition: output axis i is input axis axes[i]."""
 
+    takes_exact: ClassVar = True
     scale_rule: ClassVar = "derived"  # the scale is kept, but a per-channel one moves with its axis
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     axes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        axes = [axis % len(self.axes) for axis in self.axes]
+        if sorted(axes) != list(range(len(axes))):
+            raise GraphError(f"Permute: axes {self.axes} are no permutation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pad(Op):
     """Padding, (before, after) for every axis: with `value`, the border element, or the mirror image without it."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     padding: tuple[tuple[int, int], ...]
     value: float = 0.0
@@ -90,9 +109,11 @@ class Expand(Op):
     With a second operand, `like`, axis 0 becomes as long as its axis 0: a constant [1, ...] for every example.
     """
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
     ports: ClassVar = ("x", "like")
 
     shape: tuple[int, ...]
@@ -102,9 +123,11 @@ class Expand(Op):
 class Tile(Op):
     """The whole tensor repeats[i] times along axis i; new axes come first."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     repeats: tuple[int, ...]
 
@@ -113,21 +136,28 @@ class Tile(Op):
 class Roll(Op):
     """Shifts elements by shifts[i] towards the end of axes[i]; what leaves comes in again at the start."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     shifts: tuple[int, ...]
     axes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "shifts", "axes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flip(Op):
     """Reverses the order along `axes`."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     axes: tuple[int, ...]
 
@@ -139,6 +169,7 @@ class StopGradient(Op):
     layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +223,7 @@ def _(op: Stack, *inputs: Array) -> Array:
 def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     if output.dtype in EXACT_DTYPES:
         return Lowered({})
-    return Lowered(requantize_each(inputs, [output] * len(inputs)))
+    return Lowered(requantize_each(inputs, [output] * len(inputs), target))
 
 
 @eval_integer.register(Cat)
@@ -234,6 +265,43 @@ def _(op: Permute, *scales: Array) -> Array:
     if scale.ndim == 0:
         return scale
     return jnp.transpose(scale.reshape((1,) * (len(op.axes) - scale.ndim) + scale.shape), op.axes)
+
+
+def moved_scale(op: Op, scale: Array, shape: tuple[int, ...]) -> Array:
+    """The scale of an accumulator's value behind data movement: scales of channels move as the values do.
+
+    `shape` is that of the operand, without the batch. The result broadcasts against the moved value.
+    """
+    if scale.ndim == 0:
+        return scale
+    if isinstance(op, Permute):
+        return derived_scale(op, scale)
+    if isinstance(op, Pad) and op.mode == "constant":
+        op = replace(op, mode="border")  # zeros have any scale
+    return eval_float(_of_one(op), jnp.broadcast_to(scale, (1, *shape)))
+
+
+def carries_accumulator(op: Op, before: Sequence[int], after: Sequence[int]) -> bool:
+    """Whether an operator of one operand moves every accumulator of these shapes along, with its scales of channels.
+
+    Axis 0 has to stay the batch, since scales have none.
+    """
+    if not op.moves or before[:1] != after[:1] or (isinstance(op, Permute) and op.axes[0] != 0):
+        return False
+    if isinstance(op, Pad) and op.mode == "constant":
+        return op.value == 0  # 0 has every scale
+    if isinstance(op, Permute):
+        return True
+    one = jax.ShapeDtypeStruct((1, *before[1:]), jnp.float32)
+    try:
+        return jax.eval_shape(partial(eval_float, _of_one(op)), one).shape == (1, *after[1:])
+    except (GraphError, TypeError, ValueError):
+        return False
+
+
+def _of_one(op: Op) -> Op:
+    """The operator for a batch of 1."""
+    return replace(op, shape=(1, *op.shape[1:])) if isinstance(op, Reshape) else op
 
 
 @eval_float.register
@@ -318,8 +386,10 @@ def _(op: Pad, inputs: Sequence[Operand], output: Operand, params: dict[str, Any
     if op.mode != "constant":
         return Lowered({})
     if output.dtype in EXACT_DTYPES:
-        return Lowered({"fill": jnp.asarray(_exact_fill(op, output.dtype))})
-    return Lowered({"fill": quantize(jnp.float32(op.value), output.scale, output.dtype, "half_up")})
+        return Lowered({"fill": to_device(_exact_fill(op, output.dtype))})
+    if op.value == 0:  # of an accumulator too, whose channels have scales of their own
+        return Lowered({"fill": to_device(np.zeros((), storage_dtype(output.dtype)))})
+    return Lowered({"fill": quantize(real(op.value), output.scale, output.dtype, target.number_rounding)})
 
 
 @eval_integer.register

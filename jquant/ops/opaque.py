@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jquant.ops.base import Lowered, Operand, eval_float, lower_op
+from jquant.graph.operator import Lowered, Operand, eval_float, lower_op
 from jquant.types import Array, LoweringError, Op, Target
 
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.graph.checks import check_lengths
+from jquant.graph.operator import Lowered, Operand, constraints, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.numerics.rescale import Rescale, rescale
 from jquant.numerics.rounding import widen
 from jquant.numerics.windows import Combine, larger, reduce_windows
-from jquant.ops.base import Lowered, Operand, constraints, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.ops.movement import only_moves
 from jquant.ops.reduce import average, reduced_limit
 from jquant.types import Array, GraphError, LoweringError, NodeFormat, Op, Target
@@ -33,6 +34,10 @@ class MaxPool(Op):
     ceil_mode: bool = False
     channels_last: bool = False
 
+    def __post_init__(self) -> None:
+        counts = ("kernel", "strides", "dilation")
+        check_lengths(self, "kernel", "strides", "padding", "dilation", positive=counts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AvgPool(Op):
@@ -48,6 +53,9 @@ class AvgPool(Op):
     divisor: int | None = None
     channels_last: bool = False
 
+    def __post_init__(self) -> None:
+        check_lengths(self, "kernel", "strides", "padding", positive=("kernel", "strides"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveAvgPool(Op):
@@ -57,6 +65,9 @@ class AdaptiveAvgPool(Op):
 
     output_size: tuple[int, ...]
     channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "output_size", positive=("output_size",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +80,9 @@ class AdaptiveMaxPool(Op):
 
     output_size: tuple[int, ...]
     channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "output_size", positive=("output_size",))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +209,7 @@ def _sizes(x: Operand) -> tuple[int, ...]:
 
 @lower_op.register
 def _(op: AvgPool, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return Lowered(average(inputs[0], output, window_counts(op, _sizes(inputs[0])))._asdict())
+    return Lowered(average(inputs[0], output, window_counts(op, _sizes(inputs[0])), target)._asdict())
 
 
 @lower_op.register
@@ -206,7 +220,7 @@ def _(
     for reason in _unequal(op, sizes):
         raise LoweringError(reason)
     count = prod(n // m for n, m in zip(sizes, op.output_size, strict=True))
-    return Lowered(average(inputs[0], output, [count])._asdict())
+    return Lowered(average(inputs[0], output, [count], target)._asdict())
 
 
 def _unequal(op: AdaptiveAvgPool, sizes: Sequence[int]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jquant.ops.base import Parts, decompose, eval_float
+from jquant.graph.operator import Parts, decompose, eval_float
 from jquant.ops.composite import Chain, Shapes
 from jquant.ops.conv import Linear
 from jquant.ops.elementwise import Add, Constant, Mul, Requantize, Sub

@@ -10,21 +10,21 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jquant.graph.operator import Lowered, Operand, constraints, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.numerics import sums
 from jquant.numerics.rescale import Rescale, ratio, rescale, rescale_of
 from jquant.numerics.rounding import widen
-from jquant.ops.base import Lowered, Operand, constraints, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.ops.movement import channels_last_axis, only_moves
 from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target, bit_width
-
-MAX_SEARCHED = 32767  # elements of an axis that argmax searches: positions are int16 on the chip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mean(Op):
     """Mean over `axes`."""
 
+    reduces: ClassVar = True
     layout: ClassVar = "axes"
 
     axes: tuple[int, ...]
@@ -35,6 +35,8 @@ class Mean(Op):
 class Sum(Op):
     """Sum over `axes`. Of a mask: how many are true, an exact int32."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
 
     axes: tuple[int, ...]
@@ -45,6 +47,8 @@ class Sum(Op):
 class ReduceMax(Op):
     """The largest element over `axes`."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
@@ -57,6 +61,8 @@ class ReduceMax(Op):
 class ReduceMin(Op):
     """The smallest element over `axes`."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
@@ -69,6 +75,8 @@ class ReduceMin(Op):
 class ReduceAll(Op):
     """A mask: whether all elements over `axes` are true, or not 0."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     needs_stats: ClassVar = False
 
@@ -80,6 +88,8 @@ class ReduceAll(Op):
 class ReduceAny(Op):
     """A mask: whether an element over `axes` is true, or not 0."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     needs_stats: ClassVar = False
 
@@ -91,6 +101,8 @@ class ReduceAny(Op):
 class ArgMax(Op):
     """The position of the largest element of `axis`, the first one of several: exact int32."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     needs_stats: ClassVar = False
 
@@ -102,6 +114,8 @@ class ArgMax(Op):
 class ArgMin(Op):
     """The position of the smallest element of `axis`, the first one of several: exact int32."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     needs_stats: ClassVar = False
 
@@ -113,6 +127,8 @@ class ArgMin(Op):
 class CumSum(Op):
     """The sum of all elements of `axis` up to each one; `exclusive`: before it; `reverse`: counted from the end."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
 
     axis: int
@@ -126,9 +142,10 @@ Reduction = Mean | Sum | ReduceMax | ReduceMin | ReduceAll | ReduceAny
 # Sums: exact, then rescaled from s_x / N (specification, section 5)
 
 
-def average(x: Operand, output: Operand, counts: Any) -> Rescale:
+def average(x: Operand, output: Operand, counts: Any, target: Target) -> Rescale:
     """The rescale of a sum that is divided by `counts`, a number or an array of them."""
-    return rescale_of(ratio(x.scale, 1.0, output.scale, jnp.asarray(counts, jnp.float32)), bits=bit_width(output.dtype))
+    share = ratio(x.scale, 1.0, output.scale, np.asarray(counts, np.float32))
+    return rescale_of(share, bits=bit_width(output.dtype), form=target.rescale)
 
 
 def reduced_limit(count: int, target: Target) -> list[str]:
@@ -157,12 +174,12 @@ def _(op: CumSum, x: Array) -> Array:
     return sums.running_sum(_terms(x), op.axis, reverse=op.reverse, exclusive=op.exclusive)
 
 
-def _lower_sum(x: Operand, output: Operand, terms: int, divisor: int) -> Lowered:
+def _lower_sum(x: Operand, output: Operand, terms: int, divisor: int, target: Target) -> Lowered:
     if output.dtype in EXACT_DTYPES:
         return Lowered({})
     worst = sums.worst_sum(terms, x.dtype)
     wide = worst > 2**31 - 1
-    return Lowered(average(x, output, divisor)._asdict(), "limbs" if wide else "int32", worst)
+    return Lowered(average(x, output, divisor, target)._asdict(), "limbs" if wide else "int32", worst)
 
 
 def _count(x: Operand, axes: Sequence[int]) -> int:
@@ -172,17 +189,17 @@ def _count(x: Operand, axes: Sequence[int]) -> int:
 @lower_op.register
 def _(op: Mean, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     count = _count(inputs[0], op.axes)
-    return _lower_sum(inputs[0], output, count, count)
+    return _lower_sum(inputs[0], output, count, count, target)
 
 
 @lower_op.register
 def _(op: Sum, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return _lower_sum(inputs[0], output, _count(inputs[0], op.axes), 1)
+    return _lower_sum(inputs[0], output, _count(inputs[0], op.axes), 1, target)
 
 
 @lower_op.register
 def _(op: CumSum, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
-    return _lower_sum(inputs[0], output, _count(inputs[0], (op.axis,)), 1)
+    return _lower_sum(inputs[0], output, _count(inputs[0], (op.axis,)), 1, target)
 
 
 @eval_integer.register(Mean)
@@ -278,7 +295,8 @@ def _(
     op: ArgMax | ArgMin, inputs: Sequence[Operand], output: Operand, weight_dtype: str | None, target: Target
 ) -> list[str]:
     (x,), count = inputs, _count(inputs[0], (op.axis,))
-    searched = [f"it searches {count} elements, more than {MAX_SEARCHED}"] if count > MAX_SEARCHED else []
+    most = target.max_searched
+    searched = [f"it searches {count} elements, more than {most}"] if count > most else []
     return _batch_limit(x, (op.axis,)) or searched
 
 

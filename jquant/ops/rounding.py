@@ -7,10 +7,20 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.graph.operator import (
+    Lowered,
+    Operand,
+    check_roles,
+    constraints,
+    derived_scale,
+    eval_float,
+    eval_integer,
+    lower_op,
+)
+from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.rescale import Rescale, ratio, rescale, rescale_of
 from jquant.numerics.rounding import quantize, saturate, widen
 from jquant.numerics.whole import WholeRounding, to_whole, whole_of
-from jquant.ops.base import Lowered, Operand, constraints, derived_scale, eval_float, eval_integer, lower_op
 from jquant.ops.compare import alike, one_dtype, to_larger_scale
 from jquant.ops.elementwise import as_numbers, exact_number, is_exact, rescale_each
 from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target, bit_width
@@ -41,10 +51,11 @@ class Round(Op):
 class Mod(Op):
     """The remainder of a / b, or of x / `value`, at the larger scale, or that of x. It is 0 where the divisor is 0.
 
-    Its sign is that of the divisor (Python's %), or of the dividend (C's). In integers `value` is floor(v / s + 1/2)
-    LSB, not saturated; a remainder that leaves the format is.
+    Its sign is that of the divisor (Python's %), or of the dividend (C's). In integers `value` is v / s rounded,
+    in LSB, not saturated; a remainder that leaves the format is.
     """
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "derived"
     needs_stats: ClassVar = False
@@ -86,7 +97,7 @@ def _(op: Round, x: Array) -> Array:
 @lower_op.register(Round)
 def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     whole = whole_of(inputs[0].scale)
-    by = rescale_of(ratio(whole.unit, 1.0, output.scale, 1.0), bits=bit_width(output.dtype))
+    by = rescale_of(ratio(whole.unit, 1.0, output.scale, 1.0), bits=bit_width(output.dtype), form=target.rescale)
     return Lowered({"factor": whole.factor, "shift": whole.shift, **by._asdict()})
 
 
@@ -121,7 +132,7 @@ def _remainder(op: Mod, a: Array, b: Array) -> Array:
 
 @derived_scale.register
 def _(op: Mod, *scales: Array) -> Array:
-    return jnp.maximum(*scales) if len(scales) == 2 else scales[0]
+    return array_namespace(*scales).maximum(*scales) if len(scales) == 2 else scales[0]
 
 
 @lower_op.register
@@ -129,8 +140,8 @@ def _(op: Mod, inputs: Sequence[Operand], output: Operand, params: dict[str, Any
     if output.dtype in EXACT_DTYPES:
         return Lowered({})
     if op.value is not None:
-        return Lowered({"modulus": quantize(jnp.float32(op.value), inputs[0].scale, "int32", "half_up")})
-    return Lowered(to_larger_scale(inputs))
+        return Lowered({"modulus": quantize(real(op.value), inputs[0].scale, "int32", target.number_rounding)})
+    return Lowered(to_larger_scale(inputs, target))
 
 
 @eval_integer.register
@@ -138,6 +149,7 @@ def _(op: Mod, node_format: NodeFormat, target: Target, x: Array, *others: Array
     if not constants:
         return eval_float(op, x, *others)
     if "modulus" in constants:
+        check_roles(constants, "modulus")
         a, b = x, constants["modulus"]
     else:
         a, b = rescale_each((x, *others), constants, node_format.output, target)

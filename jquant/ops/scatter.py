@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 
+from jquant.graph.operator import Lowered, Operand, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.numerics.rounding import saturate, widen
-from jquant.ops.base import Lowered, Operand, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.ops.elementwise import requantize_each, rescale_each
 from jquant.ops.movement import channels_last_axis, channels_last_order
 from jquant.types import EXACT_DTYPES, Array, GraphError, NodeFormat, Op, Target
@@ -36,6 +37,7 @@ class Scatter(Op):
     one counts, or with `reduce` all of them and x itself. The index is clamped to the axis.
     """
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     ports: ClassVar = ("x", "index", "source")
 
@@ -65,7 +67,7 @@ def _scattered(op: Scatter, x: Array, index: Array, source: Array) -> Array:
             f"index {index.dtype}{list(index.shape)} and source {list(source.shape)} must have one shape, that of x "
             f"{list(x.shape)} but for axis {axis}, and the index be int32"
         )
-    at = list(jnp.indices(index.shape, sparse=True))
+    at = [_places(index.shape, d) for d in range(index.ndim)]
     at[axis] = jnp.clip(index, 0, x.shape[axis] - 1)
     target = x.at[tuple(at)]
     match op.reduce:
@@ -75,10 +77,15 @@ def _scattered(op: Scatter, x: Array, index: Array, source: Array) -> Array:
             return target.max(source)
         case "min":
             return target.min(source)
-    positions = jnp.broadcast_to(jnp.indices(index.shape, sparse=True)[axis], index.shape)
+    positions = jnp.broadcast_to(_places(index.shape, axis), index.shape)
     writer = jnp.full(x.shape, -1, jnp.int32).at[tuple(at)].max(positions)  # the last one that writes here
     written = jnp.take_along_axis(source, jnp.maximum(writer, 0), axis=axis)
     return jnp.where(writer >= 0, written, x)
+
+
+def _places(shape: tuple[int, ...], axis: int) -> Array:
+    """0, 1, 2 ... along an axis, 1 elsewhere; the batch may be open."""
+    return jax.lax.broadcasted_iota(jnp.int32, tuple(n if d == axis else 1 for d, n in enumerate(shape)), axis)
 
 
 @lower_op.register(SliceScatter)
@@ -86,7 +93,7 @@ def _scattered(op: Scatter, x: Array, index: Array, source: Array) -> Array:
 def _(op: Op, inputs: Sequence[Operand], output: Operand, params: dict[str, Any], target: Target) -> Lowered:
     if output.dtype in EXACT_DTYPES:
         return Lowered({})
-    return Lowered(requantize_each([inputs[0], inputs[-1]], [output, output]))
+    return Lowered(requantize_each([inputs[0], inputs[-1]], [output, output], target))
 
 
 @eval_integer.register

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jquant.ops.base import eval_float, to_channels_last
+from jquant.graph.operator import eval_float, to_channels_last
 from jquant.ops.movement import only_moves
 from jquant.types import Array, GraphError, Op
 
@@ -14,9 +14,11 @@ from jquant.types import Array, GraphError, Op
 class PixelShuffle(Op):
     """[N, C * r * r, H, W] to [N, C, H * r, W * r] for r = `factor`: channel c * r * r + i * r + j goes to (i, j)."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     factor: int
     channels_last: bool = False
@@ -26,9 +28,11 @@ class PixelShuffle(Op):
 class PixelUnshuffle(Op):
     """[N, C, H * r, W * r] to [N, C * r * r, H, W]: the inverse of `PixelShuffle`."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     factor: int
     channels_last: bool = False
@@ -38,9 +42,11 @@ class PixelUnshuffle(Op):
 class ChannelShuffle(Op):
     """[N, C, *S]: channel i * C / groups + j becomes channel j * groups + i."""
 
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
+    moves: ClassVar = True
 
     groups: int
     channels_last: bool = False

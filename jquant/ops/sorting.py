@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jquant.graph.operator import Lowered, Operand, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.numerics.order import sorted_indices, sorted_values
-from jquant.ops.base import Lowered, Operand, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.ops.movement import channels_last_axis, only_moves
 from jquant.types import Array, GraphError, NodeFormat, Op, Target
 
@@ -21,6 +21,8 @@ from jquant.types import Array, GraphError, NodeFormat, Op, Target
 class Sort(Op):
     """The elements along `axis` in order."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
@@ -33,6 +35,8 @@ class Sort(Op):
 class SortIndices(Op):
     """Where along `axis` the elements of `Sort` come from, int32."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     needs_stats: ClassVar = False
 
@@ -44,6 +48,8 @@ class SortIndices(Op):
 class TopK(Op):
     """The k largest (or smallest) elements along `axis`, in order."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     scale_rule: ClassVar = "same_as_input"
     needs_stats: ClassVar = False
@@ -57,6 +63,8 @@ class TopK(Op):
 class TopKIndices(Op):
     """Where along `axis` the elements of `TopK` come from, int32."""
 
+    reduces: ClassVar = True
+    takes_exact: ClassVar = True
     layout: ClassVar = "axes"
     needs_stats: ClassVar = False
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jquant.ops.base import eval_float
+from jquant.graph.operator import eval_float
 from jquant.types import Array, Op
 
 

@@ -1,17 +1,42 @@
 """Post-training quantization beyond calibration: functions from params or qparams to better ones.
 
-    plan, params = jq.prepare(graph, params, qconfig, target=...)
-    params = jq.ptq.equalize(plan, params)                           # the same function, even channel ranges
-    qparams = jq.ptq.search_weight_scales(plan, params, jq.calibrate(plan, params, batches))
-    params = jq.ptq.adaround(plan, params, qparams, batches)         # weights on the grid, rounded as learned
-    params = jq.ptq.correct_bias(plan, params, qparams, batches, reference=...)
+    model = jq.ptq.equalize(jq.prepare(graph, params, qconfig, target=...))  # the same function, even channel ranges
+    model = before = jq.ptq.search_weight_scales(jq.calibrate(model, batches))
+    model = jq.ptq.adaround(model, batches)            # weights on the grid, rounded as learned: layer by layer
+    model = jq.ptq.reconstruct_blocks(before, batches)               # or block by block, values' scales as well
+    model = jq.ptq.correct_bias(model, batches, reference=before)
 
-Each step is optional. `equalize` comes before calibration, the others keep the scales that they are given.
+Each step is optional. `equalize` comes before calibration, the others keep the scales that they are given. `recipe`
+does all of it in one call, and keeps of each step only what helps:
+
+    tuned = jq.ptq.recipe("default", model, batches)
+    program = jq.lower(tuned.model)
 """
 
 from jquant.ptq.bias import correct_bias
+from jquant.ptq.blocks import Block, Blocks, find_blocks
 from jquant.ptq.equalization import Pair, Pairs, equalize, find_pairs
+from jquant.ptq.recipes import RECIPES, Trial, Tuned, recipe
+from jquant.ptq.reconstruction import reconstruct_blocks
 from jquant.ptq.rounding import adaround
 from jquant.ptq.scales import search_weight_scales
+from jquant.ptq.values import search_value_scales
 
-__all__ = ["Pair", "Pairs", "adaround", "correct_bias", "equalize", "find_pairs", "search_weight_scales"]
+__all__ = [
+    "RECIPES",
+    "Block",
+    "Blocks",
+    "Pair",
+    "Pairs",
+    "Trial",
+    "Tuned",
+    "adaround",
+    "correct_bias",
+    "equalize",
+    "find_blocks",
+    "find_pairs",
+    "recipe",
+    "reconstruct_blocks",
+    "search_value_scales",
+    "search_weight_scales",
+]

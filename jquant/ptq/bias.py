@@ -1,117 +1,113 @@
-"""Bias correction: what quantization adds to a channel on average is taken out of its bias."""
+"""Bias correction: what rounding the weights adds to a channel on average is taken out of its bias."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jquant.batch_norm import check_folded
-from jquant.ir.evaluate import bind_inputs, evaluate
-from jquant.ir.graph import check_params
-from jquant.ir.passes import param_uses
-from jquant.ops.base import derived_scale
-from jquant.ops.conv import activate
-from jquant.progress import track
+from jquant.graph.checks import check_params
+from jquant.graph.evaluate import bind_inputs, evaluate
+from jquant.graph.float import float_rule
+from jquant.graph.operator import eval_float
+from jquant.graph.passes import param_uses
+from jquant.host.progress import track
+from jquant.meanings.fake_quant import fake_quant_weight
+from jquant.numerics.fusion import computed_once
+from jquant.plan.batch_norm import check_folded
+from jquant.plan.scales import check_model
 from jquant.ptq.channels import Layer, channel_axis, layers
-from jquant.quantizers import fake_quant
-from jquant.simulate import check_qparams, fake_quant_rule, fake_quant_tap, float_rule, scale_of, value_scales
-from jquant.types import Array, CalibrationError, Node, Params, Plan, QParams, QuantSpec
-
-BIAS = QuantSpec(dtype="int32")
+from jquant.types import Array, CalibrationError, Model, Node, Params, Plan
 
 
-def correct_bias(
-    plan: Plan, params: Params, qparams: QParams, batches: Iterable[Any], *, reference: Params | None = None
-) -> dict[str, Array]:
-    """Folds the expected error of every output channel, float minus fake-quant before the activation, into its bias.
+def correct_bias(model: Model, batches: Iterable[Any], *, reference: Model | None = None) -> Model:
+    """Adds E[(W - W_q) x] to every bias: the mean that rounding the weight takes from each output channel.
 
-    Layers are corrected in order: the error of one is measured behind the corrected ones before it. A batch takes one
-    evaluation; corrections of several batches are averaged by their sizes. Layers without a bias of their own stay as
-    they are (batch norm, once folded, leaves a bias).
+    x are the operands of the layer in the float model, the same for W and W_q. So only the rounding of the weights is
+    corrected. What the values lose (rounding, and above all saturation) is not: a few saturated entries would otherwise
+    shift every entry of their channel. A weight that is on its grid leaves its bias as it is, bit for bit.
+
+    A layer is linear before its bias, so a batch takes one evaluation of the float model, and the mean operand is all
+    that is kept. Layers without a bias of their own stay as they are (batch norm, once folded, leaves a bias).
 
     Args:
-      plan, params, qparams: as for `jq.apply`.
+      model: calibrated.
       batches: calibration data, as for `jq.calibrate`.
-      reference: the params of the float model to come close to; `params` if left out. After `jq.ptq.adaround`, the
-        params from before it.
+      reference: the model that W and x are taken from, in float; `model` if left out. After `jq.ptq.adaround`, the
+        model from before it.
 
     Returns:
-      New params.
+      The model with other biases.
+
+    Raises:
+      CalibrationError: no batches, or scales that are missing. GraphError: missing params.
 
     References:
-      Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, section 4.2 and
-      appendix D (with data).
+      Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, section 4.2. E[x] is
+      measured, as in appendix D.
+
+    Example:
+      model = jq.ptq.correct_bias(jq.calibrate(model, batches), batches)
     """
-    check_folded(plan, "correct_bias")
-    check_params(plan.graph, params)
-    check_qparams(plan, qparams)
-    params, total, samples = dict(params), None, 0
-    reference = params if reference is None else dict(reference)
+    check_folded(model.plan, "correct_bias")
+    check_model(model)
+    before = model.params if reference is None else reference.params
+    check_params(model.plan.graph, before)
+    corrections = _corrections(model, before, _mean_operands(model.plan, before, batches))
+    params = {key: model.params[key] + correction for key, correction in corrections.items()}
+    return model.replace(params={**model.params, **params})
+
+
+def _corrected(plan: Plan) -> dict[str, tuple[Node, Layer]]:
+    """Layers with a weight that is rounded and a bias that no other node reads."""
+    uses = param_uses(plan.graph)
+    return {
+        node.name: (node, op)
+        for node, op in layers(plan.graph)
+        if node.params["weight"] in plan.weights and "bias" in node.params and uses[node.params["bias"]] == 1
+    }
+
+
+def _mean_operands(plan: Plan, reference: Params, batches: Iterable[Any]) -> dict[str, Array]:
+    """{layer: the mean over all samples of the operand that it has in float, [1, ...]}."""
+    total, samples = None, 0
     for batch in track(batches, "correcting biases"):
         inputs = bind_inputs(plan.graph, batch if isinstance(batch, tuple | list) else (batch,))
         size = next(iter(inputs.values())).shape[0]
-        found = jax.tree.map(
-            lambda v, size=size: v * size, _corrections(plan, params, reference, dict(qparams), inputs)
-        )
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        found = _operands_of_batch(plan, reference, inputs)
+        weighted = {name: mean * size for name, mean in found.items()}
+        total = weighted if total is None else {name: total[name] + mean for name, mean in weighted.items()}
         samples += size
     if total is None:
         raise CalibrationError("no calibration batches: the iterable was empty (or used up by an earlier pass)")
-    return params | {key: params[key] + correction / samples for key, correction in total.items()}
+    return {name: sum_ / samples for name, sum_ in total.items()}
 
 
 @partial(jax.jit, static_argnames=("plan",))
-def _corrections(
-    plan: Plan, params: Params, reference: Params, qparams: QParams, inputs: Mapping[str, Array]
-) -> dict[str, Array]:
-    """{bias: mean error [out]} on one batch."""
-    uses, scales = param_uses(plan.graph), value_scales(plan, qparams)
-    corrected = {n.name: op for n, op in layers(plan.graph) if "bias" in n.params and uses[n.params["bias"]] == 1}
-    wanted: dict[str, Array] = {}
-    corrections: dict[str, Array] = {}
+def _operands_of_batch(plan: Plan, reference: Params, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    wanted, found, rule = _corrected(plan), dict[str, Array](), float_rule(plan.graph, reference)
 
-    def observe(node: Node, op: Layer, y: Array) -> Array:
-        wanted[node.name] = _mean(op, y)
-        return y
+    def recording(node: Node, *operands: Array) -> Array:
+        if node.name in wanted:
+            found[node.name] = operands[0].mean(0, keepdims=True)
+        return rule(node, *operands)
 
-    def correct(node: Node, op: Layer, y: Array) -> Array:
+    evaluate(plan.graph, inputs, recording)
+    return found
+
+
+@jax.jit
+def _corrections(model: Model, reference: Params, operands: Mapping[str, Array]) -> dict[str, Array]:
+    """{bias: E[(W - W_q) x], [out]}."""
+    plan, found = model.plan, {}
+    for name, (node, op) in _corrected(plan).items():
+        key = node.params["weight"]
+        # A product of its own: contracted with the subtraction it would leave a rounding error of itself.
+        rounded = computed_once(fake_quant_weight(key, plan, model.params, model.qparams))
+        rounded = rounded.transpose(plan.turned[key]) if key in plan.turned else rounded
+        alone = replace(op, activation="none", addend=False)
+        y = eval_float(alone, operands[name], weight=reference[key] - rounded)
         axis = channel_axis(op, y.ndim)
-        error = wanted[node.name] - _mean(op, y)
-        corrections[node.params["bias"]] = error
-        old = params[node.params["bias"]]
-        moved = on_grid(node, old + error) - on_grid(node, old)  # later layers see the bias as it will be rounded
-        return y + moved.reshape([-1 if i == axis else 1 for i in range(y.ndim)])
-
-    def on_grid(node: Node, bias: Array) -> Array:
-        key, scale = node.params["weight"], scales[node.inputs[0]]
-        if key not in plan.weights or scale is None:
-            return bias
-        return fake_quant(bias, derived_scale(node.op, scale, weight=scale_of(key, plan, qparams)), BIAS)
-
-    evaluate(plan.graph, inputs, _before_activation(float_rule(plan.graph, reference), corrected, observe))
-    quantized = _before_activation(fake_quant_rule(plan, params, qparams), corrected, correct)
-    evaluate(plan.graph, inputs, quantized, fake_quant_tap(plan, qparams))
-    return corrections
-
-
-def _mean(op: Layer, y: Array) -> Array:
-    axis = channel_axis(op, y.ndim)
-    return y.mean(tuple(i for i in range(y.ndim) if i != axis))
-
-
-def _before_activation(
-    rule: Callable[..., Array], where: Mapping[str, Layer], change: Callable[[Node, Layer, Array], Array]
-) -> Callable[..., Array]:
-    """A rule that lets `change` at the values of some layers before their fused activation."""
-
-    def changed(node: Node, *operands: Array) -> Array:
-        op = where.get(node.name)
-        if op is None:
-            return rule(node, *operands)
-        y = rule(replace(node, op=replace(op, activation="none")), *operands)
-        return activate(change(node, op, y), op.activation)
-
-    return changed
+        found[node.params["bias"]] = y.mean(tuple(i for i in range(y.ndim) if i != axis))
+    return found

@@ -5,20 +5,20 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jquant.batch_norm import check_folded
-from jquant.ir.graph import check_params
-from jquant.ir.passes import param_uses, sole_consumer
+from jquant.graph.float import value_shapes
+from jquant.graph.passes import param_uses, sole_consumer
 from jquant.ops.activation import Dropout, PRelu, Relu
 from jquant.ops.elementwise import Requantize
 from jquant.ops.movement import Flatten, Pad, Permute
 from jquant.ops.pool import AdaptiveAvgPool, AdaptiveMaxPool, AvgPool, MaxPool
 from jquant.ops.reduce import Mean
-from jquant.ops.rewrite import scale_outputs
 from jquant.ops.table import LeakyRelu
+from jquant.plan.batch_norm import check_folded
+from jquant.plan.fold import scale_outputs
+from jquant.plan.scales import check_model
 from jquant.ptq.channels import channel_axis, input_ranges, layers, output_ranges, scale_inputs
-from jquant.simulate import value_shapes
 from jquant.text import format_table
-from jquant.types import Array, Node, Op, Params, Plan
+from jquant.types import Array, Model, Node, Op, Plan
 
 SWEEPS = 50
 CONVERGED = 1e-3  # of the largest change of a channel in a sweep, relative
@@ -47,13 +47,13 @@ class Pairs:
         return format_table(("layer", "next", "reason"), [(p.first, p.second or "-", p.reason) for p in self.all])
 
 
-def find_pairs(plan: Plan, params: Params) -> Pairs:
+def find_pairs(model: Model) -> Pairs:
     """Which layers can be equalized: conv or linear, then positively homogeneous operators alone, then conv or linear.
 
     Relu, leaky relu and prelu are homogeneous, f(s x) = s f(x) for s > 0; pools, means, zero padding and permutations
     act on each channel alone. relu6 is not: it clips at 6.
     """
-    shapes = value_shapes(plan.graph, params)
+    plan, shapes = model.plan, value_shapes(model.plan.graph, model.params)
     uses = param_uses(plan.graph)
     return Pairs(tuple(_pair(plan, node, shapes, uses) for node, _ in layers(plan.graph)))
 
@@ -125,7 +125,7 @@ def _axis_after(op: Op, axis: int, shape: tuple[int, ...]) -> int | None:
     return None
 
 
-def equalize(plan: Plan, params: Params) -> dict[str, Array]:
+def equalize(model: Model) -> Model:
     """Evens out the ranges of channels between layers; the float function stays what it is.
 
     For output channel i of a layer and input channel i of the next, of ranges r1 = max |W1[i]| and r2 = max |W2[:, i]|,
@@ -134,24 +134,23 @@ def equalize(plan: Plan, params: Params) -> dict[str, Array]:
     afterwards: the scales of values between the layers are others.
 
     Args:
-      plan: what `prepare` returned (batch norm is folded by then).
-      params: the parameters that `prepare` returned.
+      model: what `prepare` returned, batch norm folded.
 
     Returns:
-      New params. Layers that cannot be paired keep theirs; `find_pairs` says why.
+      The model with other weights and without scales. Layers that cannot be paired keep theirs; `find_pairs` says why.
 
     References:
       Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, section 4.1.
     """
-    check_folded(plan, "equalize")
-    check_params(plan.graph, params)
-    new = dict(params)
-    pairs = find_pairs(plan, params).equalizable
+    check_folded(model.plan, "equalize")
+    check_model(model, scales=False)
+    plan, new = model.plan, dict(model.params)
+    pairs = find_pairs(model).equalizable
     for _ in range(SWEEPS):
         moved = [_equalize(plan, new, pair) for pair in pairs]
         if not moved or max(moved) < CONVERGED:
             break
-    return new
+    return Model(plan, new)
 
 
 def _equalize(plan: Plan, params: dict[str, Array], pair: Pair) -> float:

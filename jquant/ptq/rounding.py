@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jquant.batch_norm import check_folded
-from jquant.ir.evaluate import bind_inputs, evaluate
-from jquant.ir.graph import check_params
+from jquant.graph.evaluate import bind_inputs, evaluate
+from jquant.graph.float import float_rule
+from jquant.graph.operator import eval_float
+from jquant.host.progress import track
 from jquant.numerics.rounding import dequantize, divide, expand, quantize
-from jquant.ops.base import eval_float
 from jquant.ops.conv import Conv, ConvTranspose, Linear
-from jquant.progress import track
+from jquant.plan.batch_norm import check_folded
+from jquant.plan.scales import check_model, quantizer_of, scale_of
 from jquant.ptq.channels import Layer, from_rows, layers, rows
 from jquant.quantizers import adaround as soft_round
-from jquant.quantizers import adaround_parameter, has_offset, rectified_sigmoid, rounding_regularizer
-from jquant.simulate import check_qparams, float_rule, quantizer_of, scale_of
-from jquant.types import Array, CalibrationError, Node, Params, Plan, QConfigError, QParams, QuantSpec
+from jquant.quantizers import adaround_parameter, rectified_sigmoid, rounding_regularizer
+from jquant.types import Array, CalibrationError, Model, Node, Params, Plan, QConfigError, QParams, QuantSpec
 
 WARM_UP = 0.2  # the share of the steps without the regularizer
 BETAS = (20.0, 2.0)
@@ -29,15 +29,13 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def adaround(
-    plan: Plan,
-    params: Params,
-    qparams: QParams,
+    model: Model,
     batches: Iterable[Any],
     *,
     steps: int = 1000,
     learning_rate: float = 1e-2,
     strength: float = 10.0,
-) -> dict[str, Array]:
+) -> Model:
     """Learns whether each weight rounds up or down, and moves the weights onto the grid points that it chose.
 
     Every layer is on its own: its inputs are those of the float model, its goal what it computes from them in float,
@@ -45,27 +43,26 @@ def adaround(
     batches are read once and none is kept. Layers of one shape are optimized together, under vmap. An output channel
     for which nearest rounding was better keeps it: on the calibration data no channel gets worse.
 
-    Nearest rounding then gives what was learned, so `apply`, `lower` and training go on as ever; but keep the qparams.
+    Nearest rounding then gives what was learned, so `apply`, `lower` and training go on as ever; but keep the scales.
 
     Args:
-      plan, params, qparams: as for `jq.apply`. The scales of weights stay as they are.
+      model: calibrated. Its scales stay as they are.
       batches: calibration data, as for `jq.calibrate`.
       steps: of Adam, at least 1.
       learning_rate: of Adam; in units of v, which runs from -2.4 to 2.4.
       strength: of the regularizer, relative to the error of nearest rounding.
 
     Returns:
-      New params.
+      The model with other weights.
 
     References:
       Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization.
     """
     if steps < 1:
         raise QConfigError(f"steps must be at least 1, not {steps!r}")
-    check_folded(plan, "adaround")
-    check_params(plan.graph, params)
-    check_qparams(plan, qparams)
-    new = dict(params)
+    check_folded(model.plan, "adaround")
+    check_model(model)
+    plan, new = model.plan, dict(model.params)
     moments = _all_moments(plan, new, batches)
     learn = jax.jit(
         jax.vmap(partial(_learn, learning_rate=learning_rate, strength=strength), in_axes=(0, 0, 0, None, None)),
@@ -74,11 +71,11 @@ def adaround(
     for spec, keys in _alike(plan, new).items():
         ops = {key: _op_of(plan, key) for key in keys}
         weights = jnp.stack([rows(ops[key], new[key]) for key in keys])
-        scales = jnp.stack([rows(ops[key], _scale_like(plan, qparams, key, new[key])) for key in keys])
+        scales = jnp.stack([rows(ops[key], _scale_like(plan, model.qparams, key, new[key])) for key in keys])
         rounded = learn(weights, scales, jnp.stack([moments[key] for key in keys]), spec[0], steps)
         for key, weight in zip(keys, rounded, strict=True):
             new[key] = from_rows(ops[key], weight, new[key].shape)
-    return new
+    return model.replace(params=new)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +95,7 @@ def _alike(plan: Plan, params: Params) -> dict[tuple[QuantSpec, tuple[int, ...]]
     found: dict[tuple[QuantSpec, tuple[int, ...]], list[str]] = {}
     for key in dict.fromkeys(node.params["weight"] for node, _ in _rounded_layers(plan).values()):
         spec = plan.weights[key]
-        if has_offset(quantizer_of(spec)):
+        if quantizer_of(spec).has_offset:
             raise QConfigError(
                 f"weight {key!r} has an offset to learn (lsq_plus); adaround rounds on a grid without one"
             )

@@ -5,43 +5,43 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jquant.batch_norm import raise_collapsed_scales, weights_to_quantize
-from jquant.ir.graph import check_params
 from jquant.numerics.rounding import dequantize, quantize
 from jquant.observers import min_max
-from jquant.simulate import check_qparams, quantizer_of, scale_of
-from jquant.types import Array, Params, Plan, QConfigError, QParams, QuantSpec
+from jquant.plan.batch_norm import raise_collapsed_scales, weights_to_quantize
+from jquant.plan.scales import check_model, quantizer_of, scale_of
+from jquant.types import Array, Model, QConfigError, QuantSpec
 
 WIDEST = 1.2  # thresholds up to this multiple of max |w|
 
 
-def search_weight_scales(plan: Plan, params: Params, qparams: QParams, *, candidates: int = 120) -> dict[str, Array]:
+def search_weight_scales(model: Model, *, candidates: int = 120) -> Model:
     """Replaces the scale of every weight by the one with the smallest squared error, per channel where the spec is.
 
     Candidates are `k / candidates * 1.2 * max |w|`, k = 1 .. candidates, and the scale that is there already, so the
     error never grows. It is computed from the weights themselves, with the scale as it will be used (snapped for pow2).
 
     Args:
-      plan, params, qparams: as for `jq.apply`.
+      model: calibrated.
       candidates: thresholds tried, at least 1.
 
     Returns:
-      New qparams; those of values, and fixed scales, stay as they are. A learned offset (LSQ+) starts at 0 again.
+      The model with other scales of weights; those of values, and fixed scales, stay as they are. A learned offset
+      (LSQ+) starts at 0 again.
 
     References:
       Nagel et al. 2021, A White Paper on Neural Network Quantization, section 3.1 (MSE range setting).
     """
     if candidates < 1:
         raise QConfigError(f"candidates must be at least 1, not {candidates!r}")
-    check_params(plan.graph, params)
-    check_qparams(plan, qparams)
+    check_model(model)
+    plan, params, qparams = model.plan, model.params, model.qparams
     found, weights = dict(qparams), weights_to_quantize(plan, params)
     for key, spec in plan.weights.items():
         if spec.fixed_scale is None and not spec.is_float:
             axis = plan.weight_axis.get(key)
             best = _search(weights[key], scale_of(key, plan, qparams), spec, axis, candidates)
             found[key] = quantizer_of(spec).init(best, spec)
-    return raise_collapsed_scales(plan, params, found)
+    return raise_collapsed_scales(model.replace(qparams=found))
 
 
 @partial(jax.jit, static_argnames=("spec", "axis", "candidates"))

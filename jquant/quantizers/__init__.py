@@ -8,45 +8,30 @@ Each is a custom_vjp; `forward_mode` gives its custom_jvp twin. `scale_form="pow
 power-of-two variant: the scale is snapped up in the forward, and straight through in the backward.
 """
 
-from types import MappingProxyType
-
-from jquant.quantizers.clipping import pact, pact_twin
+from jquant.quantizers.clipping import pact
 from jquant.quantizers.learned_rounding import (
     adaround,
     adaround_parameter,
-    adaround_twin,
     rectified_sigmoid,
     rounding_regularizer,
 )
-from jquant.quantizers.learned_step import lsq, lsq_plus, lsq_plus_twin, lsq_twin
-from jquant.quantizers.straight_through import fake_quant, fake_quant_twin, float16_cast, float16_twin
+from jquant.quantizers.learned_step import lsq, lsq_plus
+from jquant.quantizers.straight_through import fake_quant, float16_cast
 from jquant.types import InputError, Quantizer
 
 __all__ = [
+    "Quantizer",
     "adaround",
     "adaround_parameter",
     "fake_quant",
     "float16_cast",
     "forward_mode",
-    "has_offset",
-    "is_own",
     "lsq",
     "lsq_plus",
     "pact",
     "rectified_sigmoid",
     "rounding_regularizer",
 ]
-
-_TWINS = MappingProxyType(
-    {
-        adaround: adaround_twin,
-        fake_quant: fake_quant_twin,
-        float16_cast: float16_twin,
-        lsq: lsq_twin,
-        lsq_plus: lsq_plus_twin,
-        pact: pact_twin,
-    }
-)
 
 
 def forward_mode(quantizer: Quantizer) -> Quantizer:
@@ -56,10 +41,10 @@ def forward_mode(quantizer: Quantizer) -> Quantizer:
     rule makes every slope a constant. It saves a mask and the slopes for the backward, where the other saves x.
 
     Args:
-      quantizer: one of jquant's, or a twin, which is returned as it is.
+      quantizer: one with a `twin`, or with `both_ways`, which is returned as it is.
 
     Raises:
-      InputError: a quantizer of your own: write its `apply` with jax.custom_jvp, which serves both directions.
+      InputError: a quantizer of your own that has neither.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -70,21 +55,11 @@ def forward_mode(quantizer: Quantizer) -> Quantizer:
       >>> [v.tolist() for v in jax.jvp(f, (jnp.array([0.6, 9.0]),), (jnp.array([2.0, 2.0]),))]
       [[0.5, 3.5], [2.0, 0.0]]
     """
-    if quantizer in _TWINS.values():
+    if quantizer.both_ways:
         return quantizer
-    if quantizer not in _TWINS:
+    if quantizer.twin is None:
         raise InputError(
             f"the quantizer {quantizer.name!r} has no forward-mode twin; write its apply with jax.custom_jvp, which "
-            "can be differentiated in both directions"
+            "can be differentiated in both directions, and say so: Quantizer(..., both_ways=True)"
         )
-    return _TWINS[quantizer]
-
-
-def is_own(quantizer: Quantizer) -> bool:
-    """Whether it is jquant's, so that the order of axes does not matter to it."""
-    return quantizer in _TWINS or quantizer in _TWINS.values()
-
-
-def has_offset(quantizer: Quantizer) -> bool:
-    """Whether the parameter is [2, ...], a scale and the offset of the grid."""
-    return quantizer in (lsq_plus, lsq_plus_twin)
+    return quantizer.twin

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.numerics.fusion import computed_once
-from jquant.numerics.rounding import divide, expand, round_ties, snap_to_pow2
+from jquant.numerics.namespace import array_namespace
+from jquant.numerics.rounding import divide, expand, round_real, snap_to_pow2
 from jquant.types import MIN_SCALE, Array, InputError, Quantizer, QuantSpec
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -19,9 +21,14 @@ from jquant.types import MIN_SCALE, Array, InputError, Quantizer, QuantSpec
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def legal(raw: Array, scale_form: str) -> Array:
     """max(|raw|, MIN_SCALE), snapped up to a power of two for "pow2". The derivative ignores the floor and the snap."""
-    scale = jnp.maximum(jnp.abs(raw), MIN_SCALE)
+    return _legal(raw, scale_form)
+
+
+def _legal(raw: Array, scale_form: str) -> Array:
+    xp = array_namespace(raw)
+    scale = xp.maximum(abs(raw), MIN_SCALE)
     if scale_form == "pow2":
-        scale = jnp.where(jnp.isnan(scale), scale, snap_to_pow2(scale))  # the bits of a NaN would snap to -0.0
+        scale = xp.where(xp.isnan(scale), scale, snap_to_pow2(scale))  # the bits of a NaN would snap to -0.0
     return scale
 
 
@@ -37,12 +44,17 @@ def flip(gradient: Array, raw: Array) -> Array:
 
 def scale_itself(scale: Array, spec: QuantSpec) -> Array:
     """`Quantizer.init` where the parameter is the scale."""
-    return jnp.asarray(scale, jnp.float32)
+    return array_namespace(scale).asarray(scale, np.float32)
 
 
 def legal_scale(parameter: Array, spec: QuantSpec) -> Array:
     """`Quantizer.scale` where the parameter is the scale: max(|parameter|, 2^-23), snapped up for pow2."""
-    return legal(jnp.asarray(parameter, jnp.float32), spec.scale_form)
+    return legal_real(array_namespace(parameter).asarray(parameter, np.float32), spec.scale_form)
+
+
+def legal_real(raw: Array, scale_form: str) -> Array:
+    """`legal`, in the array namespace of its operand: numpy has no derivatives."""
+    return _legal(raw, scale_form) if array_namespace(raw) is np else legal(raw, scale_form)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,7 +81,7 @@ def fit(x: Array, parameter: Array) -> tuple[Array, Array]:
 
 def halves(parameter: Array, meaning: str, maker: str) -> tuple[Array, Array]:
     """The two arrays that a parameter [2, ...] holds."""
-    parameter = jnp.asarray(parameter, jnp.float32)
+    parameter = array_namespace(parameter).asarray(parameter, np.float32)
     if parameter.ndim == 0 or parameter.shape[0] != 2:
         raise InputError(
             f"the parameter is {list(parameter.shape)}, and should be [2, ...], {meaning}; make it with {maker}"
@@ -82,7 +94,7 @@ def on_grid(x: Array, scale: Array, spec: QuantSpec) -> Array:
 
     A single pass over memory once XLA has fused it, as long as no one else needs the quotient.
     """
-    level = jnp.clip(round_ties(divide(x, scale), spec.rounding), *map(float, spec.range))
+    level = jnp.clip(round_real(divide(x, scale), spec.rounding), *map(float, spec.range))
     return jnp.where(level == 0, 0.0, level) * scale  # no -0.0, which is no integer
 
 
@@ -179,6 +191,9 @@ def sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
     return gradient.sum(axes).reshape(shape)
 
 
-def twin_of(quantizer: Quantizer, apply: Callable[[Array, Array, QuantSpec], Array]) -> Quantizer:
-    """The same quantizer on the core that can be differentiated in both directions."""
-    return replace(quantizer, apply=apply, name=f"{quantizer.name}_forward_mode")
+def with_twin(quantizer: Quantizer, apply: Callable[[Array, Array, QuantSpec], Array]) -> Quantizer:
+    """The quantizer, with its twin on the core that can be differentiated in both directions."""
+    quantizer = replace(quantizer, any_order=True)
+    return replace(
+        quantizer, twin=replace(quantizer, apply=apply, name=f"{quantizer.name}_forward_mode", both_ways=True)
+    )

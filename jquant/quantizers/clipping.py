@@ -3,9 +3,11 @@
 from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 
+from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.rounding import divide
-from jquant.quantizers.base import Core, Slopes, differentiable, fit, flip, legal, on_grid, twin_of
+from jquant.quantizers.base import Core, Slopes, differentiable, fit, flip, legal_real, on_grid, with_twin
 from jquant.types import MIN_SCALE, Array, Quantizer, QuantSpec
 
 
@@ -17,13 +19,13 @@ def _steps(spec: QuantSpec) -> float:
 
 def _init(scale: Array, spec: QuantSpec) -> Array:
     """The threshold alpha = scale * steps, in real."""
-    return jnp.asarray(scale, jnp.float32) * _steps(spec)
+    return array_namespace(scale).asarray(scale, np.float32) * _steps(spec)
 
 
 def _scale(alpha: Array, spec: QuantSpec) -> Array:
     """alpha / steps, made legal: `scale(init(s)) == s` exactly for signed dtypes, to one rounding for unsigned ones."""
-    alpha = jnp.asarray(alpha, jnp.float32)
-    return legal(divide(alpha, jnp.float32(_steps(spec))), spec.scale_form)
+    alpha = array_namespace(alpha).asarray(alpha, np.float32)
+    return legal_real(divide(alpha, real(_steps(spec))), spec.scale_form)
 
 
 def _slopes(x: Array, leaves: tuple[Array, ...], spec: QuantSpec) -> Slopes:
@@ -76,5 +78,7 @@ def _apply_pact(x: Array, alpha: Array, spec: QuantSpec, core: Core = _reverse) 
     return core(x, (alpha,), spec)
 
 
-pact = Quantizer(apply=_apply_pact, init=_init, scale=_scale, name="pact")
-pact_twin = twin_of(pact, partial(_apply_pact, core=_both))
+pact = with_twin(
+    Quantizer(apply=_apply_pact, init=_init, scale=_scale, name="pact", to_nearest=True),
+    partial(_apply_pact, core=_both),
+)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.numerics.rounding import dequantize, divide
-from jquant.quantizers.base import Core, Slopes, differentiable, fit, halves, legal_scale, twin_of
+from jquant.quantizers.base import Core, Slopes, differentiable, fit, halves, legal_scale, with_twin
 from jquant.types import Array, InputError, Quantizer, QuantSpec
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # gamma and zeta: a sigmoid stretched beyond [0, 1] reaches both ends
@@ -122,5 +122,6 @@ def _scale(parameter: Array, spec: QuantSpec) -> Array:
     return legal_scale(_scale_and_v(parameter)[0], spec)
 
 
-adaround = Quantizer(apply=_apply_adaround, init=_init, scale=_scale, name="adaround")
-adaround_twin = twin_of(adaround, partial(_apply_adaround, core=_both))
+adaround = with_twin(
+    Quantizer(apply=_apply_adaround, init=_init, scale=_scale, name="adaround"), partial(_apply_adaround, core=_both)
+)

@@ -4,8 +4,10 @@ import math
 from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 
-from jquant.numerics.rounding import divide, round_ties
+from jquant.numerics.namespace import array_namespace
+from jquant.numerics.rounding import divide, round_real
 from jquant.quantizers.base import (
     Core,
     Slopes,
@@ -15,7 +17,7 @@ from jquant.quantizers.base import (
     legal_scale,
     on_grid,
     scale_itself,
-    twin_of,
+    with_twin,
 )
 from jquant.types import Array, Quantizer, QuantSpec
 
@@ -23,7 +25,7 @@ from jquant.types import Array, Quantizer, QuantSpec
 def _step_slope(ratio: Array, spec: QuantSpec) -> tuple[Array, Array]:
     """Where v = x / scale is inside qmin < v < qmax, and the slope of the scale at each element, in LSB."""
     low, high = map(float, spec.range)
-    slope = jnp.where(ratio <= low, low, jnp.where(ratio >= high, high, round_ties(ratio, spec.rounding) - ratio))
+    slope = jnp.where(ratio <= low, low, jnp.where(ratio >= high, high, round_real(ratio, spec.rounding) - ratio))
     return (ratio > low) & (ratio < high), slope
 
 
@@ -83,8 +85,10 @@ def _apply_lsq(x: Array, scale: Array, spec: QuantSpec, core: Core = _reverse) -
     return core(x, (legal_scale(scale, spec),), spec)
 
 
-lsq = Quantizer(apply=_apply_lsq, init=scale_itself, scale=legal_scale, name="lsq")
-lsq_twin = twin_of(lsq, partial(_apply_lsq, core=_both))
+lsq = with_twin(
+    Quantizer(apply=_apply_lsq, init=scale_itself, scale=legal_scale, name="lsq", to_nearest=True),
+    partial(_apply_lsq, core=_both),
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LSQ+
@@ -147,13 +151,16 @@ def _apply_lsq_plus(x: Array, parameter: Array, spec: QuantSpec, core: Core = _p
 
 def _plus_init(scale: Array, spec: QuantSpec) -> Array:
     """[2, ...]: the scale, and an offset of 0."""
-    scale = jnp.asarray(scale, jnp.float32)
-    return jnp.stack([scale, jnp.zeros_like(scale)])
+    xp = array_namespace(scale)
+    scale = xp.asarray(scale, np.float32)
+    return xp.stack([scale, xp.zeros_like(scale)])
 
 
 def _plus_scale(parameter: Array, spec: QuantSpec) -> Array:
     return legal_scale(_scale_and_offset(parameter)[0], spec)
 
 
-lsq_plus = Quantizer(apply=_apply_lsq_plus, init=_plus_init, scale=_plus_scale, name="lsq_plus")
-lsq_plus_twin = twin_of(lsq_plus, partial(_apply_lsq_plus, core=_plus_both))
+lsq_plus = with_twin(
+    Quantizer(apply=_apply_lsq_plus, init=_plus_init, scale=_plus_scale, name="lsq_plus", has_offset=True),
+    partial(_apply_lsq_plus, core=_plus_both),
+)

@@ -5,8 +5,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jquant.numerics.namespace import array_namespace
 from jquant.numerics.rounding import to_float16
-from jquant.quantizers.base import Core, Slopes, differentiable, fit, legal_scale, on_grid, scale_itself, twin_of
+from jquant.quantizers.base import Core, Slopes, differentiable, fit, legal_scale, on_grid, scale_itself, with_twin
 from jquant.types import Array, Quantizer, QuantSpec
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,8 +53,17 @@ def _apply_fake_quant(x: Array, scale: Array, spec: QuantSpec, core: Core = _rev
     return core(x, (jax.lax.stop_gradient(legal_scale(scale, spec)),), spec)
 
 
-fake_quant = Quantizer(apply=_apply_fake_quant, init=scale_itself, scale=legal_scale, name="fake_quant")
-fake_quant_twin = twin_of(fake_quant, partial(_apply_fake_quant, core=_both))
+fake_quant = with_twin(
+    Quantizer(
+        apply=_apply_fake_quant,
+        init=scale_itself,
+        scale=legal_scale,
+        name="fake_quant",
+        trains_scale=False,
+        to_nearest=True,
+    ),
+    partial(_apply_fake_quant, core=_both),
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # float16
@@ -74,10 +84,13 @@ def _apply_float16(x: Array, parameter: Array, spec: QuantSpec, core: Core = _ca
     return core(jnp.asarray(x, jnp.float32), (), spec)
 
 
-float16_cast = Quantizer(
-    apply=_apply_float16,
-    init=lambda scale, spec: jnp.ones_like(scale),
-    scale=lambda parameter, spec: jnp.ones_like(parameter),
-    name="float16_cast",
+float16_cast = with_twin(
+    Quantizer(
+        apply=_apply_float16,
+        init=lambda scale, spec: array_namespace(scale).ones_like(scale),
+        scale=lambda parameter, spec: array_namespace(parameter).ones_like(parameter),
+        name="float16_cast",
+        trains_scale=False,
+    ),
+    partial(_apply_float16, core=_cast_both),
 )
-float16_twin = twin_of(float16_cast, partial(_apply_float16, core=_cast_both))

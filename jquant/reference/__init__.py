@@ -8,11 +8,12 @@ standard library, and finds the rule of an operator by its class name.
 """
 
 from jquant.reference.arithmetic import dequantize, quantize, rescale, rescale_unsaturated, round_shift, saturate
-from jquant.reference.interpreter import RULES, run
+from jquant.reference.interpreter import RULES, rule_of, run
 from jquant.reference.lowering import add_constants, bias_constant, observer_scale, rescale_constants, sumin_constants
 
 __all__ = [
     "RULES",
+    "rule_of",
     "add_constants",
     "bias_constant",
     "dequantize",

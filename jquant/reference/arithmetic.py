@@ -4,6 +4,10 @@ Integers are numpy int64, in which nothing here can overflow: an accumulator has
 a 32-bit bias, so it stays below 2^39, and a mantissa adds 15 bits.
 """
 
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
 import numpy as np
 
 from jquant.types import InputError, Target, integer_range
@@ -15,8 +19,24 @@ def saturate(v, dtype: str) -> np.ndarray:
     return np.clip(np.asarray(v, np.int64), low, high)
 
 
-def round_shift(v, shift, rounding: str = "half_up") -> np.ndarray:
-    """v / 2^shift as an integer, 0 <= shift <= 62: `half_up` (the specification's `rsh`), `half_even` or `floor`."""
+ROUNDED: dict[str, Callable[[Fraction], int]] = {
+    "half_up": lambda v: math.floor(v + Fraction(1, 2)),
+    "half_even": round,  # Python rounds a Fraction half to even
+    "half_away": lambda v: math.floor(v + Fraction(1, 2)) if v >= 0 else math.ceil(v - Fraction(1, 2)),
+    "floor": math.floor,
+    "toward_zero": math.trunc,
+}
+
+
+def rounded(value: Fraction, rounding: str) -> int:
+    """An exact number as an integer."""
+    if rounding not in ROUNDED:
+        raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDED)}")
+    return ROUNDED[rounding](Fraction(value))
+
+
+def round_shift(v, shift, rounding: str) -> np.ndarray:
+    """v / 2^shift as an integer, 0 <= shift <= 62, by a rounding of `ROUNDED`; `half_up` is `rsh`."""
     v, shift = np.asarray(v, np.int64), np.asarray(shift, np.int64)
     floor = v >> shift
     remainder = v - (floor << shift)  # 0 <= remainder < 2^shift
@@ -29,30 +49,35 @@ def round_shift(v, shift, rounding: str = "half_up") -> np.ndarray:
             return floor + (above_half | exactly_half)
         case "half_even":
             return floor + (above_half | (exactly_half & (floor % 2 == 1)))
-    raise ValueError(f"unknown rounding {rounding!r}; known: floor, half_up, half_even")
+        case "half_away":
+            return floor + (above_half | (exactly_half & (v >= 0)))
+        case "toward_zero":
+            return floor + ((v < 0) & (remainder > 0))
+    raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDED)}")
 
 
 def rescale_unsaturated(v, mantissa, pre, post, target: Target, *, average: bool = False) -> np.ndarray:
-    """Section 3 without the last clamp, for operators that sum rescaled terms. Always fits in int32.
+    """Section 3 without the last clamp, for operators that sum rescaled terms. Saturates at int32.
 
     v: accumulator, any shape; mantissa, pre, post: broadcastable against it. `average`: v is a pooling window's sum.
-    The high-precision form may leave int32, where it saturates.
     """
+    form = target.rescale
     v, mantissa = np.asarray(v, np.int64), np.asarray(mantissa, np.int64)
     pre, post = np.asarray(pre, np.int64), np.asarray(post, np.int64)
-    if target.high_precision_rescale:
-        return saturate(round_shift(v * mantissa, pre + post, target.post_rounding), "int32")
-    pre_rounding = target.average_pre_rounding if average else target.pre_rounding
-    shifted = saturate(round_shift(v, pre, pre_rounding), "int16")
-    return round_shift(shifted * mantissa, post, target.post_rounding)
+    if form.high_precision:
+        return saturate(round_shift(v * mantissa, pre + post, form.post_rounding), "int32")
+    limit = 2 ** (form.inner_bits - 1)
+    pre_rounding = form.average_pre_rounding if average else form.pre_rounding
+    shifted = np.clip(round_shift(v, pre, pre_rounding), -limit, limit - 1)
+    return saturate(round_shift(shifted * mantissa, post, form.post_rounding), "int32")
 
 
 def rescale(v, mantissa, pre, post, dtype: str, target: Target, average: bool = False) -> np.ndarray:
-    """Section 3: y = sat_B( rsh( sat_16( v >> pre ) * mantissa , post ) ), with the roundings of `target`."""
+    """Section 3: y = sat_B( rsh( sat_inner( v >> pre ) * mantissa , post ) ), with the roundings of `target`."""
     return saturate(rescale_unsaturated(v, mantissa, pre, post, target, average=average), dtype)
 
 
-def quantize(x, scale, dtype: str, rounding: str = "half_even") -> np.ndarray:
+def quantize(x, scale, dtype: str, rounding: str) -> np.ndarray:
     """Section 2: sat(round(x / scale)), the division in float32. x: real; scale: real per LSB, broadcastable."""
     with np.errstate(over="ignore"):  # a quotient beyond float32 is infinite, and saturates
         v = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
@@ -61,12 +86,18 @@ def quantize(x, scale, dtype: str, rounding: str = "half_even") -> np.ndarray:
     exact = v.astype(np.float64)  # so that v + 1/2 is not rounded up to the next integer
     match rounding:
         case "half_even":
-            rounded = np.rint(exact)
+            integers = np.rint(exact)
         case "half_up":
-            rounded = np.floor(exact + 0.5)
+            integers = np.floor(exact + 0.5)
+        case "half_away":
+            integers = np.where(exact < 0, np.ceil(exact - 0.5), np.floor(exact + 0.5))
+        case "floor":
+            integers = np.floor(exact)
+        case "toward_zero":
+            integers = np.trunc(exact)
         case _:
-            raise ValueError(f"unknown rounding {rounding!r}; known: half_even, half_up")
-    return np.clip(rounded, *integer_range(dtype)).astype(np.int64)
+            raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDED)}")
+    return np.clip(integers, *integer_range(dtype)).astype(np.int64)
 
 
 def dequantize(q, scale) -> np.ndarray:

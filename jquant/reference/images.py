@@ -3,14 +3,13 @@
 `yuv444` and the functions after it take and give int64; the rules below them are the operators.
 """
 
-import math
 from fractions import Fraction
 
 import numpy as np
 
-from jquant.reference.arithmetic import round_shift
+from jquant.reference.arithmetic import round_shift, rounded
 from jquant.reference.call import Call
-from jquant.types import GraphError
+from jquant.types import GraphError, ResizeFormat
 
 STUDIO = (np.array([[66, 129, 25], [-38, -74, 112], [112, -94, -18]]), np.array([16, 128, 128]))
 FULL = (np.array([[77, 150, 29], [-43, -84, 127], [127, -106, -21]]), np.array([0, 128, 128]))
@@ -97,25 +96,26 @@ def resized_crop(call: Call, plane: np.ndarray, rows, columns, size, pad: int) -
 
 
 def interpolated(call: Call, crop: np.ndarray, size) -> np.ndarray:
-    bits = call.target.resample_fraction_bits
-    axes = [coordinates(n, out, call.op.interpolation) for n, out in zip(crop.shape[:2], size, strict=True)]
+    form = call.target.resize
+    places, bits = form.step_bits, form.weight_bits
+    axes = [coordinates(n, out, call.op.interpolation, form) for n, out in zip(crop.shape[:2], size, strict=True)]
     if call.op.interpolation == "nearest":
-        return crop[np.ix_(axes[0] >> 16, axes[1] >> 16)]
+        return crop[np.ix_(axes[0] >> places, axes[1] >> places)]
     total = 0
     for down in (0, 1):
         for right in (0, 1):
             index, weights = [], []
             for at, step, n in zip(axes, (down, right), crop.shape[:2], strict=True):
-                fraction = (at % 2**16) // 2 ** (16 - bits)
-                index.append(np.minimum(at // 2**16 + step, n - 1))
+                fraction = round_shift(at % 2**places, places - bits, form.weight_rounding)
+                index.append(np.minimum(at // 2**places + step, n - 1))
                 weights.append(fraction if step else 2**bits - fraction)
             total = total + crop[np.ix_(*index)] * np.multiply.outer(*weights)[..., None]
-    return round_shift(total, 2 * bits)
+    return np.clip(round_shift(total, 2 * bits, form.rounding), 0, 255)
 
 
-def coordinates(n: int, out: int, interpolation: str) -> np.ndarray:
-    """Positions on a crop of n pixels, in 16 fraction bits, clamped to it: half-pixel centres, or starts (nearest)."""
-    step = Fraction(n, out)
-    offset = Fraction(out + 1, 2**17) if interpolation == "nearest" else step / 2 - Fraction(1, 2)
-    step_fixed, offset_fixed = (math.floor(v * 2**16 + Fraction(1, 2)) for v in (step, offset))
-    return np.clip(np.arange(out) * step_fixed + offset_fixed, 0, (n - 1) * 2**16)
+def coordinates(n: int, out: int, interpolation: str, form: ResizeFormat) -> np.ndarray:
+    """Positions on a crop of n pixels, in fraction bits, clamped to it: half-pixel centres, or starts (nearest)."""
+    step, one = Fraction(n, out), 2**form.step_bits
+    offset = Fraction(out + 1, 2 * one) if interpolation == "nearest" else step / 2 - Fraction(1, 2)
+    step_fixed, offset_fixed = (rounded(v * one, form.step_rounding) for v in (step, offset))
+    return np.clip(np.arange(out) * step_fixed + offset_fixed, 0, (n - 1) * one)

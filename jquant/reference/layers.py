@@ -59,7 +59,7 @@ def post_process(call: Call, acc: np.ndarray, addend: np.ndarray | None) -> np.n
     c = call.constants
     acc = acc + c["bias"]
     if addend is not None:
-        acc = acc + round_shift(addend * c["sumin_scale"], c["sumin_rshift"])
+        acc = acc + round_shift(addend * c["sumin_scale"], c["sumin_rshift"], call.target.addend.rounding)
     y = saturate(acc, "int32") if call.format.output == "int32" else call.rescaled(acc)
     match call.op.activation:
         case "none":
@@ -122,6 +122,8 @@ def matmul(call: Call) -> np.ndarray:
 def embedding(call: Call) -> np.ndarray:
     """Rows of the table, which is on the grid of the output. weight [rows, dim]."""
     (index,), table = call.operands, call.constants["weight"]
+    if call.op.from_end:
+        index = np.where(index < 0, index + len(table), index)
     if index.size and (index.min() < 0 or index.max() >= len(table)):
         raise GraphError(f"indices [{index.min()}, {index.max()}] leave the {len(table)} rows of the table")
     return table[index]

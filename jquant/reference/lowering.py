@@ -4,66 +4,82 @@ A float32 scale is a rational number: `Fraction(float(scale))` is its exact valu
 where the specification rounds.
 """
 
-import math
 from fractions import Fraction
 
 import numpy as np
 
-from jquant.types import integer_range
+from jquant.reference.arithmetic import quantize, rounded
+from jquant.types import Target, integer_range
 
 
-def floor_half_up(value: Fraction) -> int:
-    """floor(value + 1/2)."""
-    return math.floor(value + Fraction(1, 2))
-
-
-def rescale_constants(ratio: Fraction, bits: int, narrow: bool) -> tuple[int, int, int]:
+def rescale_constants(ratio: Fraction, bits: int, narrow: bool, target: Target) -> tuple[int, int, int]:
     """Section 3: (mantissa, pre, post) for ratio = s_in / s_out and an output of `bits` bits.
 
     `narrow`: the input is int8 or int16, which needs no pre-shift. A ratio of 0 gives a mantissa of 0.
     """
-    m, e = max(Fraction(-32768), min(Fraction(32767), Fraction(ratio))), 0
-    while abs(m) >= 1:
+    form = target.rescale
+    m, e = min(Fraction(2**form.ratio_bits - 1), Fraction(ratio)), 0
+    while m >= 1:
         m, e = m / 2, e + 1
-    while 0 < abs(m) < Fraction(1, 2):
+    while 0 < m < Fraction(1, 2):
         m, e = m * 2, e - 1
-    mantissa = min(floor_half_up(m * 2**15), 32767)
-    total = 15 - e
-    max_post = 29 - (bits - 1)
-    pre = 0 if narrow else min(max(total - max_post, 0), 31)
-    post = min(max(total - pre, 0), 31)
+    mantissa = rounded(m * 2**form.mantissa_bits, form.mantissa_rounding)
+    if mantissa == 2**form.mantissa_bits:
+        if form.mantissa_overflow == "renormalize":
+            mantissa, e = mantissa // 2, e + 1
+        else:
+            mantissa -= 1
+    total = form.mantissa_bits - e
+    before = {8: form.post_shift_int8, 16: form.post_shift_int16}[bits]
+    pre = 0 if narrow else min(max(total - before, 0), form.max_pre_shift)
+    post = min(max(total - pre, 0), form.max_post_shift)
     return mantissa, pre, post
 
 
-def sumin_constants(ratio: Fraction) -> tuple[int, int]:
+def sumin_constants(ratio: Fraction, target: Target) -> tuple[int, int]:
     """Section 4: (sumin_scale, sumin_rshift) for ratio = s_e / (s_x * s_w[c]).
 
-    The largest shift in [0, 31] that keeps the scale in int16; where none does, the scale saturates.
+    The largest shift that keeps the scale below 2^multiplier_bits; where none does, the scale saturates.
     """
-    for shift in range(31, -1, -1):
-        if (scale := floor_half_up(Fraction(ratio) * 2**shift)) <= 32767:
+    form = target.addend
+    for shift in range(form.max_shift, -1, -1):
+        if (scale := rounded(Fraction(ratio) * 2**shift, form.multiplier_rounding)) < 2**form.multiplier_bits:
             return scale, shift
-    return 32767, 0
+    return 2**form.multiplier_bits - 1, 0
 
 
-def add_constants(s_a: Fraction, s_b: Fraction, max_shift: int) -> tuple[int, int]:
+def add_constants(s_a: Fraction, s_b: Fraction, bits: int, target: Target) -> tuple[int, int]:
     """Section 5: (sh, coefficient) of a + b where s_a >= s_b: acc = (a << sh) + b * coefficient, in units s_a / 2^sh.
 
-    `max_shift`: 23 for int8 operands, 15 for int16.
+    `bits`: 8 where both operands are int8, else 16.
     """
+    form = target.addition
     s_a, s_b = Fraction(s_a), Fraction(s_b)
     if not s_a >= s_b > 0:
         raise ValueError(f"the first scale must be the larger one, and both positive; got {float(s_a)}, {float(s_b)}")
+    most, largest = {8: form.max_shift_int8, 16: form.max_shift_int16}[bits], 2**form.multiplier_bits - 1
     shift = 0
-    while shift < max_shift and 2 ** (shift + 1) <= 32767 * s_a / s_b:  # shift <= log2(32767 * s_a / s_b)
+    while shift < most and 2 ** (shift + 1) <= largest * s_a / s_b:  # shift <= log2(largest * s_a / s_b)
         shift += 1
-    return shift, floor_half_up(s_b * 2**shift / s_a)
+    return shift, min(rounded(s_b * 2**shift / s_a, form.multiplier_rounding), largest)
 
 
-def bias_constant(bias: Fraction, scale: Fraction) -> int:
-    """Section 4: sat_32(rhe(bias / scale)) with scale = s_x * s_w[c]. Python rounds a Fraction half to even."""
+def bias_constant(bias: Fraction, scale: Fraction, target: Target) -> int:
+    """Section 4: sat_32(round(bias / scale)) with scale = s_x * s_w[c]."""
     low, high = integer_range("int32")
-    return max(low, min(high, round(Fraction(bias) / Fraction(scale))))
+    return max(low, min(high, rounded(Fraction(bias) / Fraction(scale), target.bias_rounding)))
+
+
+def number_constant(value: float, scale, dtype: str, target: Target) -> int:
+    """Section 5: a number that enters integers (a fill, a bound, the modulus of a remainder), in LSB."""
+    return int(quantize(value, scale, dtype, target.number_rounding))
+
+
+def slope_constants(weight, target: Target) -> tuple[np.ndarray, np.float32]:
+    """Section 5: the slope of PReLU in LSB, and its scale, which holds the largest of them."""
+    largest = float(np.abs(weight).max())
+    scale = observer_scale(-largest, largest, target.slope_dtype)
+    return quantize(weight, scale, target.slope_dtype, target.quantize_rounding), scale
 
 
 def observer_scale(minimum: float, maximum: float, dtype: str) -> np.float32:

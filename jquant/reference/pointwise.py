@@ -2,16 +2,21 @@
 
 import numpy as np
 
-from jquant.reference.arithmetic import rescale_unsaturated, saturate
+from jquant.reference.arithmetic import dequantize, rescale_unsaturated, saturate
 from jquant.reference.call import Call, channels_back, channels_to_last
 from jquant.types import EXACT_DTYPES
+
+
+def wrapped(exact: np.ndarray) -> np.ndarray:
+    """Exact values modulo 2^32, as int32: their sums and products wrap."""
+    return (exact + 2**31) % 2**32 - 2**31
 
 
 def add(call: Call) -> np.ndarray:
     """acc = a * multiplier[0] + b * multiplier[1]; the multiplier of the operand with the larger scale is 2^sh."""
     a, b = call.operands
     if not call.constants:  # exact values
-        return a + b
+        return wrapped(a + b)
     multiplier_a, multiplier_b = call.constants["multiplier"]
     return call.rescaled(a * multiplier_a + b * multiplier_b)
 
@@ -19,13 +24,13 @@ def add(call: Call) -> np.ndarray:
 def sub(call: Call) -> np.ndarray:
     """As `add`, with the multiplier of b negative."""
     a, b = call.operands
-    return add(call) if call.constants else a - b
+    return add(call) if call.constants else wrapped(a - b)
 
 
 def mul(call: Call) -> np.ndarray:
     """The product, rescaled from s_a * s_b."""
     a, b = call.operands
-    return call.rescaled(a * b) if call.constants else a * b
+    return call.rescaled(a * b) if call.constants else wrapped(a * b)
 
 
 def neg(call: Call) -> np.ndarray:
@@ -87,6 +92,12 @@ def prelu(call: Call) -> np.ndarray:
     row = c["negative_mantissa"], c["negative_pre"], c["negative_post"]
     negative = rescale_unsaturated(c["slope"] * np.minimum(x, 0), *row, call.target)
     return channels_back(saturate(positive + negative, call.format.output), call.op.channels_last)
+
+
+def dequantized(call: Call) -> np.ndarray:
+    """Section 2, float32: the constant is the scale of the operand."""
+    (x,) = call.operands
+    return dequantize(x, call.constants["scale"])
 
 
 def identity(call: Call) -> np.ndarray:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jquant.plan_file import find_mismatch, plan_from_json, plan_to_json
-from jquant.qat import TrainState
-from jquant.types import FormatError, Plan
+from jquant.graph.sealed import refusing
+from jquant.plan.files import find_mismatch, plan_from_json, plan_to_json
+from jquant.training.state import TrainState
+from jquant.types import FormatError, Model, Observer, Plan, Quantizer
 
 VERSION = 1
 KEY = "PRNG key"
@@ -95,7 +96,11 @@ class Checkpoints:
         where = f"checkpoint {step} in {self.directory}"
         if not isinstance(meta, dict) or meta.get("jquant") != VERSION:
             raise FormatError(f"{where} is not one of this release")
-        if mismatch := find_mismatch(plan_from_json(meta["plan"]), self.plan):
+        if missing := {"position", "plan", "leaves", "key"} - meta.keys():
+            raise FormatError(f"{where} lacks {', '.join(sorted(missing))}")
+        with refusing(where):
+            saved_plan = plan_from_json(meta["plan"], own=_values_of(self.plan))
+        if mismatch := find_mismatch(saved_plan, self.plan):
             raise FormatError(f"{where} belongs to another plan: {mismatch}")
         wanted = {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in _leaves(state, None).items()}
         saved = {path: shape for path, shape in meta["leaves"].items() if path != KEY}
@@ -107,17 +112,23 @@ class Checkpoints:
             )
 
 
-def open_checkpoints(directory: str | os.PathLike[str], plan: Plan, *, max_to_keep: int | None = 3) -> Checkpoints:
+def _values_of(plan: Plan) -> set[Quantizer | Observer]:
+    """The quantizers and observers of a plan."""
+    specs = [spec for spec in (*plan.values.values(), *plan.weights.values()) if spec is not None]
+    return {value for spec in specs for value in (spec.quantizer, spec.observer) if value is not None}
+
+
+def open_checkpoints(directory: str | os.PathLike[str], model: Model, *, max_to_keep: int | None = 3) -> Checkpoints:
     """Opens a folder of checkpoints, and makes it if needed.
 
     Args:
       directory: one run each.
-      plan: what is trained; it is recorded, march and formats included.
+      model: what is trained; its plan is recorded, march and formats included.
       max_to_keep: older ones are removed; None keeps all.
 
     Example:
-      checkpoints = jq.training.open_checkpoints("run", plan)
-      state, start = TrainState.create(plan, params, qparams, tx=tx), 0
+      checkpoints = jq.training.open_checkpoints("run", model)
+      state, start = TrainState.create(model, tx=tx), 0
       if found := checkpoints.restore(state):
           state, start, key = found.state, found.position["batch"], found.key
     """
@@ -125,7 +136,7 @@ def open_checkpoints(directory: str | os.PathLike[str], plan: Plan, *, max_to_ke
 
     path = Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, enable_async_checkpointing=False)
-    return Checkpoints(path, plan, ocp.CheckpointManager(path, options=options))
+    return Checkpoints(path, model.plan, ocp.CheckpointManager(path, options=options))
 
 
 def _leaves(state: TrainState, key: jax.Array | None) -> dict[str, jax.Array]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jquant.qat import TrainState
+from jquant.training.state import TrainState
 from jquant.types import JQuantError
 
 Step = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch) -> (state, loss or metrics)
@@ -39,8 +39,8 @@ def check_zero_learning_rate(
       TrainingError: what moved first: a parameter (weight decay or a label without rate 0), or batch statistics.
 
     Example:
-      tx = optax.multi_transform({"weight": optax.sgd(0.0), "scale": optax.sgd(0.0)}, jq.labels(plan))
-      state = jq.TrainState.create(plan, params, qparams, tx=tx)
+      tx = optax.multi_transform({"weight": optax.sgd(0.0), "scale": optax.sgd(0.0)}, jq.labels(model))
+      state = jq.TrainState.create(model, tx=tx)
       jq.training.check_zero_learning_rate(step, state, batches[:3], evaluate=accuracy)
     """
     before, first = jax.device_get(evaluate(state)), state
@@ -48,7 +48,7 @@ def check_zero_learning_rate(
         state, _ = step(state, batch)
     for part, hint in (
         ("trainable", "something other than the learning rate moves it, such as weight decay after it"),
-        ("batch_stats", "live batch norm follows the batches: jq.set_batch_statistics(plan, 'running') for this check"),
+        ("batch_stats", "live batch norm follows the batches: use jq.training.set_batch_statistics(model, 'running')"),
     ):
         if name := first_difference(getattr(first, part), getattr(state, part)):
             raise TrainingError(f"a learning rate of 0 moved {part}{name}: {hint}")
@@ -101,7 +101,7 @@ def check_initial_loss(qat: float, *, float_loss: float, factor: float = 1.5, ma
     if qat > limit:
         raise TrainingError(
             f"the first QAT loss is {qat:.4g}, that of the float model {float_loss:.4g}: above {limit:.4g}. Calibrate "
-            "again, or find the layer with jq.analysis.compare(plan, params, qparams, x, 'float', 'qat')"
+            "again, or find the layer with jq.analysis.compare(model, x, 'float', 'fake_quant')"
         )
 
 

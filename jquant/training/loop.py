@@ -5,16 +5,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jquant.apply import Mode
-from jquant.qat import Trainable, TrainState, apply_train
+from jquant.graph.evaluate import host_array
+from jquant.meanings.meaning import Mode
 from jquant.text import did_you_mean
-from jquant.types import Array, InputError, Plan
+from jquant.training.state import TrainState, apply_train
+from jquant.training.switching import Switches
+from jquant.types import Array, InputError, Model
 
 Loss = Callable[[Any, Any], Any]  # (outputs, batch) -> scalar, or (scalar, {metric: scalar})
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
@@ -26,17 +28,19 @@ def first_of(batch: Any) -> tuple[Array, ...]:
 
 
 def make_step(
-    plan: Plan,
     loss: Loss,
     *,
     inputs: Callable[[Any], tuple[Array, ...]] = first_of,
-    mode: Mode = "qat",
+    mode: Mode = "fake_quant",
     slices: int = 1,
     mesh: Mesh | None = None,
     axis: str = "data",
     donate: bool = True,
 ) -> Step:
-    """The jitted step of training, `step(state, batch, key=None) -> (state, metrics)`.
+    """The jitted step of training, `step(state, batch, key=None, switches=None) -> (state, metrics)`.
+
+    `switches` (`jq.training.switches`) say what is quantized and observed in which step; they are traced, and of a mesh
+    or of slices the observed scales are averaged.
 
     A batch is cut into `slices`, whose gradients are averaged in a fixed order: gradient accumulation on one device,
     data parallelism on a mesh. The slices decide what is computed, not the devices: the same slices give the same sum
@@ -48,7 +52,7 @@ def make_step(
     With `slices=1` and a batch that is sharded already, XLA divides the work and reduces in an order of its own.
 
     Args:
-      plan, mode: as for `jq.apply_train`.
+      mode: as for `jq.apply_train`.
       loss: `(outputs, batch) -> scalar`, or a pair of it and {metric: scalar}; a mean over the batch.
       inputs: what of a batch goes into the graph.
       slices: the batch size must be a multiple, and this one of the number of devices.
@@ -63,7 +67,7 @@ def make_step(
       InputError: slices that do not fit the mesh; from the step, a batch that does not fit the slices.
 
     Example:
-      step = jq.training.make_step(plan, loss, slices=8, mesh=jax.make_mesh((8,), ("data",)))
+      step = jq.training.make_step(loss, slices=8, mesh=jax.make_mesh((8,), ("data",)))
       state, metrics = step(state, (images, labels), key)
     """
     if slices < 1:
@@ -75,16 +79,16 @@ def make_step(
         if slices % mesh.shape[axis]:
             raise InputError(f"{slices} slices cannot be spread over {mesh.shape[axis]} devices; take a multiple")
 
-    def one(trainable: Trainable, batch_stats: dict, batch: Any, key: Array | None) -> tuple[Any, ...]:
-        def objective(trainable: Trainable) -> tuple[Array, tuple[dict, dict]]:
+    def one(trainable: Model, context: Context, batch: Any, key: Array | None) -> tuple[Any, ...]:
+        def objective(trainable: Model) -> tuple[Array, tuple[Any, dict]]:
             y, moved = apply_train(
-                plan,
-                trainable.params,
-                trainable.qparams,
+                trainable,
                 *inputs(batch),
-                batch_stats=batch_stats,
+                batch_stats=context.batch_stats,
                 rngs=key,
                 mode=mode,
+                switches=context.switches,
+                step=context.step,
             )
             value, metrics = _with_metrics(loss(y, batch))
             return value, (moved, metrics)
@@ -92,15 +96,26 @@ def make_step(
         (value, (moved, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
         return grads, moved, {"loss": value, **metrics}
 
-    def step(state: TrainState, batch: Any, key: Array | None = None) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, batch: Any, key: Array | None = None, switches: Switches | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        context = Context(state.batch_stats, switches, state.step)
         if slices == 1 and mesh is None:
-            grads, moved, metrics = one(state.trainable, state.batch_stats, batch, key)
+            grads, moved, metrics = one(state.trainable, context, batch, key)
         else:
-            found = _sliced(one, state, _cut(batch, slices), key, slices, mesh, axis)
+            found = _sliced(one, state.trainable, context, _cut(batch, slices), key, slices, mesh, axis)
             grads, moved, metrics = jax.tree.map(partial(_ordered_mean, slices), found)
         return state.update(grads, moved), metrics
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+class Context(NamedTuple):
+    """What a step reads beside what it trains."""
+
+    batch_stats: dict[str, Array]
+    switches: Switches | None
+    step: Array
 
 
 def _with_metrics(found: Any) -> tuple[Array, dict[str, Array]]:
@@ -119,27 +134,34 @@ def _cut(batch: Any, slices: int) -> Any:
 
 
 def _sliced(
-    one: Callable[..., Any], state: TrainState, batch: Any, key: Array | None, slices: int, mesh: Mesh | None, axis: str
+    one: Callable[..., Any],
+    trainable: Model,
+    context: Context,
+    batch: Any,
+    key: Array | None,
+    slices: int,
+    mesh: Mesh | None,
+    axis: str,
 ) -> Any:
     """Gradients, statistics and metrics of every slice, [slices, ...]; one at a time on each device."""
     keys = None if key is None else jax.random.split(key, slices)
 
-    def many(trainable: Trainable, batch_stats: dict, batch: Any, keys: Any) -> Any:
-        return jax.lax.map(lambda part: one(trainable, batch_stats, *part), (batch, keys))
+    def many(trainable: Model, context: Context, batch: Any, keys: Any) -> Any:
+        return jax.lax.map(lambda part: one(trainable, context, *part), (batch, keys))
 
     if mesh is None:
-        return many(state.trainable, state.batch_stats, batch, keys)
+        return many(trainable, context, batch, keys)
 
-    def on_device(trainable: Trainable, batch_stats: dict, batch: Any, keys: Any) -> Any:
+    def on_device(trainable: Model, context: Context, batch: Any, keys: Any) -> Any:
         # Varying over the mesh, so that a gradient is that of the slice and not summed by JAX in an order of its own.
-        trainable, batch_stats = (
-            jax.tree.map(lambda v: jax.lax.pcast(v, (axis,), to="varying"), t) for t in (trainable, batch_stats)
+        trainable, context = (
+            jax.tree.map(lambda v: jax.lax.pcast(v, (axis,), to="varying"), t) for t in (trainable, context)
         )
-        return many(trainable, batch_stats, batch, keys)
+        return many(trainable, context, batch, keys)
 
     split, whole = PartitionSpec(axis), PartitionSpec()
     spread = jax.shard_map(on_device, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=split)
-    found = spread(state.trainable, state.batch_stats, batch, keys)
+    found = spread(trainable, context, batch, keys)
     return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))
 
 
@@ -170,6 +192,7 @@ def fit(
     batches: Iterable[Any],
     *,
     key: Array | None = None,
+    switches: Switches | None = None,
     total: int | None = None,
     report_every: int = 20,
     on_report: Callable[[TrainState, dict[str, float]], None] | None = None,
@@ -182,8 +205,9 @@ def fit(
     Args:
       step: of `make_step`, or any of that form.
       state: where to begin.
-      batches: any iterable.
+      batches: any iterable, such as a DataLoader of torch: tensors of the CPU become arrays.
       key: for dropout; None leaves it inactive.
+      switches: of fake-quant and observers (`jq.training.switches`), if the step takes them.
       total: steps in all, for the progress line; the length of `batches` where it has one.
       report_every: steps between reports. Only then does the loop wait for the device.
       on_report: `(state, metrics) -> None`, with "images/s" among the metrics: to save a checkpoint, for example. It
@@ -195,9 +219,10 @@ def fit(
     history, count, seen, start = History(), 0, 0, time.perf_counter()
     total = len(batches) if total is None and isinstance(batches, Sized) else total
     metrics: dict[str, Any] = {}
-    for batch in batches:
+    for given in batches:
+        batch = jax.tree.map(lambda x: host_array(x, "a batch"), given)
         own = None if key is None else jax.random.fold_in(key, state.step)
-        state, metrics = step(state, batch, own)
+        state, metrics = step(state, batch, own) if switches is None else step(state, batch, own, switches)
         count, seen = count + 1, seen + jax.tree.leaves(batch)[0].shape[0]
         if count % report_every == 0:
             start, seen = _report(state, metrics, seen, start, history, total, on_report), 0

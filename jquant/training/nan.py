@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.apply import Mode, unpack
-from jquant.ir.evaluate import bind_inputs, evaluate
-from jquant.qat import Trainable, TrainState, training_rule
-from jquant.types import Array, Params, Plan
+from jquant.graph.evaluate import bind_inputs
+from jquant.graph.structure import nested_outputs
+from jquant.meanings.meaning import Meaning, Mode
+from jquant.training.state import TrainState, training_meaning
+from jquant.types import Array, Model, Params, Plan
 
 Where = Literal["input", "parameter", "scale", "forward", "loss", "backward", "gradient", "update"]
 
@@ -48,29 +49,29 @@ class NotFinite:
 
 
 def find_nan(
-    plan: Plan,
-    loss: Callable[[Any], Array],
-    trainable: Trainable,
+    model: Model,
     *inputs: Array,
+    loss: Callable[[Any], Array] | None = None,
     batch_stats: Params | None = None,
     rngs: Array | None = None,
-    mode: Mode = "qat",
+    mode: Mode = "fake_quant",
 ) -> NotFinite | None:
     """The first value of one step that is not finite, forward or backward; None where all are.
 
     Values are looked at before they are quantized, since an infinity that saturates is finite again.
 
     Args:
-      plan, batch_stats, rngs, mode: as for `jq.apply_train`; "bit_true" looks at its fake-quant side.
-      loss: `outputs -> scalar`.
-      trainable: parameters and scales.
+      model: in mode "float", without scales too.
       *inputs: one batch for each graph input.
+      loss: `outputs -> scalar`; None looks forward only.
+      batch_stats, rngs, mode: as for `jq.apply_train`; "bit_true" looks at its fake-quant side.
 
     Example:
-      found = jq.training.find_nan(plan, lambda y: cross_entropy(y, labels), state.trainable, images)
+      found = jq.training.find_nan(state.model, images, loss=lambda y: cross_entropy(y, labels))
     """
-    params = {**trainable.params, **(batch_stats or {})}
-    for where, leaves in (("parameter", params), ("scale", trainable.qparams)):
+    model = model.replace(params={**model.params, **(batch_stats or {})})
+    plan = model.plan
+    for where, leaves in (("parameter", model.params), ("scale", model.qparams)):
         for name, leaf in leaves.items():
             if not np.isfinite(np.asarray(leaf)).all():
                 return NotFinite(where, name)  # type: ignore[arg-type]
@@ -79,43 +80,45 @@ def find_nan(
         if jnp.issubdtype(x.dtype, jnp.floating) and not np.isfinite(np.asarray(x)).all():
             return NotFinite("input", name)
     bound = bind_inputs(plan.graph, inputs)
-    found = _finite(plan, mode, loss, trainable, dict(batch_stats or {}), bound, rngs)
+    found = _finite(model, mode, loss, bound, rngs)
     return _first(plan, jax.device_get(found))
 
 
-@partial(jax.jit, static_argnames=("plan", "mode", "loss"))
+@partial(jax.jit, static_argnames=("mode", "loss"))
 def _finite(
-    plan: Plan,
+    model: Model,
     mode: Mode,
-    loss: Callable[[Any], Array],
-    trainable: Trainable,
-    batch_stats: dict[str, Array],
+    loss: Callable[[Any], Array] | None,
     inputs: dict[str, Array],
     rng: Array | None,
 ) -> dict[str, Any]:
     """Whether values, loss, gradients by values and gradients by leaves are finite."""
 
-    def forward(trainable: Trainable, noise: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        params = {**trainable.params, **batch_stats}
-        graph, rule, base = training_rule(plan, mode, params, trainable.qparams, rng, {})
+    def forward(model: Model, noise: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        meaning = training_meaning(model, mode, rng, {})
         seen: dict[str, Array] = {}
 
         def tap(name: str, value: Array) -> Array:
             seen[name] = value
-            value = base(name, value)
+            value = value if meaning.tap is None else meaning.tap(name, value)
             return value + noise[name] if name in noise else value
 
-        values = evaluate(graph, inputs, rule, tap)
-        return loss(unpack([values[name] for name in plan.graph.outputs])), seen
+        values = Meaning(meaning.graph, meaning.rule, tap).values(inputs)
+        outputs = nested_outputs(model.plan.graph, [values[name] for name in model.plan.graph.outputs])
+        return jnp.float32(0) if loss is None else loss(outputs), seen
 
-    shapes = jax.eval_shape(lambda t: forward(t, {})[1], trainable)
-    noise = {name: jnp.zeros(v.shape, v.dtype) for name, v in shapes.items() if v.dtype == jnp.float32}
-    (value, seen), (leaves, back) = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)(trainable, noise)
+    if loss is None:
+        seen, rest = forward(model, {})[1], {"loss": jnp.float32(0), "back": {}, "leaves": Model(model.plan, {})}
+    else:
+        shapes = jax.eval_shape(lambda m: forward(m, {})[1], model)
+        noise = {name: jnp.zeros(v.shape, v.dtype) for name, v in shapes.items() if v.dtype == jnp.float32}
+        found, grads = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)(model, noise)
+        seen, rest = found[1], {"loss": found[0], "back": grads[1], "leaves": grads[0]}
 
     def finite(v: Array) -> Array:
         return jnp.isfinite(v).all() if jnp.issubdtype(v.dtype, jnp.floating) else jnp.bool_(True)
 
-    return jax.tree.map(finite, {"seen": seen, "loss": value, "back": back, "leaves": leaves})
+    return jax.tree.map(finite, {"seen": seen, **rest})
 
 
 def _first(plan: Plan, found: dict[str, Any]) -> NotFinite | None:
@@ -137,19 +140,18 @@ def _first(plan: Plan, found: dict[str, Any]) -> NotFinite | None:
 
 
 def find_first_nan(
-    plan: Plan,
     step: Callable[[TrainState, Any], tuple[TrainState, Any]],
     state: TrainState,
     batches: Iterable[Any],
     *,
     loss: Callable[..., Array],
     inputs: Callable[[Any], tuple[Array, ...]] = lambda batch: (batch[0],),
-    mode: Mode = "qat",
+    mode: Mode = "fake_quant",
 ) -> NotFinite | None:
     """Trains until something is not finite, and says where it came from; None where nothing is.
 
     Args:
-      plan, mode: as for `jq.apply_train`.
+      mode: as for `jq.apply_train`.
       step: of training, `(state, batch) -> (state, loss)`; it must not donate its state, which is needed afterwards.
       state: where to begin, a checkpoint before the trouble for example.
       batches: of training.
@@ -163,14 +165,12 @@ def find_first_nan(
             state = new
             continue
         at = int(state.step)
-        found = find_nan(
-            plan, partial(loss, batch=batch), state.trainable, *inputs(batch), batch_stats=state.batch_stats, mode=mode
-        )
+        found = find_nan(state.model, *inputs(batch), loss=partial(loss, batch=batch), mode=mode)
         return replace(found, step=at) if found else _by_update(new, at)
     return None
 
 
 def _by_update(state: TrainState, step: int) -> NotFinite:
-    leaves = {**state.params, **{f"scale of {k}": v for k, v in state.qparams.items()}}
+    leaves = {**state.model.params, **{f"scale of {k}": v for k, v in state.model.qparams.items()}}
     name = next((k for k, v in leaves.items() if not np.isfinite(np.asarray(v)).all()), "the loss")
     return NotFinite("update", name, step=step)

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-import graphs
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_nets import QCONFIG, Net, small_graph, small_net
+from support import graphs
+from support.small_nets import QCONFIG, Net, small_graph, small_net
 
 import jquant as jq
 from jquant import analysis, ops
@@ -22,7 +22,7 @@ def named(findings: list, check: str) -> list:
 
 
 def test_a_sound_model_has_no_errors_or_warnings(net: Net) -> None:
-    found = analysis.check_model(*small_graph(), QCONFIG, qparams=net[2])
+    found = analysis.check_model(*small_graph(), QCONFIG, qparams=net[0].qparams)
     assert {f.level for f in found} <= {"note"}
     assert analysis.check_model(*small_graph(), None) == []
 
@@ -105,9 +105,9 @@ def test_operands_of_unlike_range() -> None:
     large = build.add(ops.Scale(factor=50.0), ("x",), (4, 6, 6))
     cat = build.add(ops.Cat(axis=1), (sigmoid, large), (8, 6, 6))
     graph = build.graph(cat, size=6)
-    plan, params = jq.prepare(graph, build.params, QCONFIG, target=jq.targets.NASH_E)
-    qparams = jq.calibrate(plan, params, [graphs.images(0, graph)])
-    (finding,) = named(analysis.check_plan(plan, params, qparams=qparams), "operand ranges")
+    model = jq.prepare(graph, build.params, QCONFIG, target=jq.targets.NASH_E)
+    model = jq.calibrate(model, [graphs.images(0, graph)])
+    (finding,) = named(analysis.check_plan(model), "operand ranges")
     assert finding.where == cat
     assert finding.numbers[large] > 16 * finding.numbers[sigmoid]
 
@@ -174,18 +174,18 @@ def test_advice_needs_a_float_accuracy() -> None:
 
 
 def test_clamping_and_rounding_are_told_apart(net: Net) -> None:
-    plan, params, qparams, x = net
-    clamped = dict(qparams) | {"n3.conv": qparams["n3.conv"] / 8}
-    first = analysis.layer_advice(analysis.compare(plan, params, clamped, x, "float", "validation"))[0]
+    model, x = net
+    clamped = dict(model.qparams) | {"n3.conv": model.qparams["n3.conv"] / 8}
+    first = analysis.layer_advice(analysis.compare(model.replace(qparams=clamped), x, "float", "fake_quant"))[0]
     assert (first.check, first.where) == ("clamp error", "n3.conv")
     assert first.numbers["seen"] > first.numbers["covered"]
     fixed = float(first.fix.split("scale=")[1].rstrip(")"))
-    assert fixed == pytest.approx(float(qparams["n3.conv"]), rel=0.02)
-    coarse = dict(qparams) | {"n3.conv": qparams["n3.conv"] * 30}
-    first = analysis.layer_advice(analysis.compare(plan, params, coarse, x, "float", "validation"))[0]
+    assert fixed == pytest.approx(float(model.qparams["n3.conv"]), rel=0.02)
+    coarse = dict(model.qparams) | {"n3.conv": model.qparams["n3.conv"] * 30}
+    first = analysis.layer_advice(analysis.compare(model.replace(qparams=coarse), x, "float", "fake_quant"))[0]
     assert (first.check, first.where) == ("rounding error", "n3.conv")
     assert "int16" in first.fix
-    assert analysis.layer_advice(analysis.compare(*net, "float", "validation"), sqnr_below=10) == []
+    assert analysis.layer_advice(analysis.compare(*net, "float", "fake_quant"), sqnr_below=10) == []
 
 
 def test_tables_that_cost_accuracy_and_what_helps() -> None:
@@ -195,10 +195,10 @@ def test_tables_that_cost_accuracy_and_what_helps() -> None:
     sine = build.add(ops.Sin(single_period=False), (wide,), (4, 6, 6))
     graph = build.graph(build.add(ops.Sigmoid(), (sine,), (4, 6, 6)), size=6)
     config = jq.QConfig({"*": jq.Policy(output=jq.int16())})
-    plan, params = jq.prepare(graph, {}, config, target=jq.targets.NASH_E)
+    model = jq.prepare(graph, {}, config, target=jq.targets.NASH_E)
     x = graphs.images(0, graph)
-    qparams = jq.calibrate(plan, params, [x])
-    worst, other = analysis.table_costs(plan, params, qparams, x)
+    model = jq.calibrate(model, [x])
+    worst, other = analysis.table_costs(model, x)
     assert (worst.name, other.operator) == (sine, "Sigmoid")
     assert worst.output_sqnr < other.output_sqnr
     assert worst.tried[0][1] > worst.own_sqnr + 6
@@ -206,46 +206,49 @@ def test_tables_that_cost_accuracy_and_what_helps() -> None:
     assert reached > worst.own_sqnr + 6
     assert any("single_period" in change for change, _ in worst.tried)
     # What was tried is what comes out when it is done.
-    options = replace(plan.graph.by_name[sine].op.table, num_tables=int(best.split("=")[1].split(",")[0]))
+    options = replace(model.plan.graph.by_name[sine].op.table, num_tables=int(best.split("=")[1].split(",")[0]))
     placement = best.split("'")[1]
     nodes = tuple(
         replace(n, op=replace(n.op, table=replace(options, placement=placement))) if n.name == sine else n
         for n in graph.nodes
     )
-    plan, params = jq.prepare(replace(graph, nodes=nodes), {}, config, target=jq.targets.NASH_E)
-    again = {cost.name: cost for cost in analysis.table_costs(plan, params, qparams, x)}
+    prepared = jq.prepare(replace(graph, nodes=nodes), {}, config, target=jq.targets.NASH_E)
+    model = prepared.replace(qparams=model.qparams)
+    again = {cost.name: cost for cost in analysis.table_costs(model, x)}
     assert again[sine].own_sqnr == pytest.approx(reached, abs=1e-3)
-    found = analysis.check_plan(plan, params)
+    found = analysis.check_plan(model)
     assert named(found, "table") == []
 
 
 def test_signs_of_overfitting(net: Net) -> None:
-    plan, params, _, x = net
-    assert analysis.overfitting_signs(plan, params, x, peak=1e4, amplification=1e3) == []
-    large = dict(params) | {"head.weight": params["head.weight"] * 1000}
-    found = analysis.overfitting_signs(plan, large, x, peak=500, amplification=1e3)
+    model, x = net
+    assert analysis.overfitting_signs(model, x, peak=1e4, amplification=1e3) == []
+    large = dict(model.params) | {"head.weight": model.params["head.weight"] * 1000}
+    found = analysis.overfitting_signs(model.replace(params=large), x, peak=500, amplification=1e3)
     assert {"head.weight", "n7.linear"} <= {f.where for f in found}
-    found = analysis.overfitting_signs(plan, params, x, peak=1e6, amplification=1e-6)
+    found = analysis.overfitting_signs(model, x, peak=1e6, amplification=1e-6)
     assert {f.message.split(" of the input")[0] for f in found} == {"noise", "brightness", "a shift by one pixel"}
 
 
 def test_the_nan_checklist_in_its_order(net: Net) -> None:
-    plan, params, qparams, x = net
-    assert analysis.nan_checklist(plan, params, qparams, x, losses=[2, 1, 0.5, 0.3, 0.3, 0.3, 0.3, 0.3]) == []
+    model, x = net
+    assert analysis.nan_checklist(model, x, losses=[2, 1, 0.5, 0.3, 0.3, 0.3, 0.3, 0.3]) == []
     broken = x.at[0, 0, 0, 0].set(jnp.nan)
-    (first, *_) = analysis.nan_checklist(plan, params, qparams, broken)
+    (first, *_) = analysis.nan_checklist(model, broken)
     assert (first.where, first.numbers["count"]) == ("x", 1)
-    (found,) = analysis.nan_checklist(plan, dict(params) | {"head.bias": params["head.bias"] * jnp.inf}, qparams, x)
+    (found,) = analysis.nan_checklist(
+        model.replace(params=dict(model.params) | {"head.bias": model.params["head.bias"] * jnp.inf}), x
+    )
     assert found.where == "head.bias"
-    assert "not calibrated" in analysis.nan_checklist(plan, params, None, x)[0].message
-    (found,) = analysis.nan_checklist(plan, params, dict(qparams) | {"n3.conv": jnp.float32(jnp.nan)}, x)
+    assert "not calibrated" in analysis.nan_checklist(model.replace(qparams={}), x)[0].message
+    (found,) = analysis.nan_checklist(model.replace(qparams=dict(model.qparams) | {"n3.conv": jnp.float32(jnp.nan)}), x)
     assert found.where == "n3.conv"
-    assert "only with quantizers on" in found.message
-    (found,) = analysis.nan_checklist(plan, params, qparams, x, losses=[2.0, 2.1, 2.0, 2.2, 2.1, 2.3])
-    assert "not converged" in found.message
-    (found,) = analysis.nan_checklist(plan, params, qparams, x, learning_rate=0.1, float_learning_rate=0.1)
+    assert found.message == "the scale of the value is not finite"
+    (found,) = analysis.nan_checklist(model, x, losses=[2.0, 1.5, 1.4, 2.2, 2.1, 2.3])
+    assert found.message == "the loss has risen again from 1.4, and stays"
+    (found,) = analysis.nan_checklist(model, x, learning_rate=0.1, float_learning_rate=0.1)
     assert "high for QAT" in found.message
-    assert analysis.find_nan(plan, params, qparams, x) is None
+    assert jq.training.find_nan(model, x) is None
 
 
 def test_settings_of_training_follow_the_global_batch() -> None:
@@ -263,13 +266,13 @@ def test_settings_of_training_follow_the_global_batch() -> None:
 
 
 def test_the_worst_samples_of_a_dataset(net: Net, tmp_path) -> None:
-    plan, params, qparams, x = net
+    model, x = net
     data = np.array(jnp.concatenate([x] * 3))
     data[[2, 7]] *= np.array([6.0, 4.0], np.float32).reshape(2, 1, 1, 1)  # far beyond what was calibrated
     batches = [jnp.asarray(data[i : i + 5]) for i in range(0, 12, 5)]
-    cases = analysis.find_bad_cases(plan, params, qparams, batches, count=3)
-    outputs = [np.asarray(y) for y in (jq.apply(plan, params, qparams, jnp.asarray(data), mode="float"),)]
-    integer = np.asarray(jq.run(jq.lower(plan, params, qparams), jnp.asarray(data)))
+    cases = analysis.find_bad_cases(model, batches, count=3)
+    outputs = [np.asarray(y) for y in (jq.apply(model, jnp.asarray(data), mode="float"),)]
+    integer = np.asarray(jq.run(jq.lower(model), jnp.asarray(data)))
     errors = np.abs(outputs[0] - integer).mean(axis=1)
     assert cases.index.tolist() == np.argsort(-errors, kind="stable")[:3].tolist()
     assert set(cases.index[:2].tolist()) == {2, 7}
@@ -277,11 +280,11 @@ def test_the_worst_samples_of_a_dataset(net: Net, tmp_path) -> None:
     np.testing.assert_array_equal(cases.inputs["x"][0], data[cases.index[0]])
     cases.save(tmp_path / "bad.npz")
     again = analysis.load_bad_cases(tmp_path / "bad.npz")
-    assert (again.a, again.b, again.metric, again.output) == ("float", "integer", "l1", "n7.linear")
+    assert (again.a, again.b, again.metric, again.output) == ("float", "bit_true", "l1", "n7.linear")
     np.testing.assert_array_equal(again.inputs["x"], cases.inputs["x"])
     np.testing.assert_array_equal(again.error, cases.error)
     assert again.table() == cases.table()
-    assert analysis.compare(plan, params, qparams, again.batch(2), "float", "validation").row("x").saturated > 0
+    assert analysis.compare(model, again.batch(2), "float", "fake_quant").row("x").saturated > 0
 
 
 def test_a_file_that_holds_no_cases(tmp_path) -> None:

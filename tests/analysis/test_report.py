@@ -9,10 +9,10 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-import graphs
 import numpy as np
 import pytest
-from small_nets import Net, small_net
+from support import graphs
+from support.small_nets import Net, small_net
 
 import jquant as jq
 from jquant.analysis import Comparison, Report, check_plan, compare, layer_advice, sensitivity, write_report
@@ -23,31 +23,31 @@ def net() -> Net:
     return small_net()
 
 
-@pytest.mark.parametrize("meaning", ["float", "qat", "integer"])
+@pytest.mark.parametrize("meaning", ["float", "fake_quant", "bit_true"])
 def test_equal_meanings_have_no_error(net: Net, meaning: str) -> None:
     found = compare(*net, meaning, meaning)
-    assert [row.name for row in found.rows] == list(net[0].graph.values)
+    assert [row.name for row in found.rows] == list(net[0].plan.graph.values)
     for row in found.rows:
         assert row.cosine == pytest.approx(1, abs=1e-6)
         assert (row.max_error, row.mse, row.differing) == (0, 0, 0)
         assert row.max_lsb in (0, None)
 
 
-@pytest.mark.parametrize(("a", "b"), [("float", "qat"), ("float", "integer"), ("qat", "integer")])
+@pytest.mark.parametrize(("a", "b"), [("float", "fake_quant"), ("float", "bit_true"), ("fake_quant", "bit_true")])
 def test_rows_are_the_values_in_graph_order_with_true_numbers(net: Net, a: str, b: str) -> None:
-    plan, params, qparams, x = net
+    model, x = net
     found = compare(*net, a, b)
     assert (found.a, found.b) == (a, b)
-    assert [row.name for row in found.rows] == list(plan.graph.values)
-    program = jq.lower(plan, params, qparams)
+    assert [row.name for row in found.rows] == list(model.plan.graph.values)
+    program = jq.lower(model)
 
     def values(meaning: str) -> dict:
-        if meaning == "integer":
+        if meaning == "bit_true":
             return {
                 n: np.asarray(v, np.float64) * np.asarray(program.scales[n], np.float64)
                 for n, v in jq.run_with_taps(program, x).items()
             }
-        return jq.apply_with_taps(plan, params, qparams, x, mode="float" if meaning == "float" else "qat")[1]
+        return jq.apply_with_taps(model, x, mode=meaning)[1]
 
     first, second = values(a), values(b)
     for row in found.rows:
@@ -57,37 +57,36 @@ def test_rows_are_the_values_in_graph_order_with_true_numbers(net: Net, a: str, 
         assert row.max_error == pytest.approx(np.abs(p - q).max(), rel=1e-3, abs=1e-5)
         assert row.cosine == pytest.approx((p * q).sum() / np.sqrt((p * p).sum() * (q * q).sum()), abs=1e-5)
         assert row.cosine > 0.99
-        high_precision = plan.values[row.name].is_high_precision
+        high_precision = model.plan.values[row.name].is_high_precision
         assert (row.max_lsb is None) == (row.saturated is None) == high_precision
         if not high_precision:
             assert row.max_lsb == pytest.approx(row.max_error / row.scale, rel=1e-5)
     lines = found.table().splitlines()
-    assert [line.split()[0] for line in lines[2:]] == list(plan.graph.values)
+    assert [line.split()[0] for line in lines[2:]] == list(model.plan.graph.values)
 
 
 def test_saturation_is_seen(net: Net) -> None:
-    plan, params, qparams, x = net
-    rows = {row.name: row for row in compare(plan, params, qparams, 3 * x, "float", "qat").rows}
-    share = np.mean(np.abs(3 * np.asarray(x)) > 127.5 * float(qparams["x"]))
+    model, x = net
+    rows = {row.name: row for row in compare(model, 3 * x, "float", "fake_quant").rows}
+    share = np.mean(np.abs(3 * np.asarray(x)) > 127.5 * float(model.qparams["x"]))
     assert 0 < rows["x"].saturated == pytest.approx(share, abs=0.01)
 
 
-@pytest.mark.parametrize(("a", "b"), [("flaot", "qat"), ("float", "flaot")])
-def test_an_unknown_meaning_names_the_known_ones(net: Net, a: str, b: str) -> None:
-    with pytest.raises(
-        jq.JQuantError, match=r"unknown meaning 'flaot'; known: float, calibrated, .*, integer; did you mean 'float'"
-    ):
+@pytest.mark.parametrize(("a", "b"), [("flaot", "fake_quant"), ("float", "flaot")])
+def test_an_unknown_mode_names_the_known_ones(net: Net, a: str, b: str) -> None:
+    known = "float, fake_quant, tables, bit_true"
+    with pytest.raises(jq.JQuantError, match=f"unknown mode 'flaot'; known: {known}; did you mean 'float'"):
         compare(*net, a, b)
 
 
 def test_uncalibrated_and_broken_inputs_are_refused(net: Net) -> None:
-    plan, params, qparams, x = net
+    model, x = net
     with pytest.raises(jq.CalibrationError, match=r"no scale for 'x'"):
-        compare(plan, params, {}, x, "float", "integer")
+        compare(model.replace(qparams={}), x, "float", "bit_true")
     with pytest.raises(jq.CalibrationError, match=r"no scale for 'x'"):
-        compare(plan, params, {}, x, "float", "qat")
+        compare(model.replace(qparams={}), x, "float", "fake_quant")
     with pytest.raises(jq.InputError, match=r"NaN or infinite"):
-        compare(plan, params, qparams, x.at[0, 0, 0, 0].set(np.nan), "float", "qat")
+        compare(model, x.at[0, 0, 0, 0].set(np.nan), "float", "fake_quant")
 
 
 def conforms(value: object, schema: dict, whole: dict, where: str = "report") -> None:
@@ -116,18 +115,23 @@ def conforms(value: object, schema: dict, whole: dict, where: str = "report") ->
 
 
 def full_report(net: Net, folder: Path) -> Report:
-    plan, params, qparams, x = net
-    found = {"float and <qat>": compare(*net, "float", "qat"), "qat & integer": compare(*net, "qat", "integer")}
-    broken = compare(plan, params, dict(qparams) | {"n3.conv": qparams["n3.conv"] / 8}, x, "float", "qat")
+    model, x = net
+    found = {
+        "float and <qat>": compare(*net, "float", "fake_quant"),
+        "qat & integer": compare(*net, "fake_quant", "bit_true"),
+    }
+    broken = compare(
+        model.replace(qparams=dict(model.qparams) | {"n3.conv": model.qparams["n3.conv"] / 8}), x, "float", "fake_quant"
+    )
     return write_report(
         folder,
         "A & B",
         [{"model": "net </script>", "top-1": 0.75}, {"model": "other", "top-1": None}],
         found,
         notes=["note <1>"],
-        plan=plan,
-        ranking=sensitivity(plan, params, qparams, [x]),
-        findings=[*layer_advice(broken), *check_plan(plan, params, qparams=qparams)],
+        plan=model.plan,
+        ranking=sensitivity(model, [x]),
+        findings=[*layer_advice(broken), *check_plan(model)],
     )
 
 
@@ -144,9 +148,9 @@ def test_a_report_is_one_page_the_same_numbers_as_json_and_pictures(net: Net, wr
     schema = json.loads(files("jquant.analysis").joinpath("report.schema.json").read_text())
     conforms(data, schema, schema)
     assert data["summary"][0]["model"] == "net </script>"
-    assert [row["name"] for row in data["comparisons"]["qat & integer"]["rows"]] == list(net[0].graph.values)
+    assert [row["name"] for row in data["comparisons"]["qat & integer"]["rows"]] == list(net[0].plan.graph.values)
     assert data["findings"][0]["check"] == "clamp error"
-    assert {node["name"] for node in data["graph"]} == set(net[0].graph.values)
+    assert {node["name"] for node in data["graph"]} == set(net[0].plan.graph.values)
     places = [(node["depth"], node["column"]) for node in data["graph"]]
     assert len(set(places)) == len(places)
     page = written.html.read_text()
@@ -159,7 +163,7 @@ def test_a_report_is_one_page_the_same_numbers_as_json_and_pictures(net: Net, wr
 
 
 def test_a_report_replaces_the_one_before_and_has_no_infinite_numbers(net: Net, tmp_path: Path) -> None:
-    row = compare(*net, "float", "qat").rows[0]
+    row = compare(*net, "float", "fake_quant").rows[0]
     worst = replace(row, sqnr=float("nan"), max_error=float("inf"))
     for title in ("first", "again"):
         written = write_report(tmp_path, title, [], {"x": Comparison("a", "b", (worst,))}, pictures=False)
@@ -224,7 +228,7 @@ def in_browser(page: str, folder: Path) -> dict:
 def test_the_page_sorts_searches_and_zooms_in_a_browser(net: Net, written: Report, tmp_path: Path) -> None:
     found = in_browser(written.html.read_text(), tmp_path)
     assert found["problems"] == []
-    values = list(net[0].graph.values)
+    values = list(net[0].plan.graph.values)
     assert found["before"] == values
     numbers = [float(cell) for cell in found["down"]]
     assert numbers == sorted(numbers, reverse=True)
@@ -247,8 +251,8 @@ def test_unsigned_formats_are_drawn(net: Net, tmp_path) -> None:
     build.shapes["x"] = (3, 8, 8)
     graph = build.graph(build.add(jq.ops.Relu(), (build.batch_norm("x"),), (3, 8, 8)), size=8)
     config = jq.QConfig({"*": jq.Policy(weight=jq.int8(), output=jq.uint8())})
-    plan, params = jq.prepare(graph, build.params, config, target=jq.targets.NASH_P, high_precision_outputs=False)
+    model = jq.prepare(graph, build.params, config, target=jq.targets.NASH_P, high_precision_outputs=False)
     x = abs(graphs.images(0, graph))
-    found = compare(plan, params, jq.calibrate(plan, params, [x]), x, "float", "qat")
+    found = compare(jq.calibrate(model, [x]), x, "float", "fake_quant")
     assert isinstance(found, Comparison)
     assert write_report(tmp_path, "unsigned", [], {"unsigned": found}).html.is_file()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from small_nets import QCONFIG, small_graph
+from support.small_nets import QCONFIG, small_graph
 
 import jquant as jq
 from jquant.cli.data import load_data, read_image
@@ -100,9 +100,18 @@ def test_a_lone_array_and_objects(tmp_path: Path) -> None:
     [
         ("[image]\ncrop = 0", "image.crop must be a positive integer"),
         ("[image]\ncolor = 'rbg'", "image.color must be one of rgb"),
-        ("[image]\nstd = [0.0]", "image.std must be a number or a list of numbers, not 0"),
+        ("[image]\nstd = [0.0]", "image.std must be a finite number or a list of such, not 0"),
         ("[train]\nepochs = 1.5", "train.epochs must be a positive integer"),
-        ("[train]\nlearning_rate = -1", "train.learning_rate must be a number that is not negative"),
+        ("[image]\nmean = [nan]", r"image\.mean must be a finite number or a list of such"),
+        ("[image]\ndivisor = inf", r"image\.divisor must be a finite number that is not negative"),
+        ("[train]\naveraging = 2", r"train\.averaging must be from 0 to 1; not 2"),
+        ("[train]\nvalues = 5", r"\[train\.values\] must be a table of patterns"),
+        ("[train.values]\n'*' = 'soon'", r"train\.values: '\*' must be true, false, a first step or \[first, last\]"),
+        ("[train.observers]\nx = [5, 3]", r"train\.observers: 'x' must be true"),
+        ("[train.weights]\nx = -1", r"train\.weights: 'x' must be true"),
+        ("[train.valeus]\nx = 1", r"train: unknown key 'valeus'; did you mean 'values'"),
+        ("[train]\nmomentum = nan", r"train\.momentum must be a finite number that is not negative"),
+        ("[train]\nlearning_rate = -1", "train.learning_rate must be a finite number that is not negative"),
         (
             "[train]\nloss = 'mes'",
             "train.loss must be one of cross_entropy, mse, l1, or module:function; not 'mes'.*'mse'",
@@ -121,12 +130,12 @@ def test_settings_that_are_wrong(tmp_path: Path, text: str, message: str) -> Non
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     graph, params = small_graph()
-    plan, folded = jq.prepare(graph, params, QCONFIG, target=jq.targets.NASH_M)
-    qparams = {name: jnp.float32(0.5) if name in plan.owned else jnp.ones(4) for name in plan.trained}
+    model = jq.prepare(graph, params, QCONFIG, target=jq.targets.NASH_M)
+    qparams = {name: jnp.float32(0.5) if name in model.plan.owned else jnp.ones(4) for name in model.plan.trained}
     for state in (
         State(graph, params),
         State(graph, params, QCONFIG, jq.targets.NASH_M),
-        State(graph, params, QCONFIG, jq.targets.NASH_M, qparams, folded),
+        State(graph, params, QCONFIG, jq.targets.NASH_M, qparams, model.params),
     ):
         save_state(tmp_path / "s.jqs", state)
         again = load_state(tmp_path / "s.jqs")
@@ -149,3 +158,25 @@ def test_a_state_that_is_cut_off_or_another_file(tmp_path: Path) -> None:
             load_state(tmp_path / "cut.jqs")
     with pytest.raises(FileNotFoundError):
         load_state(tmp_path / "none.jqs")
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "limit", "sizes"),
+    [
+        (600, 256, None, [200] * 3),
+        (30, 8, None, [6] * 5),
+        (30, 8, 16, [8, 8]),
+        (3, 2, None, [2, 1]),  # one at a time would be no small change
+        (31, 8, None, [8, 8, 8, 7]),
+        (4, 300, None, [4]),
+    ],
+)
+def test_batches_are_equal_where_a_little_less_makes_them_so(
+    tmp_path: Path, count: int, size: int, limit: int | None, sizes: list[int]
+) -> None:
+    x = np.arange(count * 72, dtype=np.float32).reshape(count, 3, 4, 6)
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(count))
+    data = load_data(str(tmp_path / "a.npz"), GRAPH, ImageSettings())
+    found = list(data.batches(size, limit))
+    assert [len(labels) for _, labels in found] == sizes
+    np.testing.assert_array_equal(np.concatenate([inputs[0] for inputs, _ in found]), x[:limit])

@@ -5,9 +5,9 @@ import pty
 import subprocess
 import sys
 
-from terminal import ENVIRONMENT
+from support.terminal import ENVIRONMENT
 
-TRACK = "from jquant.progress import track; print(sum(track(range(3), 'counting')))"
+TRACK = "from jquant.host.progress import track; print(sum(track(range(3), 'counting')))"
 
 
 def test_progress_is_for_a_terminal_alone() -> None:

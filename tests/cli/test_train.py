@@ -9,11 +9,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from terminal import ENVIRONMENT, run_all
+from support.terminal import ENVIRONMENT, run_all
 
 from jquant.cli.console import Console
 from jquant.cli.losses import check_labels, loss_of
-from jquant.cli.train import _alarm
+from jquant.cli.state import load_state
+from jquant.cli.train import Best, _alarm
 from jquant.types import FormatError, InputError
 
 OWN = """
@@ -115,6 +116,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "broken": "loss = 'own:broken'\nschedule = 'constant'",
         "huber": "loss = 'own:huber'\nepochs = 1\nlearning_rate = 0.01\nschedule = 'step'",
         "mse": "loss = 'mse'",
+        "diverge": "learning_rate = 1e30\nepochs = 2\nschedule = 'constant'",
+        "late": "epochs = 1\nbatch = 500\n[train.values]\n'*' = 2\n[train.weights]\n'head.weight' = false\n"
+        "[train.observers]\n'mean' = [0, 2]",
+        "unknown": "[train.weights]\n'heda.weight' = false",
+        "exact": "mode = 'bit_true'\n[train.values]\n'*' = 5",
+        "nan": "learning_rate = nan",
+        "infinite": "weight_decay = inf",
         "long": "epochs = 12\nbatch = 100\nlearning_rate = 0.001\noptimizer = 'adamw'",
     }
     rules = (folder / "d/q.toml").read_text().partition("[train]")[0]
@@ -128,18 +136,58 @@ def test_losses_and_what_goes_wrong(folder: Path) -> None:
         "huber": "train c.jqs -c huber.toml -d own:targets -o h.jqs --json",
         "mse": "train c.jqs -c mse.toml -d d/train.npz -o m.jqs",
         "broken": "train c.jqs -c broken.toml -d d/train.npz -o b.jqs",
+        "diverge": "train c.jqs -c diverge.toml -d d/train.npz -o v.jqs",
+        "nan": "train c.jqs -c nan.toml -d d/train.npz -o n.jqs",
+        "infinite": "train c.jqs -c infinite.toml -d d/train.npz -o n.jqs",
     }
     found = run_all(folder, lines)
     assert found["huber"].code == 0, found["huber"].err
     value = found["huber"].json
     assert value["after"]["loss"] < value["before"]["loss"]
     assert set(value["after"]) == {"loss", "worst"}
+    (epoch,) = [line for line in found["huber"].err.splitlines() if line.startswith("epoch 1: loss ")]
+    assert ", worst " in epoch
+    for name, key in (("nan", "learning_rate"), ("infinite", "weight_decay")):
+        assert found[name].code == 1
+        assert f"train.{key} must be a finite number that is not negative" in found[name].err
+    assert found["diverge"].code == 1
+    assert "training diverged: the loss" in found["diverge"].err or "the loss is nan" in found["diverge"].err
+    assert "No epoch was better than the calibrated model, so v.jqs was not written" in found["diverge"].err
     assert found["mse"].code == 1
-    assert "loss 'mse' takes numbers of the shape of the output, [32, 6]" in found["mse"].err
+    assert "loss 'mse' takes numbers of the shape of the output, [30, 6]" in found["mse"].err
     assert found["broken"].code == 1
     assert "in epoch 1: step 0: the loss is not finite, the outputs are" in found["broken"].err
     assert "Lower learning_rate, or set clip" in found["broken"].err
-    assert not list(folder.glob("[mb].jqs"))
+    assert not list(folder.glob("[mbnv].jqs"))
+
+
+def test_switches_of_a_recipe(folder: Path) -> None:
+    """Three steps: values are quantized in the last one, a weight never is, the scale of one value follows the data."""
+    lines = {
+        "late": "train c.jqs -c late.toml -d d/train.npz -o late.jqs --json",
+        "unknown": "train c.jqs -c unknown.toml -d d/train.npz -o u.jqs",
+        "exact": "train c.jqs -c exact.toml -d d/train.npz -o u.jqs",
+    }
+    found = run_all(folder, lines)
+    assert found["late"].code == 0, found["late"].err
+    assert found["late"].json["steps"] == 3
+    assert "in the last step head.weight were not quantized" in found["late"].err
+    before, after = (load_state(folder / name).qparams for name in ("c.jqs", "late.jqs"))
+    moved = {name: abs(float(after[name]) / float(before[name]) - 1) for name in ("mean", "stem", "body")}
+    assert moved["mean"] > 1e-4  # twice a hundredth of the way to the scale of a batch
+    assert max(moved["stem"], moved["body"]) < 1e-4  # trained in one step
+    assert found["unknown"].code == 1
+    assert "weights: 'heda.weight' matches no quantized weight; did you mean 'head.weight'" in found["unknown"].err
+    assert found["exact"].code == 1
+    assert "switches in mode 'bit_true': they are for mode 'fake_quant'" in found["exact"].err
+    assert not (folder / "u.jqs").exists()
+
+
+def test_the_best_epoch_is_that_of_the_lowest_mean_loss() -> None:
+    best = Best(start=1.0)
+    for epoch, loss in enumerate((1.2, 0.9, 0.6, 0.7, 30.0), 1):
+        best.look(epoch, loss, f"state {epoch}")
+    assert (best.epoch, best.loss, best.state) == (3, 0.6, "state 3")
 
 
 def train(folder: Path, kept: str, output: str) -> subprocess.Popen[str]:

@@ -1,9 +1,8 @@
 """How far fake-quant and the integers are apart at each consistency level, layer by layer in a deep network."""
 
-import dataclasses
 from typing import NamedTuple
 
-import graphs
+from support import graphs
 
 import jquant as jq
 
@@ -35,14 +34,14 @@ def network(seed: int = 0, channels: int = 16, size: int = 16) -> tuple[jq.Graph
 
 
 def measure(level: int, dtype: str, rounding: str, batch: int = 16) -> Level:
-    """One row: calibrated on one batch, compared on another. `rounding` is the target's `post_rounding`."""
+    """One row: calibrated on one batch, compared on another. `rounding` is the target's `rescale.post_rounding`."""
     graph, params = network()
     weight = jq.QuantSpec(dtype=dtype, axis="out")
-    config = jq.consistency(jq.QConfig({"*": jq.Policy(weight=weight, output=jq.int8())}), level)
-    target = dataclasses.replace(jq.targets.NASH_E, post_rounding=rounding)
-    plan, params = jq.prepare(graph, params, config, target=target, high_precision_outputs=False)
-    qparams = jq.calibrate(plan, params, [graphs.images(1, graph, batch)])
-    found = jq.analysis.compare(plan, params, qparams, graphs.images(2, graph, batch), "qat", "integer")
+    config = jq.config.consistency(jq.QConfig({"*": jq.Policy(weight=weight, output=jq.int8())}), level)
+    target = jq.targets.NASH_E.with_fields({"rescale.post_rounding": rounding})
+    model = jq.prepare(graph, params, config, target=target, high_precision_outputs=False)
+    model = jq.calibrate(model, [graphs.images(1, graph, batch)])
+    found = jq.analysis.compare(model, graphs.images(2, graph, batch), "fake_quant", "bit_true")
     layers = [row for row in found.rows if row.operator == "Conv"]
     shares = [layers[i].differing for i in (0, DEPTH // 2 - 1, DEPTH - 1)]
     return Level(level, dtype, rounding, *shares, max(row.max_lsb or 0.0 for row in layers))

@@ -16,8 +16,10 @@ from jquant import ops
 PAIR = ((6, 7), (6, 7))
 IMAGE = (4, 5, 6)
 WIDE = replace(jq.targets.NASH_E, max_reduced=2**20)  # sums beyond int32
-PRECISE = replace(jq.targets.NASH_E, high_precision_rescale=True)
-OTHER_ROUNDINGS = replace(jq.targets.NASH_E, pre_rounding="half_up", post_rounding="half_even")
+PRECISE = jq.targets.NASH_E.with_fields({"rescale.high_precision": True})
+OTHER_ROUNDINGS = jq.targets.NASH_E.with_fields(
+    {"rescale.pre_rounding": "half_up", "rescale.post_rounding": "half_even"}
+)
 
 # Scales of two operands: far apart, equal, a power of two apart, and about the ends of the shift of add.
 SCALES = (
@@ -34,7 +36,7 @@ SCALES = (
 )
 
 
-def pairs(op: type[jq.Op], **options) -> tuple[Case, ...]:
+def pairs(op: type[jq.ops.Op], **options) -> tuple[Case, ...]:
     return (
         *both(op=op(), shapes=PAIR, **options),
         *both(op=op(), shapes=((4, 1, 6), (1, 5, 6)), **options),
@@ -58,7 +60,7 @@ def arithmetic() -> Iterator[Case]:
         yield Case(op=op(), shapes=PAIR, inputs=("int16",), output="int16", target=PRECISE)
     for op in (ops.Neg(), ops.Abs(), ops.Clamp(minimum=-0.5, maximum=0.25), ops.Clamp(maximum=1.0)):
         yield from both(op=op, shapes=(IMAGE,))
-    yield from both(op=ops.Clamp(minimum=1e9), shapes=(IMAGE,))
+    yield from both(op=ops.Clamp(minimum=9e3), shapes=(IMAGE,))
     yield from both(op=ops.Clamp(minimum=0.5, maximum=-0.5), shapes=(IMAGE,))
     yield Case(op=ops.Neg(), shapes=(IMAGE,), inputs=("index:1000",))
     yield Case(op=ops.Abs(), shapes=(IMAGE,), inputs=("index:1000",))
@@ -98,7 +100,7 @@ def choices() -> Iterator[Case]:
         operands = {"inputs": ("bool", fmt), "output": fmt}
         yield Case(op=ops.Where(), shapes=((6, 7), (6, 7), (6, 7)), **operands)
         yield Case(op=ops.Where(), shapes=((6, 1), (1, 7), (6, 7)), **operands)
-        for value in (0.0, -1.0, 1e9, float("-inf")):
+        for value in (0.0, -1.0, 9e3, -9e3):
             yield Case(op=ops.MaskedFill(value=value), shapes=(IMAGE, IMAGE), inputs=(fmt, "bool"), output=fmt)
     yield Case(op=ops.Where(), shapes=((6, 7), (6, 7), (6, 7)), inputs=("bool", "int8", "int16"))
     yield Case(op=ops.Where(), shapes=((6, 7), (6, 7), (6, 7)), inputs=("bool", "index:9"))
@@ -166,13 +168,13 @@ def scale_pairs(count: int) -> list[tuple[float, float, float]]:
     return [(a, b, max(a, b) * float(np.exp2(rng.uniform(-1, 2)))) for a, b in found]
 
 
-def program_of(op: jq.Op, a: float, b: float, y: float, dtype: str = "int8") -> jq.Program:
+def program_of(op: jq.ops.Op, a: float, b: float, y: float, dtype: str = "int8") -> jq.Program:
     spec = {"int8": jq.int8, "int16": jq.int16}[dtype]
     graph = jq.Graph((jq.Input("a", (None,)), jq.Input("b", (None,))), (jq.Node("y", op, ("a", "b")),), ("y",))
     scales = {"a": a, "b": b, "y": y}
     qconfig = jq.QConfig({name: jq.Policy(output=spec(scale=float(np.float32(s)))) for name, s in scales.items()})
-    plan, params = jq.prepare(graph, {}, qconfig, target=jq.targets.NASH_E)
-    return jq.lower(plan, params, {})
+    model = jq.prepare(graph, {}, qconfig, target=jq.targets.NASH_E)
+    return jq.lower(model)
 
 
 def pairs_exhaustive(scales: int = 50) -> list[Row]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jquant as jq
+from jquant.plan.fills import entering_numbers
 from jquant.types import integer_range
 
 
@@ -52,7 +53,7 @@ class Case:
     `nonzero`      no zeros in the operands: for a quotient, whose float value calibrates it
     """
 
-    op: jq.Op
+    op: jq.ops.Op
     shapes: tuple[tuple[int, ...], ...]
     inputs: tuple[str, ...] = ("int8",)
     output: str = "int8"
@@ -151,11 +152,11 @@ def config(rng: np.random.Generator, case: Case) -> jq.QConfig:
 
 
 def program_of(rng: np.random.Generator, case: Case, data: list[np.ndarray]) -> jq.Program:
-    return jq.lower(*prepared(rng, case, data))
+    return jq.lower(prepared(rng, case, data))
 
 
-def prepared(rng: np.random.Generator, case: Case, data: list[np.ndarray]) -> tuple[jq.Plan, dict, dict]:
-    """The plan of the one-node graph with its parameters and scales."""
+def prepared(rng: np.random.Generator, case: Case, data: list[np.ndarray]) -> jq.Model:
+    """The model of the one-node graph."""
     exact = {"bool": "bool", "uint8": "uint8", "index": "int32"}
     names = [f"x{i}" for i in range(len(case.shapes))]
     inputs = [
@@ -164,8 +165,14 @@ def prepared(rng: np.random.Generator, case: Case, data: list[np.ndarray]) -> tu
     ]
     node = jq.Node("y", case.op, tuple(names), jq.FrozenMap({role: f"y.{role}" for role in case.params}))
     graph, params = jq.Graph(tuple(inputs), (node,), ("y",)), draw_params(rng, case)
-    plan, params = jq.prepare(graph, params, config(rng, case), target=case.target, high_precision_outputs=False)
-    return plan, params, jq.calibrate(plan, params, [real_inputs(plan, data)]) if plan.trained else {}
+    qconfig, scale = config(rng, case), {}
+    if entering_numbers(case.op):  # `prepare` refuses a number beyond a fixed scale, and a trained one may shrink to it
+        scale = {"x0": qconfig.rules["x0"].output} if "x0" in qconfig.rules else {}
+        free = {name: jq.Policy(output=replace(spec, fixed_scale=None)) for name, spec in scale.items()}
+        qconfig = jq.QConfig(dict(qconfig.rules) | free)
+    model = jq.prepare(graph, params, qconfig, target=case.target, high_precision_outputs=False)
+    model = model.replace(plan=replace(model.plan, values=jq.FrozenMap(dict(model.plan.values) | scale)))
+    return jq.calibrate(model, [real_inputs(model.plan, data)]) if model.plan.trained else model
 
 
 def real_inputs(plan: jq.Plan, data: list[np.ndarray]) -> tuple[jnp.ndarray, ...]:
@@ -225,9 +232,10 @@ def deviation(case: Case, *, seed: int = 0) -> float:
     rng = np.random.default_rng([seed, *case.operator.encode()])
     batch = int(np.clip(2**12 // max([prod(shape) for shape in case.shapes] or [1]), 2, 64))
     data = [integers(rng, fmt, (batch, *shape)) for fmt, shape in zip(case.operands, case.shapes, strict=True)]
-    plan, params, qparams = prepared(rng, case, data)
-    (output,), program = plan.graph.outputs, jq.lower(plan, params, qparams)
-    _, fake = jq.apply_with_taps(plan, params, qparams, *real_inputs(plan, data))
+    model = prepared(rng, case, data)
+    plan, program = model.plan, jq.lower(model)
+    (output,) = plan.graph.outputs
+    _, fake = jq.apply_with_taps(model, *real_inputs(plan, data))
     whole = np.asarray(jq.run_with_taps(program, *map(jnp.asarray, data), raw=True)[output])
     if output in plan.exact:
         return float(np.mean(np.asarray(fake[output]) != whole))
@@ -236,6 +244,6 @@ def deviation(case: Case, *, seed: int = 0) -> float:
     return float(np.nanmax(distance))
 
 
-def with_target(case: Case, **fields) -> Case:
+def with_target(case: Case, fields: dict) -> Case:
     """The case under other decisions of the target."""
-    return replace(case, target=replace(case.target, **fields))
+    return replace(case, target=case.target.with_fields(fields))

@@ -1,7 +1,6 @@
 """Picture inputs, and every colour: section 8."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,12 +10,12 @@ from conformance.harness import Case, Row
 
 import jquant as jq
 from jquant import images, ops
-from jquant.insert.parity import YUV_LOSS
+from jquant.program.insert.parity import YUV_LOSS
 from jquant.reference.images import centred_yuv444
 
 PYRAMID = {"shapes": ((10, 14, 1), (5, 7, 2)), "inputs": ("uint8", "uint8")}
 RESIZER = {"shapes": ((18, 22, 1), (9, 11, 2), (4,)), "inputs": ("uint8", "uint8", "index:22")}
-FINE = replace(jq.targets.NASH_E, resample_fraction_bits=11)
+FINE = jq.targets.NASH_E.with_fields({"resize.weight_bits": 11})
 
 
 def resizers() -> Iterator[Case]:

@@ -5,21 +5,20 @@ has random weights; ONNX computes in float32 and rounds once, the program by man
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import architectures
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnx_helpers as helpers
+from support import architectures
+from support import onnx_helpers as helpers
 
 import jquant as jq
 from jquant_converters import from_torch
 
-EXACT = replace(jq.targets.NASH_E, post_rounding="half_even", high_precision_rescale=True)
+EXACT = jq.targets.NASH_E.with_fields({"rescale.post_rounding": "half_even", "rescale.high_precision": True})
 SETTINGS = (
     ("int8", 0, jq.targets.NASH_E, "real scales, the march as it is"),
     ("int8", 0, EXACT, "real scales, half_even and high precision"),
@@ -34,10 +33,10 @@ def measure(name: str, dtype: str, level: int, target: jq.Target) -> tuple[int, 
     """Largest distance in LSB, and the share of values that differ."""
     graph, params = from_torch(architectures.build(name), architectures.inputs(name, 1, seed=0))
     policy = jq.Policy(output=getattr(jq, dtype)(), weight=jq.int8(axis="out"))
-    plan, params = jq.prepare(graph, params, jq.consistency(jq.QConfig({"*": policy}), level), target=target)
+    model = jq.prepare(graph, params, jq.config.consistency(jq.QConfig({"*": policy}), level), target=target)
     batches = [jnp.asarray(architectures.inputs(name, 4, seed=s)[0].numpy()) for s in range(2)]
-    qparams = jq.calibrate(plan, params, batches)
-    found = helpers.apart(plan, params, qparams, [architectures.inputs(name, 3, seed=9)[0].numpy()])
+    model = jq.calibrate(model, batches)
+    found = helpers.apart(model, [architectures.inputs(name, 3, seed=9)[0].numpy()])
     every = np.concatenate([d.reshape(-1) for d in found.values()])
     return int(every.max()), float((every > 0).mean())
 

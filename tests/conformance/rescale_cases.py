@@ -1,6 +1,5 @@
 """The rescale over edge accumulators, all pairs of shifts and a sweep of mantissas: more than 10^8 cases."""
 
-import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
@@ -17,8 +16,10 @@ CASES = ()
 
 TARGETS = {
     "floor, half_up": jq.targets.NASH_E,
-    "half_up, half_even": dataclasses.replace(jq.targets.NASH_E, pre_rounding="half_up", post_rounding="half_even"),
-    "high precision": dataclasses.replace(jq.targets.NASH_E, high_precision_rescale=True),
+    "half_up, half_even": jq.targets.NASH_E.with_fields(
+        {"rescale.pre_rounding": "half_up", "rescale.post_rounding": "half_even"}
+    ),
+    "high precision": jq.targets.NASH_E.with_fields({"rescale.high_precision": True}),
 }
 
 

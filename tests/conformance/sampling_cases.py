@@ -55,7 +55,7 @@ def interpolations() -> tuple[Case, ...]:
         ):
             found += both(op=ops.Interpolate(**options, mode=mode, align_corners=align_corners), shapes=((3, *SIZE),))
     bilinear = both(op=ops.Interpolate(size=(12, 13), mode="bilinear"), shapes=((3, *SIZE),))
-    found += tuple(with_target(case, resample_fraction_bits=bits) for case in bilinear for bits in (4, 14))
+    found += tuple(with_target(case, {"resize.weight_bits": bits}) for case in bilinear for bits in (4, 14))
     return found + both(op=ops.Interpolate(size=(25,), mode="bilinear"), shapes=((3, 16),))
 
 

@@ -4,7 +4,6 @@ Nobody here wrote the expected values. Where ONNX subtracts a zero point, the di
 splits it into int8 pieces, whose exact accumulators add up.
 """
 
-import dataclasses
 import itertools
 import warnings
 from typing import Any
@@ -120,7 +119,7 @@ def int8_pieces(v: np.ndarray) -> list[np.ndarray]:
             return pieces
 
 
-def accumulated(op: jq.Op, x: np.ndarray, other: np.ndarray) -> np.ndarray:
+def accumulated(op: jq.ops.Op, x: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The int32 accumulators of a conv (other is its weight) or of a matrix product, summed over int8 pieces."""
     total = np.zeros((), np.int64)
     for a, b in itertools.product(int8_pieces(x), int8_pieces(other)):
@@ -128,7 +127,7 @@ def accumulated(op: jq.Op, x: np.ndarray, other: np.ndarray) -> np.ndarray:
     return total
 
 
-def one_program(op: jq.Op, a: np.ndarray, b: np.ndarray) -> jnp.ndarray:
+def one_program(op: jq.ops.Op, a: np.ndarray, b: np.ndarray) -> jnp.ndarray:
     unit = jq.int8(scale=1.0)
     config = jq.QConfig({"*": jq.Policy(output=unit, weight=unit), "y": jq.Policy(output=jq.high_precision)})
     is_conv, inputs, params = bool(op.weight_roles), [jq.Input("a", (None, *a.shape[1:]))], {}
@@ -139,11 +138,11 @@ def one_program(op: jq.Op, a: np.ndarray, b: np.ndarray) -> jnp.ndarray:
         node, arrays = jq.Node("y", op, ("a", "b")), (a, b)
         inputs.append(jq.Input("b", b.shape if b.shape[0] != a.shape[0] else (None, *b.shape[1:])))
     graph = jq.Graph(tuple(inputs), (node,), ("y",))
-    plan, params = jq.prepare(graph, params, config, target=jq.targets.NASH_E, high_precision_outputs=False)
-    return jq.run(jq.lower(plan, params, {}), *map(jnp.asarray, arrays), raw=True)
+    model = jq.prepare(graph, params, config, target=jq.targets.NASH_E, high_precision_outputs=False)
+    return jq.run(jq.lower(model), *map(jnp.asarray, arrays), raw=True)
 
 
-def conv_of(case: Any, spatial: int) -> jq.Op:
+def conv_of(case: Any, spatial: int) -> jq.ops.Op:
     given = attributes(case)
     pads = given.get("pads", [0] * 2 * spatial)
     padding = tuple(zip(pads[:spatial], pads[spatial:], strict=True))
@@ -177,9 +176,9 @@ def assert_rescaled(total: np.ndarray, scales: tuple, zero: np.ndarray, expected
     s_a, s_b, s_y = (jnp.asarray(s, jnp.float32) for s in scales)
     zero = zero.astype(np.int64)
     limits, exact = np.iinfo(expected.dtype), expected.astype(np.int64) - zero
-    high = dataclasses.replace(jq.targets.NASH_E, high_precision_rescale=True)
+    high = jq.targets.NASH_E.with_fields({"rescale.high_precision": True})
     for bits, target in ((16, high), (8, jq.targets.NASH_E)):
-        by = rescale_of(ratio(s_a, s_b, s_y, 1.0), bits=bits)
+        by = rescale_of(ratio(s_a, s_b, s_y, 1.0), bits=bits, form=jq.targets.NASH_E.rescale)
         y = np.asarray(rescale(jnp.asarray(total, jnp.int32), by, f"int{bits}", target)).astype(np.int64)
         y = np.clip(y, limits.min - zero, limits.max - zero)
         narrow = (exact >= -128) & (exact <= 127) if bits == 8 else np.ones(exact.shape, bool)
@@ -236,16 +235,14 @@ def test_dequantize_linear(case: Any) -> None:
 # Sampling: float to rounding, integers within a bound in LSB
 
 
-def sampled(op: jq.Op, data: np.ndarray, others: list[np.ndarray], scales: list[float]) -> tuple[np.ndarray, float]:
+def sampled(op: jq.ops.Op, data: np.ndarray, others: list[np.ndarray], scales: list[float]) -> tuple[np.ndarray, float]:
     """The integer program's real output for int16 data (and an int16 grid), and the scale of the data."""
     names = ["x", "grid"][: 1 + len(others)]
     rules = {n: jq.Policy(output=jq.int16(scale=s)) for n, s in zip(names, scales, strict=True)}
     inputs = [jq.Input(n, v.shape) for n, v in zip(names, [data, *others], strict=True)]
     graph = jq.Graph(tuple(inputs), (jq.Node("y", op, tuple(names)),), ("y",))
-    plan, params = jq.prepare(
-        graph, {}, jq.QConfig({"*": jq.Policy(output=jq.int16()), **rules}), target=jq.targets.NASH_E
-    )
-    y = jq.run(jq.lower(plan, params, {}), *(jnp.asarray(v) for v in (data, *others)))
+    model = jq.prepare(graph, {}, jq.QConfig({"*": jq.Policy(output=jq.int16()), **rules}), target=jq.targets.NASH_E)
+    y = jq.run(jq.lower(model), *(jnp.asarray(v) for v in (data, *others)))
     return np.asarray(y), scales[0]
 
 
@@ -259,7 +256,7 @@ def test_grid_sample(case: Any) -> None:
         padding=given.get("padding_mode", b"zeros").decode(),
         align_corners=align,
     )
-    np.testing.assert_allclose(jq.eval_float(op, jnp.asarray(x), jnp.asarray(grid)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jq.ops.eval_float(op, jnp.asarray(x), jnp.asarray(grid)), expected, rtol=1e-4, atol=1e-5)
     if nearest:
         return  # a coordinate on the border between two pixels may fall either way
     reach = float(np.abs(x).max())
@@ -278,7 +275,7 @@ def test_resize(case: Any) -> None:
     scales = tuple(float(v) for v in inputs[-1][2:])
     option = {"size": expected.shape[2:]} if align else {"scale_factor": scales}
     op = jq.ops.Interpolate(mode="bilinear", align_corners=align, **option)
-    np.testing.assert_allclose(jq.eval_float(op, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jq.ops.eval_float(op, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
     reach = float(np.abs(x).max())
     y, s_x = sampled(op, x, [], [reach / 32767])
     assert np.abs(y - expected).max() <= 2 * 2**-8 * 2 * reach + s_x  # weights of 8 bits on two axes, one rounding

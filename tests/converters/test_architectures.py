@@ -1,17 +1,16 @@
 """Networks of well-known kinds: in float as torch, in integers as the reference."""
 
-import architectures
-import architectures_other
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from architectures_other import OTHER
-from architectures_vision import VISION
+from support import architectures, architectures_other
+from support.architectures_other import OTHER
+from support.architectures_vision import VISION
 
 import jquant as jq
-from jquant.simulate import evaluate_float
+from jquant.graph.float import evaluate_float
 from jquant_converters import from_torch
 
 INTEGER = {"shufflenet": "int8", "video": "int8", "warping": "int16"}
@@ -83,20 +82,20 @@ def lowered(name, dtype):
     graph, params = from_torch(architectures.build(name), architectures.inputs(name, 1, seed=0))
     activations = {"int8": jq.int8, "int16": jq.int16}[dtype]()
     qconfig = jq.QConfig({"*": jq.Policy(output=activations, weight=jq.int8(axis="out"))})
-    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
     batches = [to_jax(architectures.inputs(name, 4, seed=s)) for s in range(2)]
-    qparams = jq.calibrate(plan, params, batches)
-    return plan, params, qparams
+    model = jq.calibrate(model, batches)
+    return model
 
 
 def check_integers(name, dtype):
     """Bit for bit as the reference, and near the float network."""
-    plan, params, qparams = lowered(name, dtype)
-    program = jq.lower(plan, params, qparams)
+    model = lowered(name, dtype)
+    program = jq.lower(model)
     given = to_jax(architectures.inputs(name, 2, seed=9))
     fast = jax.tree.leaves(jq.run(program, *given))
     slow, _ = jq.reference.run(program, *map(np.asarray, given))
-    real = evaluate_float(plan.graph, params, *given)
+    real = evaluate_float(model.plan.graph, model.params, *given)
     for a, b, f in zip(fast, slow, real, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
         error = np.linalg.norm(np.asarray(a) - np.asarray(f)) / np.linalg.norm(np.asarray(f))

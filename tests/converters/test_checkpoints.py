@@ -7,14 +7,14 @@ beside the project is for measuring only.
 import sys
 from pathlib import Path
 
-import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from support import checkpoints
 
-from jquant.simulate import evaluate_float
+from jquant.graph.float import evaluate_float
 from jquant_converters import from_torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))

@@ -1,25 +1,23 @@
-"""`from_onnx` and `plan_from_onnx`: what to_onnx writes, the cases of the onnx package, old opsets, QDQ models."""
+"""`from_onnx` and `model_from_onnx`: what to_onnx writes, the cases of the onnx package, old opsets, QDQ models."""
 
 import json
 from collections import Counter
-from dataclasses import replace
 
-import architectures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
-import onnx_cases
-import onnx_helpers as helpers
 import pytest
 import torch
 from onnx import TensorProto, helper
-from onnx_helpers import draw, model_of, quantized_conv
+from support import architectures, onnx_cases
+from support import onnx_helpers as helpers
+from support.onnx_helpers import draw, model_of, quantized_conv
 
 import jquant as jq
 from jquant import ops
-from jquant.simulate import evaluate_float
-from jquant_converters import from_onnx, from_torch, plan_from_onnx, to_onnx
+from jquant.graph.float import evaluate_float
+from jquant_converters import from_onnx, from_torch, model_from_onnx, to_onnx
 from jquant_converters.onnx_in import TABLE
 
 QUICK = ("shufflenet", "video", "gru", "mobilenet_v3")
@@ -78,27 +76,25 @@ def test_other_networks_come_back(name):
 def calibrated(name, dtype="int8"):
     graph, params = from_torch(architectures.build(name), architectures.inputs(name, 1, seed=0))
     qconfig = jq.QConfig({"*": jq.Policy(output=getattr(jq, dtype)(), weight=jq.int8(axis="out"))})
-    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
-    return plan, params, jq.calibrate(plan, params, [to_jax(name, 4, s) for s in range(2)])
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
+    return jq.calibrate(model, [to_jax(name, 4, s) for s in range(2)])
 
 
 def check_integer_round_trip(name, dtype):
     """torch -> jquant -> ONNX -> jquant: the same scales and the same integers out."""
-    plan, params, qparams = calibrated(name, dtype)
-    again, kept, scales = plan_from_onnx(to_onnx(plan, params, qparams).SerializeToString(), target=plan.target)
-    assert scales.keys() == qparams.keys()
-    for key, scale in qparams.items():
-        np.testing.assert_array_equal(scales[key], scale)
-    assert {n: s and s.dtype for n, s in again.values.items() if n in again.owned} == {
-        n: s and s.dtype for n, s in plan.values.items() if n in plan.owned
+    model = calibrated(name, dtype)
+    again = model_from_onnx(to_onnx(model).SerializeToString(), target=model.plan.target)
+    assert again.qparams.keys() == model.qparams.keys()
+    for key, scale in model.qparams.items():
+        np.testing.assert_array_equal(again.qparams[key], scale)
+    assert {n: s and s.dtype for n, s in again.plan.values.items() if n in again.plan.owned} == {
+        n: s and s.dtype for n, s in model.plan.values.items() if n in model.plan.owned
     }
     x = to_jax(name, 3, 9)
-    first, second = (
-        jax.tree.leaves(jq.run(jq.lower(*p), *x)) for p in ((plan, params, qparams), (again, kept, scales))
-    )
+    first, second = (jax.tree.leaves(jq.run(jq.lower(p), *x)) for p in (model, again))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    return plan, again
+    return model.plan, again.plan
 
 
 def test_a_plan_comes_back():
@@ -123,79 +119,77 @@ def quantized_attention(output, quantizer=None):
     torch.manual_seed(0)
     graph, params = from_torch(Block().eval(), (torch.zeros(1, 4, 6),))
     policy = jq.Policy(output=output, weight=jq.int8(axis="out", quantizer=quantizer))
-    plan, params = jq.prepare(graph, params, jq.QConfig({"*": policy}), target=jq.targets.NASH_E)
+    model = jq.prepare(graph, params, jq.QConfig({"*": policy}), target=jq.targets.NASH_E)
     x = jnp.asarray(torch.randn(5, 4, 6).numpy())
-    return plan, params, jq.calibrate(plan, params, [x]), x
+    return jq.calibrate(model, [x]), x
 
 
 @pytest.mark.parametrize("dtype", [jq.int8, jq.int16], ids=["int8", "int16"])
 def test_chains_of_int16_come_back_with_their_tables_observers_and_quantizers(dtype):
-    plan, params, qparams, x = quantized_attention(dtype(observer=jq.observers.percentile(99.5)), jq.quantizers.lsq)
-    again, kept, scales = plan_from_onnx(to_onnx(plan, params, qparams), target=plan.target)
-    expected = jq.run(jq.lower(plan, params, qparams), x)
-    np.testing.assert_array_equal(jq.run(jq.lower(again, kept, scales), x), expected)
-    assert scales.keys() == qparams.keys()
-    tables = {n.name: n.op.table for n in plan.graph.nodes if getattr(n.op, "table", None)}
+    model, x = quantized_attention(dtype(observer=jq.observers.percentile(99.5)), jq.lsq)
+    again = model_from_onnx(to_onnx(model), target=model.plan.target)
+    expected = jq.run(jq.lower(model), x)
+    np.testing.assert_array_equal(jq.run(jq.lower(again), x), expected)
+    assert again.qparams.keys() == model.qparams.keys()
+    tables = {n.name: n.op.table for n in model.plan.graph.nodes if getattr(n.op, "table", None)}
     assert len(tables) >= 3
-    assert {n.name: n.op.table for n in again.graph.nodes if getattr(n.op, "table", None)} == tables
-    assert {n: again.spec(n) for n in again.owned} == {n: plan.spec(n) for n in plan.owned}
-    assert again.weights == plan.weights
+    assert {n.name: n.op.table for n in again.plan.graph.nodes if getattr(n.op, "table", None)} == tables
+    assert {n: again.plan.spec(n) for n in again.plan.owned} == {n: model.plan.spec(n) for n in model.plan.owned}
+    assert again.plan.weights == model.plan.weights
 
 
 def test_what_the_file_says_of_a_format_counts_more_than_its_notes():
-    plan, params, qparams, _ = quantized_attention(jq.int8())
-    model = to_onnx(plan, params, qparams)
-    (entry,) = (e for e in model.metadata_props if e.key == "jquant.plan")
+    model, _ = quantized_attention(jq.int8())
+    file = to_onnx(model)
+    (entry,) = (e for e in file.metadata_props if e.key == "jquant.plan")
     notes = json.loads(entry.value)
-    changed = next(name for name in plan.owned if plan.spec(name).dtype == "int8")
+    changed = next(name for name in model.plan.owned if model.plan.spec(name).dtype == "int8")
     notes["specs"][changed] = {"dtype": "int16", "fixed_scale": 1.0}
-    fixed = next(name for name in plan.owned if plan.spec(name).fixed_scale)
+    fixed = next(name for name in model.plan.owned if model.plan.spec(name).fixed_scale)
     notes["specs"][fixed]["fixed_scale"] *= 2
     entry.value = json.dumps(notes)
-    again, _, scales = plan_from_onnx(model, target=plan.target)
-    assert again.spec(changed).dtype == "int8"
-    assert again.spec(changed).fixed_scale is None
-    assert float(scales[changed]) == float(qparams[changed])
-    assert again.spec(fixed).fixed_scale is None
-    assert float(scales[fixed]) == np.float32(plan.spec(fixed).fixed_scale)
+    again = model_from_onnx(file, target=model.plan.target)
+    assert again.plan.spec(changed).dtype == "int8"
+    assert again.plan.spec(changed).fixed_scale is None
+    assert float(again.qparams[changed]) == float(model.qparams[changed])
+    assert again.plan.spec(fixed).fixed_scale is None
+    assert float(again.qparams[fixed]) == np.float32(model.plan.spec(fixed).fixed_scale)
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "[1]", "{}", '{"jquant": 2, "specs": {}, "tables": {}}', '{"jquant": 1, "specs": [], "tables": {}}',
      '{"jquant": 1, "specs": {"x": {"dtype": "int9"}}, "tables": {}}', '{"jquant": 1, "specs": {"x": 3}, "tables": {}}',
-     '{"jquant": 1, "specs": {}, "tables": {"x": {"num_tables": 7}}}',
+     '{"jquant": 1, "specs": {}, "tables": {"x": {"num_tables": 0}}}',
      '{"jquant": 1, "specs": {}, "tables": {"x": {"size": 7}}}', "[" * 100000],
 )  # fmt: skip
 def test_damaged_notes_are_refused(text):
-    plan, params, qparams, _ = quantized_attention(jq.int8())
-    model = to_onnx(plan, params, qparams)
-    (entry,) = (e for e in model.metadata_props if e.key == "jquant.plan")
+    model, _ = quantized_attention(jq.int8())
+    file = to_onnx(model)
+    (entry,) = (e for e in file.metadata_props if e.key == "jquant.plan")
     entry.value = text
     with pytest.raises(jq.ConversionError, match=r"metadata 'jquant\.plan' of the model is damaged"):
-        plan_from_onnx(model, target=plan.target)
+        model_from_onnx(file, target=model.plan.target)
 
 
 def test_an_addition_behind_a_rounded_layer_is_not_fused():
     """A foreign file: the layer's own pair says that it is rounded before the addition."""
-    plan, params, qparams, _ = quantized_attention(jq.int8())
-    model = to_onnx(plan, params, qparams)
-    del model.metadata_props[:]
-    again, _, _ = plan_from_onnx(model, target=plan.target)
-    assert not any(getattr(node.op, "addend", False) for node in again.graph.nodes)
-    assert {"outer", "add"} <= set(again.owned)
+    model, _ = quantized_attention(jq.int8())
+    file = to_onnx(model)
+    del file.metadata_props[:]
+    again = model_from_onnx(file, target=model.plan.target)
+    assert not any(getattr(node.op, "addend", False) for node in again.plan.graph.nodes)
+    assert {"outer", "add"} <= set(again.plan.owned)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("vit", "int8"), ("vit", "int16"), ("swin", "int8"), ("gru", "int16")])
 def test_integers_of_networks_with_chains_come_back(name, dtype):
     """Constants of a GRU come back in parts, so that the scales have other names."""
-    plan, params, qparams = calibrated(name, dtype)
-    again, kept, scales = plan_from_onnx(to_onnx(plan, params, qparams), target=plan.target)
+    model = calibrated(name, dtype)
+    again = model_from_onnx(to_onnx(model), target=model.plan.target)
     x = to_jax(name, 3, 9)
-    first, second = (
-        jax.tree.leaves(jq.run(jq.lower(*p), *x)) for p in ((plan, params, qparams), (again, kept, scales))
-    )
+    first, second = (jax.tree.leaves(jq.run(jq.lower(p), *x)) for p in (model, again))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -219,8 +213,8 @@ def quantized_by_onnxruntime(name, folder):
             return self.left.pop() if self.left else None
 
     graph, params = from_torch(architectures.build(name), architectures.inputs(name, 1, seed=0))
-    plan, params = jq.prepare(graph, params, jq.QConfig({"*": None}), target=jq.targets.NASH_E)  # folds batch norm
-    to_onnx(plan, params, {}, form="float", path=folder / "float.onnx")
+    model = jq.prepare(graph, params, jq.QConfig({"*": None}), target=jq.targets.NASH_E)  # folds batch norm
+    to_onnx(model, form="float", path=folder / "float.onnx")
     quantize_static(
         folder / "float.onnx",
         folder / "qdq.onnx",
@@ -237,8 +231,8 @@ def quantized_by_onnxruntime(name, folder):
 def check_foreign(name, folder, steps):
     """Integers of a model that onnxruntime quantized, against its own run of it, in steps of the output."""
     path = quantized_by_onnxruntime(name, folder)
-    plan, params, qparams = plan_from_onnx(path, target=jq.targets.NASH_E)
-    program = jq.lower(plan, params, qparams)
+    model = model_from_onnx(path, target=jq.targets.NASH_E)
+    program = jq.lower(model)
     (x,) = to_jax(name, 3, 9)
     (expected,) = helpers.run_onnxruntime(onnx.load(path), x)
     step = float(program.scales[program.graph.outputs[0]])
@@ -269,10 +263,10 @@ def test_a_table_shared_by_an_embedding_and_a_linear_layer():
     params = {"table": jnp.asarray(draw(7, 4))}
     ids = jnp.asarray(np.arange(10).reshape(2, 5) % 7, jnp.int32)
     qconfig = jq.QConfig({"*": jq.Policy(output=jq.int16(), weight=jq.int8(axis="out"))})
-    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
-    qparams = jq.calibrate(plan, params, [ids])
-    again = plan_from_onnx(to_onnx(plan, params, qparams), target=plan.target)
-    np.testing.assert_array_equal(jq.run(jq.lower(*again), ids), jq.run(jq.lower(plan, params, qparams), ids))
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
+    model = jq.calibrate(model, [ids])
+    again = model_from_onnx(to_onnx(model), target=model.plan.target)
+    np.testing.assert_array_equal(jq.run(jq.lower(again), ids), jq.run(jq.lower(model), ids))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +291,8 @@ def test_a_sample_of_the_node_cases():
     """Every twelfth; the counts of all are in the slow test."""
     cases = [c for c in onnx_cases.node_cases() if c.model.graph.node[0].op_type not in onnx_cases.QUANTIZED]
     counts = check_cases(cases[::12])
-    assert counts["pass"] >= 0.6 * sum(counts.values()), counts
+    # A tenth of the cases are of Attention, most of them with a cache, a window or scores as outputs.
+    assert counts["pass"] >= 0.55 * sum(counts.values()), counts
 
 
 @pytest.mark.slow
@@ -305,7 +300,7 @@ def test_all_node_cases():
     counts, notes, by_operator = onnx_cases.sweep()
     assert not notes["mismatch"], "\n".join(notes["mismatch"])
     assert all(len(line) > 30 for line in notes["refused"])
-    assert counts["pass"] >= 540, counts
+    assert counts["pass"] >= 620, counts
     never = {kind for kind, found in by_operator.items() if not found["pass"]}
     assert never <= REFUSED, never - REFUSED
 
@@ -437,20 +432,20 @@ def test_patterns():
 
 
 def test_a_qdq_model_is_a_calibrated_plan():
-    model, constants = quantized_conv()
-    plan, params, qparams = plan_from_onnx(model, target=replace(jq.targets.NASH_E, post_rounding="half_even"))
-    assert {n.name: type(n.op).__name__ for n in plan.graph.nodes if n.op.weight_roles} == {"conv": "Conv"}
-    assert plan.graph.by_name["conv"].op.activation == "relu"
-    assert plan.weights["w"] == jq.int8(axis="out")
-    assert set(qparams) == {"x", "conv", "w"}
-    np.testing.assert_array_equal(qparams["w"], constants["s_w"])
-    program = jq.lower(plan, params, qparams)
+    file, constants = quantized_conv()
+    model = model_from_onnx(file, target=jq.targets.NASH_E.with_fields({"rescale.post_rounding": "half_even"}))
+    assert {n.name: type(n.op).__name__ for n in model.plan.graph.nodes if n.op.weight_roles} == {"conv": "Conv"}
+    assert model.plan.graph.by_name["conv"].op.activation == "relu"
+    assert model.plan.weights["w"] == jq.int8(axis="out")
+    assert set(model.qparams) == {"x", "conv", "w"}
+    np.testing.assert_array_equal(model.qparams["w"], constants["s_w"])
+    program = jq.lower(model)
     np.testing.assert_array_equal(
         np.moveaxis(np.asarray(program.constants["conv"]["weight"]), (-1, -2), (0, 1)), constants["w"]
     )
     np.testing.assert_array_equal(program.constants["conv"]["bias"], constants["b"])
     x = draw(2, 3, 5, 5)
-    (expected,) = helpers.run_onnxruntime(model, x)
+    (expected,) = helpers.run_onnxruntime(file, x)
     apart = np.abs(np.asarray(jq.run(program, jnp.asarray(x))) - expected) / 0.25
     assert apart.max() <= 1.001
     assert (apart < 0.5).mean() > 0.98
@@ -458,12 +453,12 @@ def test_a_qdq_model_is_a_calibrated_plan():
 
 def test_an_output_without_a_pair_keeps_its_accumulator():
     for relu in (False, True):
-        model, _ = quantized_conv(outputs_on_grid=False, relu=relu)
-        plan, params, qparams = plan_from_onnx(model, target=jq.targets.NASH_E)
-        program = jq.lower(plan, params, qparams)
+        file, _ = quantized_conv(outputs_on_grid=False, relu=relu)
+        model = model_from_onnx(file, target=jq.targets.NASH_E)
+        program = jq.lower(model)
         assert program.formats["conv"].output == "int32"
         x = draw(2, 3, 5, 5)
-        (expected,) = helpers.run_onnxruntime(model, x)
+        (expected,) = helpers.run_onnxruntime(file, x)
         # float32 sums of up to 28 products in another order
         np.testing.assert_allclose(
             jq.run(program, jnp.asarray(x)), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
@@ -471,57 +466,80 @@ def test_an_output_without_a_pair_keeps_its_accumulator():
 
 
 def test_a_value_that_is_read_off_its_grid_too():
-    """The convolution stays float for its other reader, and the pair is a node of its own; it does not lower."""
-    model, _ = quantized_conv(relu=False, raw=True)
-    plan, params, qparams = plan_from_onnx(model, target=jq.targets.NASH_E)
-    assert plan.values["conv"] is None
-    assert type(plan.graph.by_name["y"].op).__name__ == "Requantize"
-    with pytest.raises(jq.LoweringError, match="'conv' is float"):
-        jq.lower(plan, params, qparams)
+    """The convolution keeps its accumulator for the output, and is computed once more for the pair."""
+    file, _ = quantized_conv(relu=False, raw=True)
+    model = model_from_onnx(file, target=jq.targets.NASH_E)
+    assert model.plan.values["conv"].dtype == "int32"
+    assert type(model.plan.graph.by_name["y"].op).__name__ == "Conv"
+    assert "read with two scales" in jq.explain(model)
     x = draw(2, 3, 5, 5)
-    expected = helpers.run_onnxruntime(model, x)
-    for a, e in zip(jq.apply(plan, params, qparams, jnp.asarray(x)), expected, strict=True):
-        np.testing.assert_allclose(a, e, rtol=0, atol=0.2501)
+    expected = helpers.run_onnxruntime(file, x)
+    for found in (jq.apply(model, jnp.asarray(x)), jq.run(jq.lower(model), jnp.asarray(x))):
+        for a, e in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=0, atol=0.2501)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"x_zero": 3}, r"zero point 3 of int8; every integer here has zero point 0: quantize symmetrically"),
-        ({"w_zero": -1}, r"DequantizeLinear .*'w_d'.*zero point -1 of int8"),
-        ({"x_dtype": np.uint8}, "a value of uint8; quantize to int8 or int16"),
-        ({"x_zero": 128, "x_dtype": np.uint8}, "zero point 128 of uint8"),
+        ({"x_zero": 3}, r"'x_q'.*zero point 3 of int8(.|\n)*'y_q'(.|\n)*Quantize symmetrically .*zero_point=\"widen\""),
+        ({"w_zero": -90}, r"DequantizeLinear .*'w_d'.*zero point -90 of int8"),
+        ({"x_dtype": np.uint8}, "zero point 0 of uint8"),
+        ({"x_zero": 127, "x_dtype": np.uint8}, "zero point 127 of uint8"),
     ],
 )
 def test_what_is_not_symmetric_is_refused_by_name(options, message):
     with pytest.raises(jq.ConversionError, match=message):
-        plan_from_onnx(quantized_conv(**options)[0], target=jq.targets.NASH_E)
+        model_from_onnx(quantized_conv(**options)[0], target=jq.targets.NASH_E)
 
 
 def test_each_kind_of_model_has_its_function():
-    with pytest.raises(jq.ConversionError, match="plan_from_onnx"):
+    with pytest.raises(jq.ConversionError, match="model_from_onnx"):
         from_onnx(quantized_conv()[0])
     float_model = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": draw(2, 3)}, {"y": TensorProto.FLOAT})
     with pytest.raises(jq.ConversionError, match="no QuantizeLinear"):
-        plan_from_onnx(float_model, target=jq.targets.NASH_E)
+        model_from_onnx(float_model, target=jq.targets.NASH_E)
 
 
 def test_scales_that_the_file_does_not_have():
-    """A softmax is a chain of int16 values here, and a file has one scale for it."""
-    constants = {"s": np.float32(0.01), "z": np.asarray(0, np.int8)}
+    """A softmax is a chain of int16 values here, and a file has one scale for it: the others follow."""
+    constants = {"s": np.float32(0.01), "t": np.float32(1 / 128), "z": np.asarray(0, np.int8)}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["a"]),
         helper.make_node("DequantizeLinear", ["a", "s", "z"], ["b"]),
         helper.make_node("Softmax", ["b"], ["c"], "softmax"),
-        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["d"]),
-        helper.make_node("DequantizeLinear", ["d", "s", "z"], ["y"]),
+        helper.make_node("QuantizeLinear", ["c", "t", "z"], ["d"]),
+        helper.make_node("DequantizeLinear", ["d", "t", "z"], ["y"]),
     ]
-    model = model_of(nodes, {"x": draw(2, 3)}, {"y": TensorProto.FLOAT}, initializers=constants)
-    with pytest.raises(jq.ConversionError, match=r"no scale for 'softmax\.(.|\n)*calibrate it"):
-        plan_from_onnx(model, target=jq.targets.NASH_E)
+    file = model_of(nodes, {"x": draw(2, 3)}, {"y": TensorProto.FLOAT}, initializers=constants)
+    model = model_from_onnx(file, target=jq.targets.NASH_E)
+    x = draw(2, 3)
+    (expected,) = helpers.run_onnxruntime(file, x)
+    for found in (jq.apply(model, jnp.asarray(x)), jq.run(jq.lower(model), jnp.asarray(x))):
+        assert np.abs(np.asarray(found) - expected).max() <= 1.001 / 128
+    given = {"x": 0.01, "softmax": 1 / 128}
+    assert {n: float(model.qparams[n]) for n in given} == {n: float(np.float32(v)) for n, v in given.items()}
+    rows = {row.name: row for row in model.plan.resolutions}
+    assert rows["softmax.sum"].requested == "float"
+    assert "no pair in the file at" in rows["softmax.sum"].reason
+    assert float(model.qparams["softmax.sum"]) == pytest.approx(3 / 32767)  # of three numbers in [0, 1]
 
 
 def test_the_table_is_one_line_an_operator():
     assert len(TABLE) >= 100
     known = {s.name for s in onnx.defs.get_all_schemas()}
     assert set(TABLE) <= known | {"Upsample"}
+
+
+@pytest.mark.parametrize("divisor", [2, 8, 3, 12, -4, -7])
+def test_whole_numbers_divide_towards_zero(divisor):
+    """onnxruntime divides as C does."""
+    node = helper.make_node("Div", ["x", "d"], ["y"], "node")
+    stored = {"d": np.asarray([divisor], np.int32)}
+    model = model_of([node], {"x": np.zeros((2, 9), np.int32)}, {"y": TensorProto.INT32}, initializers=stored)
+    graph, params = from_onnx(model)
+    x = np.array(
+        [[-17, -12, -8, -1, 0, 1, 7, 8, 2**30 + 5], [-(2**31) + 1, -9, 2**31 - 1, 3, 12, 13, -13, 4, -4]], np.int32
+    )
+    (expected,) = helpers.run_onnxruntime(model, x)
+    np.testing.assert_array_equal(np.asarray(evaluate_float(graph, params, jnp.asarray(x))[0]), expected)

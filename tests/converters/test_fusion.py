@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import vision_packages
+from support import vision_packages
 from torch import nn
 
 import jquant as jq
@@ -63,23 +63,25 @@ def test_the_same_modules_are_fused_into_the_same_weights(name):
     module = moved(module)
     qconfig = jq.QConfig({"*": jq.Policy(output=jq.int8(), weight=jq.int8(axis="out"))})
     graph, params = from_torch(module, (x,))
-    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_P)
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_P)
     fused = torch.ao.quantization.fuse_modules(module, groups)
-    inside = {n.name for n in plan.graph.nodes}
+    inside = {n.name for n in model.plan.graph.nodes}
     for host, *others in groups:
-        whole = host in plan.weights or f"{host}.weight" in plan.weights  # sub2 lies outside of the stubs
+        whole = host in model.plan.weights or f"{host}.weight" in model.plan.weights  # sub2 lies outside of the stubs
         for other in others:
             kept = other in inside
-            assert plan.renamed.get(other) == host or (kept and not whole), (host, other)
+            assert model.plan.renamed.get(other) == host or (kept and not whole), (host, other)
         layer = fused.get_submodule(host)
         layer = layer[0] if isinstance(layer, nn.Sequential) else layer
         np.testing.assert_allclose(
-            np.asarray(params[plan.graph.by_name[host].params["weight"]]), layer.weight.detach().numpy(), rtol=1e-5
+            np.asarray(model.params[model.plan.graph.by_name[host].params["weight"]]),
+            layer.weight.detach().numpy(),
+            rtol=1e-5,
         )
         if layer.bias is not None:
-            bias = np.asarray(params[plan.graph.by_name[host].params["bias"]])
+            bias = np.asarray(model.params[model.plan.graph.by_name[host].params["bias"]])
             np.testing.assert_allclose(bias, layer.bias.detach().numpy(), rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         expected = fused(x).numpy()
-    actual = np.asarray(jq.apply(plan, params, {}, jnp.asarray(x.numpy()), mode="float"))
+    actual = np.asarray(jq.apply(model, jnp.asarray(x.numpy()), mode="float"))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()))

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("expecttest")  # torch.testing._internal needs it
 
-import opinfo
+from support import opinfo
 
 QUICK = 8  # every eighth operator
 OPERATORS = opinfo.operators()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import jquant.ops as ops
-from jquant.simulate import evaluate_float
+from jquant.graph.float import evaluate_float
 from jquant.types import ConversionError
 from jquant_converters import from_torch
 

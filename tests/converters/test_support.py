@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from onnx_helpers import CASES
+from support.onnx_helpers import CASES
 
 from jquant import ops
 from jquant_converters import support

@@ -194,45 +194,47 @@ QCONFIG = jq.QConfig({"*": jq.Policy(output=jq.int8(), weight=jq.int8(axis="out"
 
 def prepared(module, qconfig=QCONFIG, **options):
     graph, params = from_torch(module, (X,))
-    return graph, *jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, **options)
+    return graph, jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, **options)
 
 
 def test_nothing_outside_of_the_stubs_is_quantized():
-    graph, plan, params = prepared(Region().eval())
+    graph, model = prepared(Region().eval())
+    plan = model.plan
     assert [type(n.op).__name__ for n in graph.nodes if "quant" in n.name] == ["QuantStub", "DeQuantStub"]
     quantized = {name for name, spec in plan.values.items() if spec is not None}
     assert {"quant", "conv", "shift", "add", "mean"} <= quantized
     assert not {"x", "before", "fc", "mul", "offset"} & quantized
     assert set(plan.weights) == {"conv.weight"}
-    assert jq.explain(plan).count("outside of the region that QuantStub and DeQuantStub mark") == 5
+    explained = jq.explain(model)  # of the input and two layers; the product is part of one
+    assert explained.count("outside of the region that QuantStub and DeQuantStub mark") == 3
     with torch.no_grad():
         expected = Region().eval()
         module = Region().eval()
         module.load_state_dict(expected.state_dict())
-    qparams = jq.calibrate(plan, params, [jnp.asarray(X.numpy())])
-    assert {"before", "fc", "x"}.isdisjoint(qparams)
+    model = jq.calibrate(model, [jnp.asarray(X.numpy())])
+    assert {"before", "fc", "x"}.isdisjoint(model.qparams)
     with pytest.raises(LoweringError, match="float"):  # never silently
-        jq.lower(plan, params, qparams)
+        jq.lower(model)
 
 
 def test_stubs_at_the_ends_leave_a_program_and_the_input_quantized():
-    _, plan, params = prepared(Region(head=False).eval())
-    assert plan.values["x"].dtype == "int8"
-    assert plan.renamed["quant"] == "x"
-    qparams = jq.calibrate(plan, params, [jnp.asarray(X.numpy())])
-    program = jq.lower(plan, params, qparams)
+    _, model = prepared(Region(head=False).eval())
+    assert model.plan.values["x"].dtype == "int8"
+    assert model.plan.renamed["quant"] == "x"
+    model = jq.calibrate(model, [jnp.asarray(X.numpy())])
+    program = jq.lower(model)
     assert jq.run(program, jnp.asarray(X.numpy())).shape == (2, 4)
 
 
 def test_a_rule_for_the_stub_is_one_for_the_input_and_rules_outside_are_refused_by_name():
     rules = {"*": jq.Policy(output=jq.int8(), weight=jq.int8())}
-    _, plan, _ = prepared(Region(head=False).eval(), jq.QConfig(rules | {"quant": jq.Policy(output=jq.int16())}))
-    assert plan.values["x"].dtype == "int16"
+    _, model = prepared(Region(head=False).eval(), jq.QConfig(rules | {"quant": jq.Policy(output=jq.int16())}))
+    assert model.plan.values["x"].dtype == "int16"
     qconfig = jq.QConfig(rules | {"fc": jq.Policy(output=jq.int8())})
     with pytest.raises(QConfigError, match=r"outside of the region.*: fc"):
         prepared(Region().eval(), qconfig)
-    _, plan, _ = prepared(Region().eval(), qconfig, strict=False)
-    assert plan.values["fc"] is None
+    _, model = prepared(Region().eval(), qconfig, strict=False)
+    assert model.plan.values["fc"] is None
 
 
 class Functionals(nn.Module):

@@ -1,21 +1,20 @@
 """`to_torch`: every operator in float, fake-quant to the bit where float sums are exact, and through both exporters."""
 
-import dataclasses
 from collections import Counter
 
-import architectures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from aten_cases import GROUPS, Values, difference, example
+from support import architectures
+from support.aten_cases import GROUPS, Values, difference, example
 
 import jquant as jq
 from jquant.types import CalibrationError, ConversionError
 from jquant_converters import from_torch, to_torch
 
-HALF_EVEN = dataclasses.replace(jq.targets.NASH_E, post_rounding="half_even")
+HALF_EVEN = jq.targets.NASH_E.with_fields({"rescale.post_rounding": "half_even"})
 FLOAT = jq.QConfig({"*": None})
 
 
@@ -27,7 +26,7 @@ def narrowed(tensors):
 def outputs_of(module, *inputs):
     with torch.no_grad():
         found = module(*narrowed(inputs))
-    return list(found) if isinstance(found, tuple) else [found]
+    return torch.utils._pytree.tree_leaves(found)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -35,8 +34,8 @@ def test_every_imported_overload_goes_out_again(group):
     """As a graph, and as a plan, whose convolutions and pools run channels-last."""
     module = Values(GROUPS[group]).eval()
     graph, params = from_torch(module, example(2))
-    plan, folded = jq.prepare(graph, params, FLOAT, target=jq.targets.NASH_P)
-    for written in (to_torch(graph, params), to_torch(plan, folded)):
+    model = jq.prepare(graph, params, FLOAT, target=jq.targets.NASH_P)
+    for written in (to_torch(graph, params), to_torch(model)):
         inputs = example(3, seed=3)
         used = [x for entry, x in zip(graph.inputs, inputs, strict=True) if entry.name]
         with torch.no_grad():
@@ -50,9 +49,9 @@ def test_every_imported_overload_goes_out_again(group):
 def calibrated(name, output, weight, target, **options):
     graph, params = from_torch(architectures.build(name), architectures.inputs(name, 1, seed=0))
     qconfig = jq.QConfig({"*": jq.Policy(output=output, weight=weight)})
-    plan, params = jq.prepare(graph, params, qconfig, target=target, **options)
+    model = jq.prepare(graph, params, qconfig, target=target, **options)
     batches = [jnp.asarray(architectures.inputs(name, 4, seed=s)[0].numpy()) for s in range(2)]
-    return plan, params, jq.calibrate(plan, params, batches)
+    return jq.calibrate(model, batches)
 
 
 @pytest.mark.parametrize("output", [jq.int8, jq.int16], ids=["int8", "int16"])
@@ -60,10 +59,10 @@ def calibrated(name, output, weight, target, **options):
 def test_power_of_two_scales_give_the_bits_of_fake_quant(name, output):
     """Products are multiples of one power of two. Those of int8 sum up below 2^24, so that sums are exact in float."""
     weight = jq.int8(axis="out", scale_form="pow2") if output is jq.int8 else jq.int4(axis="out", scale_form="pow2")
-    plan, params, qparams = calibrated(name, output(scale_form="pow2"), weight, HALF_EVEN)
+    model = calibrated(name, output(scale_form="pow2"), weight, HALF_EVEN)
     (x,) = architectures.inputs(name, 3, seed=7)
-    expected = np.asarray(jq.apply(plan, params, qparams, jnp.asarray(x.numpy())))
-    (actual,) = outputs_of(to_torch(plan, params, qparams), x)
+    expected = np.asarray(jq.apply(model, jnp.asarray(x.numpy())))
+    (actual,) = outputs_of(to_torch(model), x)
     if output is jq.int8:
         np.testing.assert_array_equal(actual.numpy(), expected)
     else:  # a sum of int16 products has more than 24 bits: float rounding moves some values by one LSB of int16
@@ -77,16 +76,16 @@ def test_a_batch_norm_of_features_that_follows_no_layer(batch_norm):
     module = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), norm, torch.nn.Linear(7, 3)).eval()
     graph, params = from_torch(module, (torch.zeros(2, 6),))
     qconfig = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
-    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, batch_norm=batch_norm)
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, batch_norm=batch_norm)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
-    qparams = jq.calibrate(plan, params, [x.numpy()])
+    model = jq.calibrate(model, [x.numpy()])
     np.testing.assert_allclose(
-        jq.apply(plan, params, {}, x.numpy(), mode="float"), module(x).detach(), rtol=0, atol=1e-5
+        jq.apply(model.replace(qparams={}), x.numpy(), mode="float"), module(x).detach(), rtol=0, atol=1e-5
     )
-    program = jq.lower(plan, params, qparams)
+    program = jq.lower(model)
     np.testing.assert_array_equal(jq.run(program, x.numpy()), jq.reference.run(program, x.numpy())[0][0])
-    written = to_torch(*jq.fold_batch_norm(plan, params, qparams))
-    np.testing.assert_allclose(outputs_of(written, x)[0], jq.apply(plan, params, qparams, x.numpy()), rtol=0, atol=1e-5)
+    written = to_torch(jq.training.fold_batch_norm(model))
+    np.testing.assert_allclose(outputs_of(written, x)[0], jq.apply(model, x.numpy()), rtol=0, atol=1e-5)
 
 
 def test_real_scales_differ_by_one_lsb_at_most_behind_each_quantization():
@@ -94,40 +93,40 @@ def test_real_scales_differ_by_one_lsb_at_most_behind_each_quantization():
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.ReLU())
     graph, params = from_torch(module, (torch.zeros(1, 3, 9, 9),))
     qconfig = jq.QConfig({"*": jq.Policy(output=jq.int8(), weight=jq.int8(axis="out"))})
-    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, high_precision_outputs=False)
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, high_precision_outputs=False)
     x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
-    qparams = jq.calibrate(plan, params, [jnp.asarray(x.numpy())])
-    expected = np.asarray(jq.apply(plan, params, qparams, jnp.asarray(x.numpy())))
-    (actual,) = outputs_of(to_torch(plan, params, qparams), x)
-    steps = np.abs(actual.numpy() - expected) / np.asarray(qparams["0"])
+    model = jq.calibrate(model, [jnp.asarray(x.numpy())])
+    expected = np.asarray(jq.apply(model, jnp.asarray(x.numpy())))
+    (actual,) = outputs_of(to_torch(model), x)
+    steps = np.abs(actual.numpy() - expected) / np.asarray(model.qparams["0"])
     assert steps.max() < 1.01
     assert (steps > 0.5).mean() < 0.01
 
 
 def test_weights_are_integers_under_their_keys_and_permutations_of_the_plan_are_gone():
-    plan, params, qparams = calibrated("shufflenet", jq.int8(), jq.int8(axis="out"), jq.targets.NASH_E)
-    module = to_torch(plan, params, qparams)
+    model = calibrated("shufflenet", jq.int8(), jq.int8(axis="out"), jq.targets.NASH_E)
+    module = to_torch(model)
     state = module.state_dict()
     assert state["stem.0.weight"].dtype == torch.int8
     assert state["stem.0.weight_scale"].shape == (8,)
     assert state["fc.bias"].dtype == torch.float32
     assert not module.training
     permuted = sum("permute" in str(node.target) for node in module.graph.nodes)
-    assert permuted == sum(isinstance(n.op, jq.ops.Permute) and ".to_" not in n.name for n in plan.graph.nodes)
+    assert permuted == sum(isinstance(n.op, jq.ops.Permute) and ".to_" not in n.name for n in model.plan.graph.nodes)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_both_exporters_take_it_with_a_free_batch(dtype, tmp_path):
-    plan, params, qparams = calibrated(
+    model = calibrated(
         "shufflenet", getattr(jq, dtype)(), jq.int8(axis="out"), jq.targets.NASH_E, high_precision_outputs=False
     )
-    module = to_torch(plan, params, qparams)
+    module = to_torch(model)
     (x,), (other,) = (architectures.inputs("shufflenet", n, seed=n) for n in (2, 5))
     batch = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(module, (x,), dynamic_shapes=batch)
     (expected,) = outputs_of(module, other)
     torch.testing.assert_close(outputs_of(program.module(), other)[0], expected, rtol=0, atol=0)
-    assert sum("quantize_per_tensor" in str(n.target) for n in program.graph.nodes) >= 2 * len(plan.owned)
+    assert sum("quantize_per_tensor" in str(n.target) for n in program.graph.nodes) >= 2 * len(model.plan.owned)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.onnx itself
@@ -138,8 +137,8 @@ def test_the_onnx_exporter_writes_quantize_and_dequantize(dtype, tmp_path):
     pytest.importorskip("onnxscript")
     import onnxruntime
 
-    plan, params, qparams = calibrated("shufflenet", dtype(), jq.int8(axis="out"), jq.targets.NASH_E)
-    module = to_torch(plan, params, qparams)
+    model = calibrated("shufflenet", dtype(), jq.int8(axis="out"), jq.targets.NASH_E)
+    module = to_torch(model)
     (x,), (other,) = (architectures.inputs("shufflenet", n, seed=n) for n in (2, 5))
     path = tmp_path / "model.onnx"
     written = torch.onnx.export(
@@ -147,8 +146,8 @@ def test_the_onnx_exporter_writes_quantize_and_dequantize(dtype, tmp_path):
     )
     written.save(path)
     counts = Counter(node.op_type for node in written.model.graph)
-    assert counts["QuantizeLinear"] == len(plan.owned)
-    assert counts["DequantizeLinear"] > len(plan.owned)  # equal weights are written once
+    assert counts["QuantizeLinear"] == len(model.plan.owned)
+    assert counts["DequantizeLinear"] > len(model.plan.owned)  # equal weights are written once
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(path, options)
@@ -169,11 +168,11 @@ def test_there_and_back_again(name):
     qconfig = jq.QConfig({"*": jq.Policy(output=jq.int16(), weight=jq.int8(axis="out"))})
     results = []
     for g, p in ((graph, params), (again, params_again)):
-        float_outputs = jq.evaluate_float(g, p, *arrays)
-        plan, p = jq.prepare(g, p, qconfig, target=jq.targets.NASH_E)
-        qparams = jq.calibrate(plan, p, [arrays if len(arrays) > 1 else arrays[0]])
-        formats = Counter((type(n.op).__name__, str(plan.values[n.name])) for n in plan.graph.nodes)
-        results.append((float_outputs, formats, jax.tree.leaves(jq.run(jq.lower(plan, p, qparams), *arrays))))
+        float_outputs = jq.graph.evaluate_float(g, p, *arrays)
+        model = jq.prepare(g, p, qconfig, target=jq.targets.NASH_E)
+        model = jq.calibrate(model, [arrays if len(arrays) > 1 else arrays[0]])
+        formats = Counter((type(n.op).__name__, str(model.plan.values[n.name])) for n in model.plan.graph.nodes)
+        results.append((float_outputs, formats, jax.tree.leaves(jq.run(jq.lower(model), *arrays))))
     for a, b in zip(results[0][0], results[1][0], strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert results[0][1] == results[1][1]
@@ -191,11 +190,11 @@ def test_what_has_no_form_in_torch_is_refused_by_name():
 def test_bad_arguments():
     graph, params = from_torch(torch.nn.Linear(3, 2), (torch.zeros(1, 3),))
     qconfig = jq.QConfig({"*": jq.Policy(output=jq.int8(), weight=jq.int8(quantizer=jq.lsq_plus))})
-    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
     with pytest.raises(CalibrationError, match="no scale"):
-        to_torch(plan, params)
-    qparams = jq.calibrate(plan, params, [jnp.ones((2, 3))])
+        to_torch(model)
+    model = jq.calibrate(model, [jnp.ones((2, 3))])
     with pytest.raises(ConversionError, match="learned offset"):
-        to_torch(plan, params, qparams)
-    with pytest.raises(ConversionError, match="no qparams"):
-        to_torch(graph, params, qparams)
+        to_torch(model)
+    with pytest.raises(ConversionError, match="takes a Model, or a Graph with its params, not Graph"):
+        to_torch(graph)

@@ -1,5 +1,7 @@
 """State dicts out of plans and into graphs, and the buffers of fake-quantizers."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,8 +60,8 @@ X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(5))
 
 def prepared(module, **options):
     graph, original = from_torch(module, (X,))
-    plan, params = jq.prepare(graph, original, QCONFIG, target=jq.targets.NASH_E, **options)
-    return graph, original, plan, params
+    model = jq.prepare(graph, original, QCONFIG, target=jq.targets.NASH_E, **options)
+    return graph, original, model
 
 
 def trained(params, seed=0):
@@ -69,19 +71,19 @@ def trained(params, seed=0):
     return {k: v + noise[k] if k != "add.other" else v for k, v in params.items()}
 
 
-def check_logits(module, plan, params, state):
+def check_logits(module, model, state):
     other = make(seed=9)
     other.load_state_dict(state)
     with torch.no_grad():
         actual = other(X).numpy()
-    expected = np.asarray(jq.apply(plan, params, {}, jnp.asarray(X.numpy()), mode="float"))
+    expected = np.asarray(jq.apply(model, jnp.asarray(X.numpy()), mode="float"))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_what_training_left_alone_comes_back_bit_for_bit():
     module = make(zero=(1, 6))
-    graph, original, plan, params = prepared(module)
-    state = to_state_dict(plan, params, graph=graph, original=original, module=module)
+    graph, original, model = prepared(module)
+    state = to_state_dict(model, graph=graph, original=original, module=module)
     for key, tensor in module.state_dict().items():
         assert torch.equal(state[key], tensor), key
 
@@ -89,11 +91,11 @@ def test_what_training_left_alone_comes_back_bit_for_bit():
 @pytest.mark.parametrize("zero", [(), (1, 6)], ids=["plain", "zero_gamma"])
 def test_trained_weights_go_back_with_batch_norm_unfolded(zero):
     module = make(zero=zero)
-    graph, original, plan, params = prepared(module)
-    params = trained(params)
-    state = to_state_dict(plan, params, graph=graph, original=original, module=module)
+    graph, original, model = prepared(module)
+    params = trained(model.params)
+    state = to_state_dict(model.replace(params=params), graph=graph, original=original, module=module)
     assert state.keys() == module.state_dict().keys()
-    check_logits(module, plan, params, state)
+    check_logits(module, model.replace(params=params), state)
     assert torch.equal(state["tied.weight"], state["fc.weight"])
     assert torch.equal(state["bn1.running_var"], module.bn1.running_var)
     kept = [c for c in range(8) if c not in zero]
@@ -103,8 +105,8 @@ def test_trained_weights_go_back_with_batch_norm_unfolded(zero):
     loaded = load_state_dict(graph, original, state, strict=False)
     assert loaded.missing_keys == ()
     np.testing.assert_allclose(
-        np.asarray(jq.evaluate_float(graph, loaded.params, jnp.asarray(X.numpy()))[0]),
-        np.asarray(jq.apply(plan, params, {}, jnp.asarray(X.numpy()), mode="float")),
+        np.asarray(jq.graph.evaluate_float(graph, loaded.params, jnp.asarray(X.numpy()))[0]),
+        np.asarray(jq.apply(model.replace(params=params, qparams={}), jnp.asarray(X.numpy()), mode="float")),
         rtol=0,
         atol=1e-5,
     )
@@ -112,37 +114,35 @@ def test_trained_weights_go_back_with_batch_norm_unfolded(zero):
 
 def test_batch_norm_that_was_kept_for_training_goes_back_as_it_is():
     module = make()
-    graph, original, plan, params = prepared(
-        module, batch_norm={"bn1": "live", "bn3": "reverse_fold", "alone": "frozen"}
-    )
-    params = trained({k: v for k, v in params.items() if "running_var" not in k and "folded" not in k}) | {
-        k: v for k, v in params.items() if "running_var" in k or "folded" in k
+    graph, original, model = prepared(module, batch_norm={"bn1": "live", "bn3": "reverse_fold", "alone": "frozen"})
+    params = trained({k: v for k, v in model.params.items() if "running_var" not in k and "folded" not in k}) | {
+        k: v for k, v in model.params.items() if "running_var" in k or "folded" in k
     }
-    state = to_state_dict(plan, params, graph=graph, original=original, module=module)
+    state = to_state_dict(model.replace(params=params), graph=graph, original=original, module=module)
     np.testing.assert_array_equal(state["bn1.running_mean"].numpy(), np.asarray(params["bn1.running_mean"]))
-    check_logits(module, plan, params, state)
+    check_logits(module, model.replace(params=params), state)
 
 
 def test_a_gamma_near_zero_does_not_overflow():
     module = make()
     with torch.no_grad():
         module.bn1.weight[2] = 1e-30
-    graph, original, plan, params = prepared(module)
-    params = trained(params)
-    state = to_state_dict(plan, params, graph=graph, original=original, module=module)
+    graph, original, model = prepared(module)
+    params = trained(model.params)
+    state = to_state_dict(model.replace(params=params), graph=graph, original=original, module=module)
     assert all(bool(torch.isfinite(t.float()).all()) for t in state.values())
-    check_logits(module, plan, params, state)
+    check_logits(module, model.replace(params=params), state)
 
 
 def test_without_a_module_the_state_is_what_the_graph_reads():
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     graph, original = from_torch(module, (X,))
-    plan, params = jq.prepare(graph, original, QCONFIG, target=jq.targets.NASH_E)
-    state = to_state_dict(plan, params, graph=graph, original=original)
+    model = jq.prepare(graph, original, QCONFIG, target=jq.targets.NASH_E)
+    state = to_state_dict(model, graph=graph, original=original)
     assert not module.load_state_dict(state, strict=False).unexpected_keys
-    graph, original, plan, params = prepared(make())
+    graph, original, model = prepared(make())
     with pytest.raises(ConversionError, match="is a part of a parameter; pass module="):
-        to_state_dict(plan, params, graph=graph, original=original)
+        to_state_dict(model, graph=graph, original=original)
 
 
 class Shared(nn.Module):
@@ -157,15 +157,15 @@ class Shared(nn.Module):
 def test_shared_weights_that_training_moved_apart_are_refused_and_so_are_trained_constants():
     module = Shared().eval()
     graph, original = from_torch(module, (X,))
-    plan, params = jq.prepare(graph, original, QCONFIG, target=jq.targets.NASH_E)
-    state = to_state_dict(plan, params, graph=graph, original=original, module=module)
+    model = jq.prepare(graph, original, QCONFIG, target=jq.targets.NASH_E)
+    state = to_state_dict(model, graph=graph, original=original, module=module)
     assert all(torch.equal(state[k], v) for k, v in module.state_dict().items())
     with pytest.raises(ConversionError, match="is one tensor in the module, read at"):
-        to_state_dict(plan, trained(params), graph=graph, original=original, module=module)
+        to_state_dict(model.replace(params=trained(model.params)), graph=graph, original=original, module=module)
     (constant,) = (k for k in original if k not in state)
-    moved = {**params, constant: params[constant] + 1}
+    moved = {**model.params, constant: model.params[constant] + 1}
     with pytest.raises(ConversionError, match=f"'{constant}' was trained.*freeze"):
-        to_state_dict(plan, moved, graph=graph, original=original, module=module)
+        to_state_dict(model.replace(params=moved), graph=graph, original=original, module=module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_a_state_dict_is_loaded_like_torch_does(tmp_path):
         assert set(loaded.unexpected_keys) == unread
         with torch.no_grad():
             expected = other(X).numpy()
-        actual = jq.evaluate_float(graph, loaded.params, jnp.asarray(X.numpy()))[0]
+        actual = jq.graph.evaluate_float(graph, loaded.params, jnp.asarray(X.numpy()))[0]
         np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=1e-5)
 
 
@@ -216,6 +216,64 @@ def test_half_precision_is_widened_and_other_types_are_refused():
         load_state_dict(graph, params, state | {"bias": [1.0, 2.0]})
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "net.", "ema.", "module._orig_mod."])
+def test_a_prefix_in_a_checkpoint_is_named_and_taken(prefix):
+    module, other = make(), make(seed=3)
+    graph, params = from_torch(module, (X,))
+    state = {prefix + key: tensor for key, tensor in other.state_dict().items() if "unused" not in key}
+    del state[f"{prefix}fc.weight"], state[f"{prefix}tied.bias"]  # nobody reads them
+    with pytest.raises(ConversionError, match=rf"keys fit with prefix='{prefix}'") as caught:
+        load_state_dict(graph, params, state)
+    assert "Missing key(s)" in str(caught.value)
+    stray = {"ema_decay": torch.ones(()), "loss.weight": torch.ones(3)}
+    loaded = load_state_dict(graph, params, state | stray, prefix=prefix)
+    with torch.no_grad():
+        expected = other(X).numpy()
+    actual = jq.graph.evaluate_float(graph, loaded.params, jnp.asarray(X.numpy()))[0]
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=1e-5)
+
+
+def test_two_models_in_a_checkpoint_are_both_named():
+    graph, params = from_torch(nn.Linear(3, 2), (torch.zeros(1, 3),))
+    weights = nn.Linear(3, 2).state_dict()
+    state = {f"{prefix}{key}": tensor for prefix in ("model.", "ema.") for key, tensor in weights.items()}
+    for prefix in ("", "module."):
+        with pytest.raises(ConversionError, match=r"2 of 2 keys fit with prefix='ema\.' or prefix='model\.'"):
+            load_state_dict(graph, params, state, prefix=prefix)
+
+
+def test_a_container_in_a_checkpoint_is_named_with_its_prefix():
+    graph, params = from_torch(nn.Linear(3, 2), (torch.zeros(1, 3),))
+    weights = nn.Linear(3, 2).state_dict()
+    wrapped = {f"module.{key}": tensor for key, tensor in weights.items()}
+    for state, step in (
+        (
+            {"state_dict": weights, "epoch": 3},
+            r"2 of 2 keys fit with the entry state\['state_dict'\] as the state dict\.",
+        ),
+        (
+            {"ema": {"net": weights}, "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}}},
+            r"state\['ema'\]\['net'\]",
+        ),
+        ({"model": wrapped}, r"state\['model'\] as the state dict and prefix='module\.'"),
+    ):
+        with pytest.raises(ConversionError, match=step):
+            load_state_dict(graph, params, state)
+
+
+def test_a_prefix_of_the_graph_is_named():
+    graph, params = from_torch(nn.DataParallel(nn.Linear(3, 2)), (torch.zeros(1, 3),))
+    with pytest.raises(ConversionError, match=r"with 'module\.' in front of those of the checkpoint"):
+        load_state_dict(graph, params, nn.Linear(3, 2).state_dict())
+
+
+def test_keys_that_nothing_makes_fit_get_no_advice():
+    graph, params = from_torch(nn.Linear(3, 2), (torch.zeros(1, 3),))
+    with pytest.raises(ConversionError) as caught:
+        load_state_dict(graph, params, {"kernel": torch.ones(2, 3)})
+    assert "fit with" not in str(caught.value)
+
+
 def test_a_file_that_is_no_state_dict(tmp_path):
     graph, params = from_torch(nn.Linear(3, 2), (torch.zeros(1, 3),))
     torch.save(nn.Linear(3, 2), tmp_path / "module.pt")
@@ -223,7 +281,7 @@ def test_a_file_that_is_no_state_dict(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     for name, reason in (
         ("module.pt", "not a readable state dict"),
-        ("checkpoint.pt", "'state_dict' is a .*not a tensor"),
+        ("checkpoint.pt", r"'state_dict' is a .*not a tensor; the weights are in \['state_dict'\]: pass torch\.load"),
         ("text.pt", "not a readable state dict"),
     ):
         with pytest.raises(FormatError, match=reason):
@@ -260,9 +318,9 @@ def test_scales_load_into_a_model_that_torch_ao_prepared_for_qat():
     x = torch.randn(16, 3, 8, 8)
     graph, params = from_torch(module, (x[:1],))
     qconfig = jq.QConfig(dict(QCONFIG.rules) | {"mean": jq.Policy(output=jq.int16())})  # float in torch.ao: no module
-    plan, params = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, high_precision_outputs=False)
-    qparams = jq.calibrate(plan, params, [jnp.asarray(x.numpy())])
-    expected = np.asarray(jq.apply(plan, params, qparams, jnp.asarray(x.numpy())))
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E, high_precision_outputs=False)
+    model = jq.calibrate(model, [jnp.asarray(x.numpy())])
+    expected = np.asarray(jq.apply(model, jnp.asarray(x.numpy())))
 
     symmetric = {"quant_min": -128, "quant_max": 127, "dtype": torch.qint8}
     activation = tq.FakeQuantize.with_args(observer=tq.MinMaxObserver, **symmetric, qscheme=torch.per_tensor_symmetric)
@@ -272,19 +330,75 @@ def test_scales_load_into_a_model_that_torch_ao_prepared_for_qat():
     module.train()
     module.qconfig = tq.QConfig(activation=activation, weight=weight)
     module.dequant.qconfig = None
-    model = tq.fuse_modules_qat(module, [["a.0", "a.1", "a.2"]])
-    model = tq.prepare_qat(model).eval()
-    state = fake_quant_state_dict(plan, qparams)
-    result = model.load_state_dict(state, strict=False)
-    wanted = {k for k in model.state_dict() if k.endswith(("post_process.scale", "fake_quant.scale"))}
+    theirs = tq.fuse_modules_qat(module, [["a.0", "a.1", "a.2"]])
+    theirs = tq.prepare_qat(theirs).eval()
+    state = fake_quant_state_dict(model)
+    result = theirs.load_state_dict(state, strict=False)
+    wanted = {k for k in theirs.state_dict() if k.endswith(("post_process.scale", "fake_quant.scale"))}
     # b's own output does not exist where the addition is fused into it
     assert wanted - state.keys() == {"b.activation_post_process.scale"}
     assert {k for k in state if k not in result.unexpected_keys} >= wanted - {"b.activation_post_process.scale"}
-    model.apply(tq.disable_observer)
-    model.b.activation_post_process.disable_fake_quant()
+    theirs.apply(tq.disable_observer)
+    theirs.b.activation_post_process.disable_fake_quant()
     with torch.no_grad():
-        actual = model(x).numpy()
+        actual = theirs(x).numpy()
     # torch.ao does not quantize biases, and multiplies by reciprocals of scales
-    steps = np.abs(actual - expected) / np.asarray(qparams["fc"])
+    steps = np.abs(actual - expected) / np.asarray(model.qparams["fc"])
     assert steps.max() < 1.5
     assert (steps < 0.5).mean() > 0.9
+
+
+class WrittenOut(nn.Module):
+    """Operators that the rules find in torch code, with parameters in the shapes of such code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4, bias=False)
+        self.gamma, self.weight = nn.Parameter(torch.rand(1, 8, 1, 1) + 0.5), nn.Parameter(torch.rand(8, 1, 1))
+        self.bias, self.scale, self.shift = (nn.Parameter(torch.rand(*shape)) for shape in ((8, 1, 1), (4,), (4,)))
+
+    def forward(self, x):
+        x = self.conv(x) * self.gamma
+        grouped = x.reshape(x.shape[0], 2, -1)
+        centred = grouped - grouped.mean(-1, keepdim=True)
+        normal = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
+        x = normal.reshape(x.shape) * self.weight + self.bias
+        return self.fc(x.mean((2, 3))) * self.scale + self.shift
+
+
+def test_parameters_of_operators_that_were_found_go_back_in_their_own_shapes():
+    torch.manual_seed(0)
+    module = WrittenOut().eval()
+    x = torch.randn(3, 8, 6, 6)
+    graph, params = from_torch(module, (x,))
+    kinds = ["Conv", "BatchNorm", "GroupNorm", "Mean", "Linear", "BatchNorm"]
+    assert [type(node.op).__name__ for node in graph.nodes] == kinds
+    model = jq.prepare(graph, params, QCONFIG, target=jq.targets.NASH_E)
+    trained = dataclasses.replace(model, params={key: value * 1.25 for key, value in model.params.items()})
+    other = WrittenOut().eval()
+    other.load_state_dict(to_state_dict(trained, graph=graph, original=params, module=module))
+    expected = jq.apply(trained, x.numpy(), mode="float")
+    np.testing.assert_allclose(other(x).detach().numpy(), expected, rtol=1e-5, atol=1e-6)  # float32, another order
+    loaded = load_state_dict(graph, params, other.state_dict())
+    np.testing.assert_array_equal(loaded.params["weight@0/8/1"], other.weight.detach().numpy().reshape(8))
+
+
+class Scaled(nn.Module):
+    """One trained number for all channels, behind a layer and as its addend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 1, bias=False)
+        self.scale, self.shift = nn.Parameter(torch.tensor([0.5])), nn.Parameter(torch.tensor(0.25))
+
+    def forward(self, x):
+        return self.conv(x) * self.scale + self.shift
+
+
+def test_one_trained_number_stays_one():
+    module, x = Scaled().eval(), torch.randn(2, 2, 4, 4)
+    graph, params = from_torch(module, (x,))
+    assert {key: array.shape for key, array in params.items() if key != "conv.weight"} == {"scale": (1,), "shift": ()}
+    model = jq.prepare(graph, params, QCONFIG, target=jq.targets.NASH_E)
+    back = to_state_dict(model, graph=graph, original=params, module=module)
+    assert all(torch.equal(back[key], value) for key, value in module.state_dict().items())

@@ -2,15 +2,15 @@
 
 from importlib.util import find_spec
 
-import architectures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from support import architectures
 from torch import nn
 
-from jquant.simulate import evaluate_float
+from jquant.graph.float import evaluate_float
 from jquant_converters import from_torch
 
 pytestmark = [

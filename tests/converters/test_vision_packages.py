@@ -1,14 +1,13 @@
 """The networks of torchvision and timm as they are, with random weights, where the packages are installed."""
 
-import architectures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import vision_packages
+from support import architectures, vision_packages
 
-from jquant.simulate import evaluate_float
+from jquant.graph.float import evaluate_float
 from jquant_converters import from_torch
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the packages

@@ -52,6 +52,6 @@ def test_as_limbs() -> None:
     np.testing.assert_array_equal(limbs.saturate(pairs.to_limbs(pair(a, b)), "int32"), clipped(a + b))
 
 
-def test_another_rounding_is_refused() -> None:
-    with pytest.raises(ValueError, match="rounding 'half_even' of a pair; known: floor, half_up"):
-        pairs.shift_right(pair(np.array([1]), np.array([2])), 1, "half_even")
+def test_an_unknown_rounding_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown rounding 'half_odd'; known: half_up, half_even, half_away, floor"):
+        pairs.shift_right(pair(np.array([1]), np.array([2])), 1, "half_odd")

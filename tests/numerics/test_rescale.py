@@ -1,6 +1,5 @@
 """Ratios, mantissas, shifts and rounding against exact rationals and Python integers, eagerly and inside jit."""
 
-import dataclasses
 from fractions import Fraction
 
 import jax
@@ -26,9 +25,12 @@ ROUNDINGS = [
 
 
 def target(pre: str, average: str, post: str, high_precision: bool = False) -> jq.Target:
-    return dataclasses.replace(
-        NASH, pre_rounding=pre, average_pre_rounding=average, post_rounding=post, high_precision_rescale=high_precision
-    )
+    fields = {"pre_rounding": pre, "average_pre_rounding": average, "post_rounding": post}
+    fields |= {"high_precision": high_precision}
+    return NASH.with_fields({f"rescale.{name}": value for name, value in fields.items()})
+
+
+MULTIPLIER = {"bits": 15, "rounding": "half_up"}
 
 
 def draw_scales(seed: int, count: int, low: int = -23, high: int = 8) -> np.ndarray:
@@ -53,8 +55,8 @@ def test_rescale_constants_of_drawn_scales(drawn: tuple) -> None:
     n1, n2, d1, d2 = map(Fraction, drawn)
     value = fast.ratio(*(jnp.float32(v) for v in drawn))
     for bits, narrow in ((8, False), (16, False), (8, True), (16, True)):
-        got = tuple(int(v) for v in fast.rescale_of(value, bits=bits, narrow=narrow))
-        assert got == reference.rescale_constants(n1 * n2 / (d1 * d2), bits, narrow)
+        got = tuple(int(v) for v in fast.rescale_of(value, bits=bits, narrow=narrow, form=NASH.rescale))
+        assert got == reference.rescale_constants(n1 * n2 / (d1 * d2), bits, narrow, NASH)
 
 
 def test_constants_of_two_thousand_scales_equal_the_rationals() -> None:
@@ -65,14 +67,16 @@ def test_constants_of_two_thousand_scales_equal_the_rationals() -> None:
     ratios = [exact(a) * exact(b) / (exact(c) * exact(d)) for a, b, c, d in drawn.T]
     for bits in (8, 16):
         for narrow in (False, True):
-            got = np.stack(fast.rescale_of(value, bits=bits, narrow=narrow), axis=1)
-            np.testing.assert_array_equal(got, [reference.rescale_constants(r, bits, narrow) for r in ratios])
-    got = np.stack(fast.multiplier_of(value, 31), axis=1)
-    np.testing.assert_array_equal(got, [reference.sumin_constants(r) for r in ratios])
+            got = np.stack(fast.rescale_of(value, bits=bits, narrow=narrow, form=NASH.rescale), axis=1)
+            np.testing.assert_array_equal(got, [reference.rescale_constants(r, bits, narrow, NASH) for r in ratios])
+    got = np.stack(fast.multiplier_of(value, 31, **MULTIPLIER), axis=1)
+    np.testing.assert_array_equal(got, [reference.sumin_constants(r, NASH) for r in ratios])
     large, small = np.maximum(drawn[0], drawn[2]), np.minimum(drawn[0], drawn[2])
-    for max_shift in (23, 15):
-        factor, shift = fast.multiplier_of(fast.ratio(small, 1.0, large, 1.0), max_shift, exact_bound=True)
-        want = [reference.add_constants(exact(a), exact(b), max_shift) for a, b in zip(large, small, strict=True)]
+    for bits, max_shift in ((8, 23), (16, 15)):
+        factor, shift = fast.multiplier_of(
+            fast.ratio(small, 1.0, large, 1.0), max_shift, exact_bound=True, **MULTIPLIER
+        )
+        want = [reference.add_constants(exact(a), exact(b), bits, NASH) for a, b in zip(large, small, strict=True)]
         np.testing.assert_array_equal(np.stack([shift, factor], axis=1), want)
 
 
@@ -85,11 +89,12 @@ def test_add_and_sumin_bounds_next_to_their_limits() -> None:
     )
     value = fast.ratio(near, 1.0, 1.0, 1.0)
     np.testing.assert_array_equal(
-        np.stack(fast.multiplier_of(value, 31), 1), [reference.sumin_constants(exact(v)) for v in near]
+        np.stack(fast.multiplier_of(value, 31, **MULTIPLIER), 1),
+        [reference.sumin_constants(exact(v), NASH) for v in near],
     )
-    factor, shift = fast.multiplier_of(value, 23, exact_bound=True)
+    factor, shift = fast.multiplier_of(value, 23, exact_bound=True, **MULTIPLIER)
     np.testing.assert_array_equal(
-        np.stack([shift, factor], 1), [reference.add_constants(Fraction(1), exact(v), 23) for v in near]
+        np.stack([shift, factor], 1), [reference.add_constants(Fraction(1), exact(v), 8, NASH) for v in near]
     )
 
 
@@ -114,8 +119,8 @@ def test_a_million_mantissas_equal_integer_arithmetic() -> None:
     np.testing.assert_array_equal(eager.exact, (p * 2**16 % q == 0).astype(bool))
     for bits in (8, 16):
         pre = np.clip(total - (29 - (bits - 1)), 0, 31)
-        got = fast.rescale_of(eager, bits=bits)
-        inside = jax.jit(lambda *s, bits=bits: fast.rescale_of(fast.ratio(*s), bits=bits))(*drawn)
+        got = fast.rescale_of(eager, bits=bits, form=NASH.rescale)
+        inside = jax.jit(lambda *s, bits=bits: fast.rescale_of(fast.ratio(*s), bits=bits, form=NASH.rescale))(*drawn)
         for a, b, want in zip(got, inside, (mant, pre, np.clip(total - pre, 0, 31)), strict=True):
             np.testing.assert_array_equal(a, want)
             np.testing.assert_array_equal(b, want)
@@ -126,10 +131,10 @@ def test_eager_without_jit_equals_jit() -> None:
     inside = fast.ratio(*drawn)
     with jax.disable_jit():
         outside = fast.ratio(*drawn)
-        outside_by = fast.rescale_of(outside, bits=8)
-        outside_factor = fast.multiplier_of(outside, 31)
+        outside_by = fast.rescale_of(outside, bits=8, form=NASH.rescale)
+        outside_factor = fast.multiplier_of(outside, 31, **MULTIPLIER)
     for a, b in zip(
-        (*inside, *fast.rescale_of(inside, bits=8), *fast.multiplier_of(inside, 31)),
+        (*inside, *fast.rescale_of(inside, bits=8, form=NASH.rescale), *fast.multiplier_of(inside, 31, **MULTIPLIER)),
         (*outside, *outside_by, *outside_factor),
         strict=True,
     ):
@@ -137,7 +142,7 @@ def test_eager_without_jit_equals_jit() -> None:
 
 
 def test_the_golden_row() -> None:
-    by = fast.rescale_of(fast.ratio(0.1, 1.0, 0.20284509658813477, 1.0), bits=8)
+    by = fast.rescale_of(fast.ratio(0.1, 1.0, 0.20284509658813477, 1.0), bits=8, form=NASH.rescale)
     assert tuple(int(v) for v in by) == (32308, 0, 16)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jquant.numerics.platform import tracing_for
-from jquant.numerics.rounding import divide, nearest_quotient, quantize, round_ties, to_float16
+from jquant.numerics.rounding import divide, nearest_quotient, quantize, round_real, to_float16
 
 COUNT = 2**20
 
@@ -64,7 +64,7 @@ def test_half_up_rounds_no_sum() -> None:
     edges = np.float32([0.0, 0.25, 0.5, 1.5, 2.5, 2**22 + 0.5, 2**23 - 0.5, 2**23 + 1, 2**24, 2**31, 2**126])
     near = np.concatenate([edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(np.inf))])
     v = np.concatenate([near, -near, pairs("real")[0], np.float32([np.inf, -np.inf])])
-    found = jax.jit(lambda v: round_ties(v, "half_up"))(v)
+    found = jax.jit(lambda v: round_real(v, "half_up"))(v)
     np.testing.assert_array_equal(found, np.floor(v.astype(np.float64) + 0.5))
 
 

@@ -10,7 +10,9 @@ import pytest
 from jquant.numerics import tables
 from jquant.numerics.tables import Shape, boundaries_of, line_constants, reduce_turns, segment_table, turn_constants
 from jquant.reference import tables as reference
+from jquant.targets import NASH_E
 
+FORM = NASH_E.tables
 PI = Fraction(3141592653589793238462643383279502884197, 10**39)
 WHOLE = Shape(6, "evenly", 0, -np.inf, np.inf, (None, None))
 
@@ -33,20 +35,20 @@ def drawn_lines(count: int) -> tuple[np.ndarray, np.ndarray]:
 def test_lines_are_those_of_exact_rationals() -> None:
     ends, values = drawn_lines(3000)
     anchor = np.arange(len(ends)) % 2
-    made = np.asarray(line_constants(*(jnp.asarray(v, jnp.int32) for v in (ends, values, anchor))))
+    made = np.asarray(line_constants(*(jnp.asarray(v, jnp.int32) for v in (ends, values, anchor)), form=FORM))
     for (a, b), (y_a, y_b), at, line in zip(ends.tolist(), values.tolist(), anchor, made.tolist(), strict=True):
         if a == b:  # a constant, the anchored value
             y_a = y_b = (y_a, y_b)[at]
-        assert tuple(line) == reference.outer_line(a, y_a, b, y_b, through=(a, b)[at]), (a, b, y_a, y_b, at)
+        assert tuple(line) == reference.outer_line(a, y_a, b, y_b, through=(a, b)[at], form=FORM), (a, b, y_a, y_b, at)
 
 
 def test_every_width_of_a_table_has_its_index_line() -> None:
     widths = np.unique(np.concatenate([np.arange(1, 400), np.geomspace(400, 65535, 300).astype(int)]))
     lows = np.random.default_rng(1).integers(-32768, 32768 - widths)
     ends = np.stack([lows, lows + widths], 1)
-    values = np.broadcast_to([0, tables.LAST], ends.shape)
-    made = np.asarray(line_constants(*(jnp.asarray(v, jnp.int32) for v in (ends, values, 0 * lows))))
-    assert [tuple(line) for line in made.tolist()] == [reference.index_line(a, b) for a, b in ends.tolist()]
+    values = np.broadcast_to([0, FORM.last_index], ends.shape)
+    made = np.asarray(line_constants(*(jnp.asarray(v, jnp.int32) for v in (ends, values, 0 * lows)), form=FORM))
+    assert [tuple(line) for line in made.tolist()] == [reference.index_line(a, b, FORM) for a, b in ends.tolist()]
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
@@ -93,7 +95,7 @@ def test_the_same_bits_inside_jit(placement: str) -> None:
     scales = jnp.float32(3e-4), jnp.float32(7e-5)
 
     def build(x_scale: jax.Array, y_scale: jax.Array) -> tables.Segments:
-        return segment_table(jnp.exp, x_scale, y_scale, "int16", "half_even", WHOLE._replace(placement=placement))
+        return segment_table(jnp.exp, x_scale, y_scale, "int16", FORM, WHOLE._replace(placement=placement))
 
     for outside, inside in zip(build(*scales), jax.jit(build)(*scales), strict=True):
         np.testing.assert_array_equal(outside, inside)
@@ -113,7 +115,7 @@ def test_an_angle_is_reduced_to_its_nearest_sixteen_bits(reach: float) -> None:
     scale = np.float32(reach / 32767.5)
     turn, reduced = turn_constants(jnp.float32(scale))
     x = np.unique(np.random.default_rng(3).integers(-32768, 32768, size=2000))
-    made = np.asarray(reduce_turns(jnp.asarray(x, jnp.int32), turn)).tolist()
+    made = np.asarray(reduce_turns(jnp.asarray(x, jnp.int32), turn, "half_up")).tolist()
     assert min(made) >= -32768
     assert max(made) <= 32767
     for value, angle in zip(x.tolist(), made, strict=True):
@@ -123,11 +125,11 @@ def test_an_angle_is_reduced_to_its_nearest_sixteen_bits(reach: float) -> None:
 
 
 def test_many_elements_are_looked_up_in_the_expanded_table() -> None:
-    table = segment_table(jnp.tanh, jnp.float32(1e-4), jnp.float32(3e-5), "int16", "half_even", WHOLE)
+    table = segment_table(jnp.tanh, jnp.float32(1e-4), jnp.float32(3e-5), "int16", FORM, WHOLE)
     x = jnp.asarray(np.random.default_rng(4).integers(-32768, 32768, size=(3, 30000)), jnp.int32)
     assert x.size > 2**16
-    rows = [tables.evaluate_segments(row, table, "int16") for row in x]
-    np.testing.assert_array_equal(tables.evaluate_segments(x, table, "int16"), np.stack(rows))
+    rows = [tables.evaluate_segments(row, table, "int16", FORM) for row in x]
+    np.testing.assert_array_equal(tables.evaluate_segments(x, table, "int16", FORM), np.stack(rows))
 
 
 def test_a_line_too_steep_for_its_slope_goes_through_the_end_of_its_table() -> None:
@@ -136,9 +138,9 @@ def test_a_line_too_steep_for_its_slope_goes_through_the_end_of_its_table() -> N
     def function(x: jax.Array) -> jax.Array:
         return jnp.where(jnp.abs(x) < 32767, 1000.0, 2e9 * jnp.sign(x)) + jnp.where(x == -32767, 3000.0 + 2e9, 0.0)
 
-    made = segment_table(function, *(jnp.float32(1),) * 2, "int16", "half_even", WHOLE._replace(placement=points))
+    made = segment_table(function, *(jnp.float32(1),) * 2, "int16", FORM, WHOLE._replace(placement=points))
     left, right = (tuple(made.lines[i].tolist()) for i in (0, -1))
     inner = int(function(jnp.float32(-32767)))
-    assert left == reference.outer_line(-32768, -(2**23), -32767, inner, through=-32767)
-    assert left != reference.outer_line(-32768, -(2**23), -32767, inner, through=-32768)
-    assert right == reference.outer_line(32766, 1000, 32767, 2**23, through=32766)
+    assert left == reference.outer_line(-32768, -(2**23), -32767, inner, through=-32767, form=FORM)
+    assert left != reference.outer_line(-32768, -(2**23), -32767, inner, through=-32768, form=FORM)
+    assert right == reference.outer_line(32766, 1000, 32767, 2**23, through=32766, form=FORM)

@@ -23,7 +23,7 @@ def _t(v: np.ndarray) -> "torch.Tensor":
     return torch.from_numpy(v)
 
 
-def _recurrent(kind: str, op: jq.Op, arrays: list[np.ndarray], params: dict) -> np.ndarray:
+def _recurrent(kind: str, op: jq.ops.Op, arrays: list[np.ndarray], params: dict) -> np.ndarray:
     """torch's layer on the same weights; time reversed by hand, as torch has no lone reverse direction."""
     x, *states = arrays
     size = params["weight_hh"].shape[1]
@@ -122,7 +122,7 @@ def expected(name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", CASES)
 def test_the_float_meaning_is_torch(name: str) -> None:
     op, arrays, params, _ = CASES[name]
-    y = jq.eval_float(op, *map(jnp.asarray, arrays), **{k: jnp.asarray(v) for k, v in params.items()})
+    y = jq.ops.eval_float(op, *map(jnp.asarray, arrays), **{k: jnp.asarray(v) for k, v in params.items()})
     np.testing.assert_allclose(y, expected(name), rtol=2e-5, atol=2e-5)
 
 
@@ -142,9 +142,9 @@ INT8 = jq.QConfig({"*": jq.Policy(output=jq.int8(), weight=jq.int8(axis="out"))}
 @pytest.mark.parametrize("name", CASES)
 def test_the_chain_means_the_same_in_float(name: str) -> None:
     graph, params, arrays = graph_of(name)
-    plan, folded = jq.prepare(graph, params, INT16, target=jq.targets.NASH_E)
-    assert type(CASES[name][0]).__name__ not in {type(n.op).__name__ for n in plan.graph.nodes}
-    y = jq.apply(plan, folded, {}, *arrays, mode="float")
+    model = jq.prepare(graph, params, INT16, target=jq.targets.NASH_E)
+    assert type(CASES[name][0]).__name__ not in {type(n.op).__name__ for n in model.plan.graph.nodes}
+    y = jq.apply(model, *arrays, mode="float")
     np.testing.assert_allclose(y, expected(name), rtol=1e-4, atol=1e-4)
 
 
@@ -152,17 +152,17 @@ def test_the_chain_means_the_same_in_float(name: str) -> None:
 def test_integers_follow_the_float_meaning(name: str) -> None:
     """Within 0.6 % of the range with int16 operands: an int8 weight, or the pole of a table, is the coarsest thing."""
     graph, params, arrays = graph_of(name)
-    plan, folded = jq.prepare(graph, params, INT16, target=jq.targets.NASH_E, high_precision_outputs=False)
-    qparams = jq.calibrate(plan, folded, [arrays])
-    y, wanted = np.asarray(jq.run(jq.lower(plan, folded, qparams), *arrays)), expected(name)
-    coarse = 0.02 if plan.weights or "attention" in name else 0.006
+    model = jq.prepare(graph, params, INT16, target=jq.targets.NASH_E, high_precision_outputs=False)
+    model = jq.calibrate(model, [arrays])
+    y, wanted = np.asarray(jq.run(jq.lower(model), *arrays)), expected(name)
+    coarse = 0.02 if model.plan.weights or "attention" in name else 0.006
     assert np.abs(y - wanted).max() <= coarse * np.abs(wanted).max()
 
 
 def test_inner_values_are_int16_and_the_output_as_asked() -> None:
     graph, params, _ = graph_of("softmax")
-    plan, _ = jq.prepare(graph, params, INT8, target=jq.targets.NASH_E)
-    dtypes = {name: plan.spec(name).dtype for name in plan.graph.values}
+    model = jq.prepare(graph, params, INT8, target=jq.targets.NASH_E)
+    dtypes = {name: model.plan.spec(name).dtype for name in model.plan.graph.values}
     assert dtypes == {
         "x0": "int8",
         "y.max": "int8",  # keeps its operand's
@@ -172,44 +172,44 @@ def test_inner_values_are_int16_and_the_output_as_asked() -> None:
         "y.reciprocal": "int16",
         "y": "int8",
     }
-    assert "y.exp" in jq.explain(plan)
+    assert "y.exp" in jq.explain(model)
 
 
 def test_an_inner_name_that_is_taken_gets_another() -> None:
     nodes = (jq.Node("y.exp", ops.Exp(), ("x",)), jq.Node("y", ops.Softmax(), ("y.exp",)))
     graph = jq.Graph((jq.Input("x", (None, 7)),), nodes, ("y",))
-    plan, params = jq.prepare(graph, {}, INT16, target=jq.targets.NASH_E)
-    assert {"y.exp", "y.2.exp"} < set(plan.graph.values)
+    model = jq.prepare(graph, {}, INT16, target=jq.targets.NASH_E)
+    assert {"y.exp", "y.2.exp"} < set(model.plan.graph.values)
     x = jnp.asarray(array(4, 7))
-    y = jq.run(jq.lower(plan, params, jq.calibrate(plan, params, [x])), x)
-    np.testing.assert_allclose(y, jq.evaluate_float(graph, {}, x)[0], atol=5e-3)
+    y = jq.run(jq.lower(jq.calibrate(model, [x])), x)
+    np.testing.assert_allclose(y, jq.graph.evaluate_float(graph, {}, x)[0], atol=5e-3)
 
 
 def test_a_rule_that_names_a_composite_is_about_its_output() -> None:
     """Under strict: what an inner value that keeps its operand's format cannot have was not asked for by name."""
     graph, params, _ = graph_of("softmax")
-    plan, _ = jq.prepare(
+    model = jq.prepare(
         graph, params, jq.QConfig(dict(INT8.rules) | {"y": jq.Policy(output=jq.int16())}), target=jq.targets.NASH_E
     )
-    assert (plan.spec("y.max").dtype, plan.spec("y").dtype) == ("int8", "int16")
+    assert (model.plan.spec("y.max").dtype, model.plan.spec("y").dtype) == ("int8", "int16")
 
 
 def test_a_rule_for_an_inner_value_counts() -> None:
     graph, params, _ = graph_of("softmax")
     rules = dict(INT8.rules)
-    plan, _ = jq.prepare(
+    model = jq.prepare(
         graph, params, jq.QConfig(rules | {"y.reciprocal": jq.Policy(output=jq.int8())}), target=jq.targets.NASH_E
     )
-    assert plan.spec("y.reciprocal").dtype == "int8"
-    assert plan.spec("y.exp").dtype == "int16"
+    assert model.plan.spec("y.reciprocal").dtype == "int8"
+    assert model.plan.spec("y.exp").dtype == "int16"
 
 
 @pytest.mark.parametrize("output", [None, jq.float16()])
 def test_a_float_composite_stays_whole(output: jq.QuantSpec | None) -> None:
     graph, params, _ = graph_of("layer_norm")
     config = jq.QConfig({"*": jq.Policy(output=jq.int8()), "y": jq.Policy(output=output)})
-    plan, _ = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
-    assert [type(n.op).__name__ for n in plan.graph.nodes] == ["LayerNorm"]
+    model = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
+    assert [type(n.op).__name__ for n in model.plan.graph.nodes] == ["LayerNorm"]
 
 
 def test_a_row_that_is_masked_as_a_whole_is_zero() -> None:
@@ -217,11 +217,11 @@ def test_a_row_that_is_masked_as_a_whole_is_zero() -> None:
         (jq.Input("x", (None, 4)), jq.Input("m", (None, 4), "bool")), (jq.Node("y", ops.Softmax(), ("x", "m")),), ("y",)
     )
     x, m = jnp.asarray(array(2, 4)), jnp.asarray([[True] * 4, [False, True, False, True]])
-    plan, params = jq.prepare(graph, {}, INT8, target=jq.targets.NASH_E)
-    y = jq.run(jq.lower(plan, params, jq.calibrate(plan, params, [(x, m)])), x, m)
+    model = jq.prepare(graph, {}, INT8, target=jq.targets.NASH_E)
+    y = jq.run(jq.lower(jq.calibrate(model, [(x, m)])), x, m)
     np.testing.assert_array_equal(np.asarray(y)[np.asarray(m)], 0.0)
     assert abs(float(y[1].sum()) - 1) < 0.02
-    np.testing.assert_array_equal(jq.evaluate_float(graph, {}, x, m)[0][0], 0.0)
+    np.testing.assert_array_equal(jq.graph.evaluate_float(graph, {}, x, m)[0][0], 0.0)
 
 
 def test_a_masked_element_is_nothing_however_narrow_the_scores() -> None:
@@ -231,22 +231,22 @@ def test_a_masked_element_is_nothing_however_narrow_the_scores() -> None:
     )
     x = jnp.asarray(0.01 * array(3, 8))
     m = jnp.asarray(np.arange(8) % 2 == 1)[None].repeat(3, 0)
-    plan, params = jq.prepare(graph, {}, INT16, target=jq.targets.NASH_E)
-    y = np.asarray(jq.run(jq.lower(plan, params, jq.calibrate(plan, params, [(x, m)])), x, m))
+    model = jq.prepare(graph, {}, INT16, target=jq.targets.NASH_E)
+    y = np.asarray(jq.run(jq.lower(jq.calibrate(model, [(x, m)])), x, m))
     assert np.abs(y[:, ::2] - 0.25).max() < 0.01
 
 
 def test_an_int16_product_falls_back_on_one_side_and_says_so() -> None:
     graph, params, _ = graph_of("attention")
-    plan, params = jq.prepare(graph, params, INT16, target=jq.targets.NASH_E)
-    text = jq.explain(plan)
+    model = jq.prepare(graph, params, INT16, target=jq.targets.NASH_E)
+    text = jq.explain(model)
     assert "int16 x int16" in text
-    assert plan.spec("y.b").dtype == "int8"  # the values: the probabilities have the smaller range
-    assert plan.spec("y.products.b").dtype == "int8"
+    assert model.plan.spec("y.b").dtype == "int8"  # the values: the probabilities have the smaller range
+    assert model.plan.spec("y.products.b").dtype == "int8"
     chosen = jq.QConfig(dict(INT16.rules) | {"y.products": jq.Policy(input={"a": jq.int8()})})
-    plan, params = jq.prepare(graph, params, chosen, target=jq.targets.NASH_E)
-    assert plan.spec("y.products.a").dtype == "int8"
-    assert "y.products.b" not in plan.graph.values
+    model = jq.prepare(graph, model.params, chosen, target=jq.targets.NASH_E)
+    assert model.plan.spec("y.products.a").dtype == "int8"
+    assert "y.products.b" not in model.plan.graph.values
 
 
 @pytest.mark.parametrize("name", ["softmax", "layer_norm", "attention", "lstm sequence False", "gru sequence False"])
@@ -255,15 +255,15 @@ def test_gradients_reach_every_operand_weight_and_scale(name: str) -> None:
     config = jq.QConfig(
         {"*": jq.Policy(output=jq.int16(quantizer=jq.lsq), weight=jq.int8(axis="out", quantizer=jq.lsq))}
     )
-    plan, params = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
-    qparams = jq.calibrate(plan, params, [arrays])
+    model = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
+    model = jq.calibrate(model, [arrays])
 
     def loss(params: dict, qparams: dict, arrays: tuple) -> jax.Array:
-        y = jq.apply(plan, params, qparams, *arrays, mode="qat")
+        y = jq.apply(model.replace(params=params, qparams=qparams), *arrays, mode="fake_quant")
         return (y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)).sum()
 
-    for found in jax.tree.leaves(jax.grad(loss, argnums=(0, 1, 2))(params, qparams, arrays)):
+    for found in jax.tree.leaves(jax.grad(loss, argnums=(0, 1, 2))(model.params, model.qparams, arrays)):
         assert bool(jnp.isfinite(found).all())
-    gradients = jax.grad(loss, argnums=(0, 1, 2))(params, qparams, arrays)
+    gradients = jax.grad(loss, argnums=(0, 1, 2))(model.params, model.qparams, arrays)
     for key, found in {**gradients[0], **{f"x{i}": g for i, g in enumerate(gradients[2])}}.items():
         assert float(jnp.abs(found).max()) > 0, key

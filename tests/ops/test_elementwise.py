@@ -16,14 +16,14 @@ from conformance.harness import Case, check, integers, program_of
 
 import jquant as jq
 from jquant import ops
-from jquant.integer import run_integers
-from jquant.ir.serialize import graph_from_json, graph_to_json
-from jquant.ops.base import Operand, constraints, eval_float, lower_op
+from jquant.graph.operator import Operand, constraints, eval_float, lower_op
+from jquant.graph.serialize import graph_from_json, graph_to_json
+from jquant.program.integers import run_integers
 from jquant.reference import add_constants, rescale_constants
 from jquant.types import integer_range
 
 NASH = jq.targets.NASH_E
-COMPARISONS: dict[type[jq.Op], Callable[[Any, Any], Any]] = {
+COMPARISONS: dict[type[jq.ops.Op], Callable[[Any, Any], Any]] = {
     ops.Equal: np.equal,
     ops.NotEqual: np.not_equal,
     ops.Greater: np.greater,
@@ -35,7 +35,7 @@ each_comparison = pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda 
 
 
 def run_op(
-    op: jq.Op, *operands: Any, scales: tuple[float, ...] = (), y: float = 1.0, dtype: str = "", out: str = ""
+    op: jq.ops.Op, *operands: Any, scales: tuple[float, ...] = (), y: float = 1.0, dtype: str = "", out: str = ""
 ) -> np.ndarray:
     """One node on integers [N, ...], both ways, which must agree; exact operands are as they are."""
     narrow = {"int8": jq.int8, "int16": jq.int16}
@@ -49,15 +49,15 @@ def run_op(
             rules[f"x{i}"] = jq.Policy(output=narrow[str(x.dtype)](scale=next(real)))
     rules["y"] = jq.Policy(output=narrow[out or dtype or str(operands[0].dtype).replace("bool", "int8")](scale=y))
     graph = jq.Graph(tuple(inputs), (jq.Node("y", op, tuple(i.name for i in inputs)),), ("y",))
-    plan, params = jq.prepare(graph, {}, jq.QConfig({"*": None} | rules), target=NASH)
-    program = jq.lower(plan, params, {})
+    model = jq.prepare(graph, {}, jq.QConfig({"*": None} | rules), target=NASH)
+    program = jq.lower(model)
     fast = np.asarray(jq.run(program, *map(jnp.asarray, operands), raw=True))
     (slow,), _ = jq.reference.run(program, *operands, raw=True)
     np.testing.assert_array_equal(fast, slow)
     return fast
 
 
-def lowered(op: jq.Op, dtypes: tuple[str, ...], scales: list[jax.Array]) -> dict[str, jax.Array]:
+def lowered(op: jq.ops.Op, dtypes: tuple[str, ...], scales: list[jax.Array]) -> dict[str, jax.Array]:
     """The constants of a node whose last dtype and scale are those of the output."""
     *operands, output = [Operand(dtype, scale, (None, 4)) for dtype, scale in zip(dtypes, scales, strict=True)]
     return lower_op(op, operands, output, {}, NASH).constants
@@ -66,7 +66,7 @@ def lowered(op: jq.Op, dtypes: tuple[str, ...], scales: list[jax.Array]) -> dict
 lowered_in_jit = jax.jit(lowered, static_argnums=(0, 1))
 
 
-def constants_of(op: jq.Op, inputs: list[tuple[str, float]], output: tuple[str, float]) -> dict[str, np.ndarray]:
+def constants_of(op: jq.ops.Op, inputs: list[tuple[str, float]], output: tuple[str, float]) -> dict[str, np.ndarray]:
     """The constants of a node, which must be the same lowered inside jit and outside."""
     dtypes, scales = tuple(d for d, _ in (*inputs, output)), [jnp.float32(s) for _, s in (*inputs, output)]
     outside, inside = lowered(op, dtypes, scales), lowered_in_jit(op, dtypes, scales)
@@ -109,7 +109,7 @@ class TestFloat:
     X = np.array([[-2.5, -1.5, -1.0, -0.5, -0.25], [0.25, 0.5, 1.0, 1.5, 2.5]], np.float32)
     Y = np.array([[0.5], [-0.375]], np.float32)
 
-    def compare(self, op: jq.Op, function: Callable, *arrays: np.ndarray) -> None:
+    def compare(self, op: jq.ops.Op, function: Callable, *arrays: np.ndarray) -> None:
         """Values and gradients are torch's. A tie is at a bound of clamp, where torch lets the gradient through."""
         operands = [torch.from_numpy(a).requires_grad_() for a in arrays]
         function(*operands).pow(2).sum().backward()
@@ -118,12 +118,12 @@ class TestFloat:
         for gradient, operand in zip(found, operands, strict=True):
             np.testing.assert_allclose(gradient, operand.grad, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize(("op", "function"), UNARY, ids=lambda v: str(v) if isinstance(v, jq.Op) else "torch")
-    def test_one_operand(self, op: jq.Op, function: Callable) -> None:
+    @pytest.mark.parametrize(("op", "function"), UNARY, ids=lambda v: str(v) if isinstance(v, jq.ops.Op) else "torch")
+    def test_one_operand(self, op: jq.ops.Op, function: Callable) -> None:
         self.compare(op, function, self.X)
 
-    @pytest.mark.parametrize(("op", "function"), BINARY, ids=lambda v: str(v) if isinstance(v, jq.Op) else "torch")
-    def test_two_operands_broadcast(self, op: jq.Op, function: Callable) -> None:
+    @pytest.mark.parametrize(("op", "function"), BINARY, ids=lambda v: str(v) if isinstance(v, jq.ops.Op) else "torch")
+    def test_two_operands_broadcast(self, op: jq.ops.Op, function: Callable) -> None:
         self.compare(op, function, self.X, self.Y)
 
     def test_choices(self) -> None:
@@ -133,7 +133,9 @@ class TestFloat:
         fill = partial(torch.masked_fill, mask=chosen, value=-3.0)
         self.compare_masked(ops.MaskedFill(value=-3.0), fill, mask, self.X, first=False)
 
-    def compare_masked(self, op: jq.Op, function: Callable, mask: np.ndarray, *arrays: np.ndarray, first: bool) -> None:
+    def compare_masked(
+        self, op: jq.ops.Op, function: Callable, mask: np.ndarray, *arrays: np.ndarray, first: bool
+    ) -> None:
         operands = [torch.from_numpy(a).requires_grad_() for a in arrays]
         function(*operands).pow(2).sum().backward()
 
@@ -167,24 +169,25 @@ class TestFloat:
 
 @pytest.mark.parametrize("op", [ops.Add(), ops.Sub()], ids=str)
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
-def test_constants_of_add_and_sub(op: jq.Op, dtype: str) -> None:
+def test_constants_of_add_and_sub(op: jq.ops.Op, dtype: str) -> None:
     for a, b, y in elementwise_cases.scale_pairs(40):
         found = constants_of(op, [(dtype, a), (dtype, b)], (dtype, y))
         large, small = max(exact(a), exact(b)), min(exact(a), exact(b))
-        shift, factor = add_constants(large, small, 23 if dtype == "int8" else 15)
+        bits = 8 if dtype == "int8" else 16
+        shift, factor = add_constants(large, small, bits, NASH)
         wanted = [2**shift, factor] if exact(a) >= exact(b) else [factor, 2**shift]
         sign = -1 if isinstance(op, ops.Sub) else 1
         np.testing.assert_array_equal(found["multiplier"], [wanted[0], sign * wanted[1]])
-        by = rescale_constants(large / 2**shift / exact(y), 8 if dtype == "int8" else 16, narrow=False)
+        by = rescale_constants(large / 2**shift / exact(y), bits, narrow=False, target=NASH)
         assert (found["mantissa"], found["pre"], found["post"]) == by
 
 
 @pytest.mark.parametrize("op", [ops.Maximum(), ops.Less(), ops.Mod()], ids=str)
-def test_operands_meet_at_the_larger_scale(op: jq.Op) -> None:
+def test_operands_meet_at_the_larger_scale(op: jq.ops.Op) -> None:
     for a, b, _ in elementwise_cases.scale_pairs(30):
         found = constants_of(op, [("int16", a), ("int16", b)], ("int16", max(a, b)))
         for i, scale in enumerate((a, b)):
-            by = rescale_constants(exact(scale) / max(exact(a), exact(b)), 16, narrow=True)
+            by = rescale_constants(exact(scale) / max(exact(a), exact(b)), 16, narrow=True, target=NASH)
             assert tuple(found[role][i] for role in ("mantissa", "pre", "post")) == by
 
 
@@ -207,7 +210,7 @@ def test_every_pair_of_int8_with_three_scales() -> None:
 
 
 @pytest.mark.parametrize(("op", "expected"), [(ops.Sub(), (65535, -65535)), (ops.Add(), (-1, -1))], ids=str)
-def test_the_worst_case_of_int16_does_not_wrap(op: jq.Op, expected: tuple[int, int]) -> None:
+def test_the_worst_case_of_int16_does_not_wrap(op: jq.ops.Op, expected: tuple[int, int]) -> None:
     """At equal scales, and at those with the largest accumulator: 2^15 * 2^15 and 2^15 * 32767."""
     a, b = np.array([32767, -32768], np.int16), np.array([-32768, 32767], np.int16)
     for s_b in (1.0, float(np.float32(1 - 2.0**-15))):
@@ -276,7 +279,7 @@ def test_logic_of_numbers_asks_for_zero() -> None:
     assert run_op(ops.BitwiseNot(), np.int32([0, 5]), out="int8").tolist() == [-1, -6]
 
 
-WHOLE: dict[type[jq.Op], Callable[[Fraction], int]] = {ops.Floor: floor, ops.Ceil: ceil, ops.Round: round}
+WHOLE: dict[type[jq.ops.Op], Callable[[Fraction], int]] = {ops.Floor: floor, ops.Ceil: ceil, ops.Round: round}
 
 
 @pytest.mark.parametrize("operator", WHOLE, ids=lambda cls: cls.__name__)
@@ -326,10 +329,10 @@ def constant_graph(**options: Any) -> jq.Graph:
 def test_an_integer_constant_is_itself_and_survives_json(dtype: str) -> None:
     graph = constant_graph(shape=(2, 2), values=(0, 1, 1, 0), dtype=dtype)
     assert graph_from_json(graph_to_json(graph)) == graph
-    plan, params = jq.prepare(graph, {}, jq.QConfig({"*": None}), target=NASH)
-    y = jq.run(jq.lower(plan, params, {}))
+    model = jq.prepare(graph, {}, jq.QConfig({"*": None}), target=NASH)
+    y = jq.run(jq.lower(model))
     assert (str(y.dtype), y.tolist()) == (dtype, [[0, 1], [1, 0]])
-    assert plan.exact["c"] == dtype
+    assert model.plan.exact["c"] == dtype
 
 
 @pytest.mark.parametrize(
@@ -342,7 +345,7 @@ def test_an_integer_constant_is_itself_and_survives_json(dtype: str) -> None:
 )
 def test_a_constant_that_does_not_fit_is_refused(options: dict, message: str) -> None:
     with pytest.raises(jq.GraphError, match=message):
-        jq.evaluate_float(constant_graph(**options), {})
+        jq.graph.evaluate_float(constant_graph(**options), {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,13 +368,13 @@ def test_a_constant_that_does_not_fit_is_refused(options: dict, message: str) ->
     ],
     ids=str,
 )
-def test_operands_that_do_not_fit_are_refused(op: jq.Op, operands: tuple, message: str) -> None:
+def test_operands_that_do_not_fit_are_refused(op: jq.ops.Op, operands: tuple, message: str) -> None:
     with pytest.raises(jq.GraphError, match=message):
         eval_float(op, *operands)
 
 
 @pytest.mark.parametrize("op", [ops.Minimum(), ops.Maximum(), ops.Equal(), ops.Less(), ops.Mod()], ids=str)
-def test_operands_of_two_dtypes_are_refused(op: jq.Op) -> None:
+def test_operands_of_two_dtypes_are_refused(op: jq.ops.Op) -> None:
     one = jnp.float32(1)
     narrow, wide = Operand("int8", one, (2, 3)), Operand("int16", one, (2, 3))
     assert constraints(op, [narrow, narrow], narrow, None, NASH) == []
@@ -415,11 +418,11 @@ def test_elementwise_operators_follow_the_layout() -> None:
         jq.Node("y", pool, ("floor",)),
     )
     graph = jq.Graph((jq.Input("x", (None, 3, 8, 8)),), nodes, ("y",))
-    plan, params = jq.prepare(graph, {}, jq.QConfig({"*": jq.Policy(output=jq.int8())}), target=NASH)
-    permutes = [n.name for n in plan.graph.nodes if isinstance(n.op, ops.Permute)]
+    model = jq.prepare(graph, {}, jq.QConfig({"*": jq.Policy(output=jq.int8())}), target=NASH)
+    permutes = [n.name for n in model.plan.graph.nodes if isinstance(n.op, ops.Permute)]
     assert permutes == ["x.to_last", "y.to_first"]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8, 8)), jnp.float32)
-    np.testing.assert_array_equal(jq.apply(plan, params, {}, x, mode="float"), jq.evaluate_float(graph, {}, x)[0])
+    np.testing.assert_array_equal(jq.apply(model, x, mode="float"), jq.graph.evaluate_float(graph, {}, x)[0])
 
 
 def test_every_operator_has_a_case_and_a_rule() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import jquant as jq
 from jquant import images, ops
-from jquant.integer import run_integers
+from jquant.program.integers import run_integers
 from jquant.reference import images as reference
 
 SWINGS = ("full", "studio")
@@ -115,7 +115,7 @@ def test_back_to_rgb(lattice: np.ndarray, swing: str) -> None:
     centred = images.rgb_to_centred_yuv444(jnp.asarray(lattice), swing=swing)
     options = {"swing": swing, "mean": (120.0, 110.0, 100.0), "std": (60.0, 61.0, 62.0)}
     back = images.centred_yuv444_to_rgb(centred, q_scale=None, **options)
-    bound = 3.28 / 60  # what YUV loses, see jquant.insert.parity
+    bound = 3.28 / 60  # what YUV loses, see jquant.program.insert.parity
     assert np.abs(back - (lattice - np.array(options["mean"])) / options["std"]).max() <= bound
     on_grid = np.asarray(images.centred_yuv444_to_rgb(centred, q_scale=1 / 32, **options))
     assert np.abs(on_grid - np.clip(back, -4, 127 / 32)).max() <= 1 / 64 + 1e-6
@@ -207,12 +207,12 @@ def test_refusals(pictures: jnp.ndarray) -> None:
 # Operators
 
 
-def lowered(op: jq.Op, inputs: tuple[jq.Input, ...], scale: float, dtype: str = "int8") -> jq.Program:
+def lowered(op: jq.ops.Op, inputs: tuple[jq.Input, ...], scale: float, dtype: str = "int8") -> jq.Program:
     names = tuple(i.name for i in inputs)
     graph = jq.Graph(inputs, (jq.Node("y", op, names),), ("y",))
     spec = jq.int8(scale=scale) if dtype == "int8" else jq.int16(scale=scale)
-    plan, params = jq.prepare(graph, {}, jq.QConfig({"*": jq.Policy(output=spec)}), target=jq.targets.NASH_E)
-    return jq.lower(plan, params, {})
+    model = jq.prepare(graph, {}, jq.QConfig({"*": jq.Policy(output=spec)}), target=jq.targets.NASH_E)
+    return jq.lower(model)
 
 
 PYRAMID = (jq.Input("luma", (None, 6, 8, 1), "uint8"), jq.Input("chroma", (None, 3, 4, 2), "uint8"))
@@ -234,7 +234,7 @@ def test_a_pyramid_input_in_a_prepared_network(pictures: jnp.ndarray) -> None:
     program = lowered(ops.Nv12ToCentredYuv444(unit=1 / 128), PYRAMID, 1 / 128)
     np.testing.assert_array_equal(jq.run(program, *planes, raw=True), wanted)
     np.testing.assert_array_equal(jq.run(program, *planes), wanted / 128)
-    float_value = jq.evaluate_float(
+    float_value = jq.graph.evaluate_float(
         jq.Graph(PYRAMID, (jq.Node("y", ops.Nv12ToCentredYuv444(), ("luma", "chroma")),), ("y",)), {}, *planes
     )
     np.testing.assert_array_equal(float_value[0], wanted.astype(jnp.float32))
@@ -273,7 +273,7 @@ def test_a_region_is_the_crop_interpolated(interpolation: str) -> None:
         planes = []
         for crop, size in crops:
             op = ops.Interpolate(size=size, mode=interpolation, channels_last=True)
-            node_format = jq.NodeFormat(("int16",), "int16")
+            node_format = jq.program.NodeFormat(("int16",), "int16")
             planes.append(ops.eval_integer(op, node_format, jq.targets.NASH_E, jnp.asarray(crop[None], jnp.int16)))
         chroma = jnp.repeat(jnp.repeat(planes[1], 2, 1), 2, 2)
         np.testing.assert_array_equal(
@@ -342,7 +342,7 @@ def test_divided_is_the_exact_quotient(out: int) -> None:
     n = np.unique(np.concatenate([np.arange(1, 400), np.random.default_rng(out).integers(1, 2**15, 500), [2**15 - 1]]))
     for bits in (15, 16):
         exact = (2 * n.astype(np.int64) * 2**bits + out) // (2 * out)
-        np.testing.assert_array_equal(divided(jnp.asarray(n, jnp.int32), bits, out), exact)
+        np.testing.assert_array_equal(divided(jnp.asarray(n, jnp.int32), bits, out, "half_up"), exact)
 
 
 def test_attributes_that_make_no_sense() -> None:
@@ -355,10 +355,10 @@ def test_attributes_that_make_no_sense() -> None:
 
 
 def test_what_would_leave_int32_is_refused() -> None:
-    fine = replace(jq.targets.NASH_E, resample_fraction_bits=12)
+    fine = jq.targets.NASH_E.with_fields({"resize.weight_bits": 12})
     graph = jq.Graph(resizer(18, 22), (jq.Node("y", ops.RoiResize(size=(4, 4)), ("luma", "chroma", "roi")),), ("y",))
-    plan, params = jq.prepare(graph, {}, jq.QConfig({"*": jq.Policy(output=jq.int8(scale=1.0))}), target=fine)
-    with pytest.raises(jq.LoweringError, match="resample_fraction_bits is above 11"):
-        jq.lower(plan, params, {})
+    model = jq.prepare(graph, {}, jq.QConfig({"*": jq.Policy(output=jq.int8(scale=1.0))}), target=fine)
+    with pytest.raises(jq.LoweringError, match=r"resize\.weight_bits is above 11"):
+        jq.lower(model)
     with pytest.raises(jq.LoweringError, match="has a side above 16383"):
         lowered(ops.RoiResize(size=(4, 4)), resizer(16384, 2), 1.0)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 import jquant as jq
 from jquant import ops
-from jquant.ops.base import constraints, eval_float, eval_integer, lower_op
-from jquant.reference import RULES
+from jquant.graph.operator import constraints, eval_float, eval_integer, lower_op
+from jquant.reference import rule_of
 from jquant.reference.call import Call
 from jquant.types import NodeFormat, integer_range
 
@@ -56,7 +56,7 @@ def images(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def integer_rules(op: jq.Op, x: np.ndarray, scale: float, output: str, output_scale: float) -> tuple:
+def integer_rules(op: jq.ops.Op, x: np.ndarray, scale: float, output: str, output_scale: float) -> tuple:
     """(fast, reference) of a pool on channels-last integers."""
     y = jax.eval_shape(lambda v: eval_float(op, v), jax.ShapeDtypeStruct(x.shape, jnp.float32))
     inputs = [ops.Operand(str(x.dtype), jnp.float32(scale), (None, *x.shape[1:]))]
@@ -68,10 +68,10 @@ def integer_rules(op: jq.Op, x: np.ndarray, scale: float, output: str, output_sc
     fast = traced.lower().compile()(constants, x)
     assert fast.dtype == output
     wide = {role: np.asarray(v).astype(np.int64) for role, v in constants.items()}
-    return np.asarray(fast), RULES[type(op).__name__](Call(op, [x.astype(np.int64)], wide, node_format, NASH))
+    return np.asarray(fast), rule_of(op)(Call(op, [x.astype(np.int64)], wide, node_format, NASH))
 
 
-def compare(op: jq.Op, by_torch: Callable, shape: tuple[int, ...], tolerance: float) -> None:
+def compare(op: jq.ops.Op, by_torch: Callable, shape: tuple[int, ...], tolerance: float) -> None:
     """Float and gradient, within the rounding of the averages; a gradient sums up to 40 of them."""
     x = images(0, shape)
     tensor = torch.from_numpy(x).requires_grad_()
@@ -84,7 +84,7 @@ def compare(op: jq.Op, by_torch: Callable, shape: tuple[int, ...], tolerance: fl
     np.testing.assert_allclose(grad, tensor.grad.numpy(), rtol=0, atol=40 * tolerance)
 
 
-def max_pool(window: tuple, ceil_mode: bool, **options: Any) -> tuple[jq.Op, Callable]:
+def max_pool(window: tuple, ceil_mode: bool, **options: Any) -> tuple[jq.ops.Op, Callable]:
     _, kernel, strides, padding, dilation = window
     op = ops.MaxPool(
         kernel=kernel, strides=strides, padding=pairs(padding), dilation=dilation, ceil_mode=ceil_mode, **options
@@ -166,7 +166,7 @@ def test_a_tie_gives_its_gradient_to_one_element() -> None:
 def test_the_largest_sum_of_int16_fits(kind: str, value: int) -> None:
     """65,535 elements of -32768 are above -2^31; the limit of the target keeps larger windows out."""
     size = (255, 257)
-    op: jq.Op = ops.AdaptiveAvgPool(output_size=(1, 1), channels_last=True)
+    op: jq.ops.Op = ops.AdaptiveAvgPool(output_size=(1, 1), channels_last=True)
     if kind == "AvgPool":
         op = ops.AvgPool(kernel=size, strides=(1, 1), padding=((0, 0),) * 2, channels_last=True)
     x = np.full((1, *size, 1), value, np.int16)
@@ -177,7 +177,7 @@ def test_the_largest_sum_of_int16_fits(kind: str, value: int) -> None:
     assert constraints(wide, [], None, None, NASH) == ["65536 elements are reduced, more than 65535"]
 
 
-def prepare(op: jq.Op, size: tuple[int, ...]) -> tuple[jq.Plan, dict]:
+def prepare(op: jq.ops.Op, size: tuple[int, ...]) -> jq.Model:
     graph = jq.Graph((jq.Input("x", (None, 3, *size)),), (jq.Node("y", op, ("x",)),), ("y",))
     return jq.prepare(graph, {}, jq.QConfig({"*": jq.Policy(output=jq.int8())}), target=NASH)
 
@@ -198,17 +198,17 @@ def test_adaptive_averages_of_unequal_windows_are_refused() -> None:
     ],
     ids=lambda op: type(op).__name__,
 )
-def test_the_same_bits_in_a_program_however_it_runs(op: jq.Op, tmp_path: Any) -> None:
-    plan, params = prepare(op, (8, 6))
+def test_the_same_bits_in_a_program_however_it_runs(op: jq.ops.Op, tmp_path: Any) -> None:
+    model = prepare(op, (8, 6))
     x = jnp.asarray(images(3, (5, 3, 8, 6)))
-    qparams = jq.calibrate(plan, params, [x])
-    program = jq.lower(plan, params, qparams)
+    model = jq.calibrate(model, [x])
+    program = jq.lower(model)
     y = jq.run(program, x)
     (slow,), _ = jq.reference.run(program, np.asarray(x))
     np.testing.assert_array_equal(y, slow)
     np.testing.assert_array_equal(jax.vmap(lambda v: jq.run(program, v[None])[0])(x), y)
     np.testing.assert_array_equal(jnp.concatenate([jq.run(program, x[:2]), jq.run(program, x[2:])]), y)
-    np.testing.assert_array_equal(jq.apply(plan, params, qparams, x, mode="bit_true"), y)
+    np.testing.assert_array_equal(jq.apply(model, x, mode="bit_true"), y)
     jq.save(tmp_path / "program", program)
     np.testing.assert_array_equal(jq.run(jq.load(tmp_path / "program"), x), y)
 
@@ -226,6 +226,6 @@ def test_the_same_bits_in_a_program_however_it_runs(op: jq.Op, tmp_path: Any) ->
     ],
     ids=str,
 )
-def test_what_is_refused(op: jq.Op, message: str) -> None:
+def test_what_is_refused(op: jq.ops.Op, message: str) -> None:
     with pytest.raises(jq.GraphError, match=message):
         eval_float(op, jnp.zeros((1, 1, 4)))

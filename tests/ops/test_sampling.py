@@ -19,10 +19,10 @@ from onnx.reference import ReferenceEvaluator
 
 import jquant as jq
 from jquant import ops
-from jquant.lower import lower_traced
+from jquant.graph.operator import Lowered, Operand, constraints, eval_float, eval_integer, lower_op
 from jquant.numerics.resample import coordinate_bits
-from jquant.ops.base import Lowered, Operand, constraints, eval_float, eval_integer, lower_op
-from jquant.reference import RULES, rescale_constants, sampling
+from jquant.program.lower import lower_traced
+from jquant.reference import rescale_constants, rule_of, sampling
 from jquant.reference.call import Call
 from jquant.types import NodeFormat, integer_range
 
@@ -46,16 +46,18 @@ def integers(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("op", "node_format", "target"))
-def in_integers(op: jq.Op, node_format: NodeFormat, target: jq.Target, constants: dict, *operands: Any) -> jax.Array:
+def in_integers(
+    op: jq.ops.Op, node_format: NodeFormat, target: jq.Target, constants: dict, *operands: Any
+) -> jax.Array:
     return eval_integer(op, node_format, target, *operands, **constants)
 
 
 @partial(jax.jit, static_argnames=("op",))
-def jitted_float(op: jq.Op, *operands: Any) -> jax.Array:
+def jitted_float(op: jq.ops.Op, *operands: Any) -> jax.Array:
     return eval_float(op, *operands)
 
 
-def in_float(op: jq.Op, *operands: Any) -> np.ndarray:
+def in_float(op: jq.ops.Op, *operands: Any) -> np.ndarray:
     return np.asarray(jitted_float(op, *map(jnp.asarray, operands)))
 
 
@@ -63,7 +65,7 @@ class Layer:
     """An operator on integers: the fast rule, the reference, and the real operands that the integers stand for."""
 
     def __init__(
-        self, op: jq.Op, operands: Sequence[np.ndarray], scales: Sequence[float], target: jq.Target = NASH,
+        self, op: jq.ops.Op, operands: Sequence[np.ndarray], scales: Sequence[float], target: jq.Target = NASH,
         output: tuple[str, float] | None = None,
     ) -> None:  # fmt: skip
         self.op, self.operands, self.scales, self.target = op, operands, scales, target
@@ -95,7 +97,7 @@ class Layer:
     def slow(self) -> np.ndarray:
         constants = {role: np.asarray(v).astype(np.int64) for role, v in self.lowered.constants.items()}
         operands = [x.astype(np.int64) for x in self.operands]
-        return RULES[type(self.op).__name__](Call(self.op, operands, constants, self.format, self.target))
+        return rule_of(self.op)(Call(self.op, operands, constants, self.format, self.target))
 
     def check(self) -> np.ndarray:
         fast, slow = self.fast(), self.slow()
@@ -190,7 +192,7 @@ def test_the_nearest_pixel_is_the_exact_one(mode: str, most: int) -> None:
     for n, out in product((1, 2, 3, 85, 127, 128, 179, 254, 1023), (1, 2, 3, 5, 60, 127, 128, 160, 179, most)):
         op = ops.Interpolate(size=(out,), mode=mode)
         exact = [int((i + shift) * n / out) for i in range(out)]
-        np.testing.assert_array_equal(sampling.axis_coordinates(op, 0, n) >> 16, exact)
+        np.testing.assert_array_equal(sampling.axis_coordinates(op, 0, n, NASH.resize) >> 16, exact)
     x = np.arange(n, dtype=np.int16)[None, None]
     np.testing.assert_array_equal(Layer(op, [x], [1.0]).check()[0, 0], exact)
 
@@ -198,7 +200,7 @@ def test_the_nearest_pixel_is_the_exact_one(mode: str, most: int) -> None:
 @pytest.mark.parametrize("bits", [0, 4, 9, 12, 14])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_interpolate_with_other_fraction_bits_leaves_int32_exactly(bits: int, dtype: str) -> None:
-    target = dataclasses.replace(NASH, resample_fraction_bits=bits)
+    target = NASH.with_fields({"resize.weight_bits": bits})
     layer = Layer(ops.Interpolate(size=(9, 14), mode="bilinear"), [integers((4, 2, 5, 7), dtype)], [0.1], target)
     layer.check()
     beyond = 2 * bits + (7 if dtype == "int8" else 15) > 31
@@ -213,9 +215,8 @@ def test_interpolate_refuses_what_it_cannot_do() -> None:
         ops.Interpolate(size=(2, 2), align_corners=True)
     with pytest.raises(jq.GraphError, match="nothing is left"):
         eval_float(ops.Interpolate(scale_factor=(0.1, 0.1)), jnp.zeros((1, 1, 4, 4)))
-    target = dataclasses.replace(NASH, resample_fraction_bits=15)
-    with pytest.raises(jq.LoweringError, match="resample_fraction_bits is 15"):
-        Layer(ops.Interpolate(size=(2, 2), mode="bilinear"), [integers((2, 1, 4, 4), "int8")], [0.1], target)
+    with pytest.raises(jq.QConfigError, match="weight_bits is 15; it can be 0 to 14"):
+        NASH.with_fields({"resize.weight_bits": 15})
 
 
 def test_gradient_of_interpolate() -> None:
@@ -293,7 +294,7 @@ def test_grid_sample_in_integers_equals_the_reference(
     """Grids over the whole int16 range, at their recommended scale, far finer and far coarser."""
     op = ops.GridSample(mode=mode, padding=padding, align_corners=align_corners, coordinates=coordinates)
     for (size, out), dtype in zip(IMAGES, ("int8", "int16", "int8", "int16"), strict=True):
-        bits = coordinate_bits(*size, *out)
+        bits = coordinate_bits(NASH.grid, *size, *out)
         fitting = 2.0**-bits if coordinates == "absolute" else ops.grid_scale(min(size), align_corners=align_corners)
         x, grid = integers((4, 3, *size), dtype), integers((4, *out, 2), "int16", 2)
         for scale in (fitting, fitting / 37, 0.3) if size == (5, 7) else (fitting,):
@@ -310,7 +311,7 @@ def test_grid_sample_in_integers_is_near_torch(padding: str, align_corners: bool
     """|integer - float| <= 1/2 + (D_y + D_x) * e LSB: D the largest difference of neighbours, zeros around included,
     e = 3/4 * 2^-F pixels: 1/2 for rounding the coordinate, 1/4 for the 15-bit multiplier times an int16."""
     size, out = (5, 7), (40, 20)
-    bits = coordinate_bits(*size, *out)
+    bits = coordinate_bits(NASH.grid, *size, *out)
     scale = ops.grid_scale(min(size), align_corners=align_corners)
     x, grid = integers((4, 3, *size), dtype), integers((4, *out, 2), "int16", 3)
     grid[:2] //= 2  # mostly inside
@@ -323,7 +324,7 @@ def test_grid_sample_in_integers_is_near_torch(padding: str, align_corners: bool
 
 def test_nearest_rounds_half_to_even_and_the_absolute_form_is_exact() -> None:
     x = np.arange(8, dtype=np.int8).reshape(1, 1, 1, 8)
-    bits = coordinate_bits(1, 8)
+    bits = coordinate_bits(NASH.grid, 1, 8)
     at = [0.0, 0.5, 1.5, 2.5, 2.499, 6.5, 7.4, 7.6, -0.5, -0.6]
     grid = np.zeros((1, 1, len(at), 2), np.int16)
     grid[0, 0, :, 0] = np.rint(np.asarray(at) * 2**bits)
@@ -369,8 +370,8 @@ def test_a_grid_of_one_image_serves_all() -> None:
 
 @pytest.mark.parametrize(("n", "out"), [(1, 1), (2, 1), (7, 126), (7, 127), (719, 1280), (4096, 10), (16383, 32767)])
 def test_coordinate_maps_are_the_exact_rationals(n: int, out: int) -> None:
-    bits = coordinate_bits(n, out)
-    assert bits == sampling.coordinate_bits(n, out) == int(np.clip(15 - np.ceil(np.log2(max(n, out) + 1)), 0, 8))
+    bits = coordinate_bits(NASH.grid, n, out)
+    assert bits == sampling.coordinate_bits(NASH, n, out) == int(np.clip(15 - np.ceil(np.log2(max(n, out) + 1)), 0, 8))
     scales = [*np.float32(rng(n).uniform(1e-7, 1e-3, 20)), np.float32(3.0), np.float32(1e6), np.float32(2**-23)]
     for align_corners, scale in product((False, True), scales):
         op = ops.GridSample(align_corners=align_corners)
@@ -378,7 +379,7 @@ def test_coordinate_maps_are_the_exact_rationals(n: int, out: int) -> None:
         constants = lower_op(op, inputs, Operand("int8", jnp.float32(1), (None, 1, 1, out)), {}, NASH).constants
         for i, side in enumerate((n, 1)):
             mine = tuple(int(constants[role][i]) for role in ("multiplier", "offset", "shift"))
-            expected = sampling.normalized_constants(scale, side, bits, align_corners)
+            expected = sampling.normalized_constants(scale, side, bits, align_corners, NASH.grid)
             assert mine == expected if expected[0] else mine[1:] == expected[1:]
             reach = 32768 * mine[0] + abs(mine[1])
             assert reach - mine[0] * (mine[1] >= 0) < 2**31  # a * 32767 + b, or -a * 32768 + b
@@ -392,7 +393,7 @@ def test_an_absolute_grid_is_rescaled_exactly() -> None:
         ]
         op = ops.GridSample(coordinates="absolute")
         constants = lower_op(op, inputs, Operand("int8", jnp.float32(1), (None, 1, 3, 3)), {}, NASH).constants
-        expected = rescale_constants(Fraction(float(np.float32(scale))) * 2**8, 16, narrow=True)
+        expected = rescale_constants(Fraction(float(np.float32(scale))) * 2**8, 16, narrow=True, target=NASH)
         assert tuple(int(constants[role]) for role in ("mantissa", "pre", "post")) == expected
 
 
@@ -556,7 +557,7 @@ def test_roi_align_in_integers(op: ops.RoiAlign) -> None:
     y = Layer(op, [x, q], [0.1, scale]).check()
     exact = q * np.float64(scale)
     exact[:, 0] = boxes[:, 0]
-    bound = 0.51 + (steepest(x[..., 1:-1, 1:-1], 2) + steepest(x, 3)) * 2 * 2.0 ** -coordinate_bits(*size)
+    bound = 0.51 + (steepest(x[..., 1:-1, 1:-1], 2) + steepest(x, 3)) * 2 * 2.0 ** -coordinate_bits(NASH.grid, *size)
     assert np.abs(y - roi_align_oracle(x.astype(np.float64), exact, op)).max() <= bound
     anywhere = integers((6, 5), "int16", 7)
     for wide in (scale, 1e-6, 0.5, 100.0):
@@ -597,7 +598,7 @@ def test_roi_align_refuses_what_it_cannot_do() -> None:
 # In a program
 
 
-def cases() -> list[tuple[jq.Op, list[np.ndarray], list[float]]]:
+def cases() -> list[tuple[jq.ops.Op, list[np.ndarray], list[float]]]:
     x = integers((3, 4, 6, 8), "int8")
     grid, flow = integers((3, 5, 4, 2), "int16", 1), integers((3, 2, 6, 8), "int16", 2)
     boxes = np.abs(integers((3, 5), "int16", 3) // 4)
@@ -671,19 +672,19 @@ CONFIG = {
 def test_a_network_equals_the_reference_layer_by_layer_and_lowers_inside_jit() -> None:
     graph, params = network()
     x = jnp.asarray(rng(9).normal(size=(3, 3, 6, 8)), jnp.float32)
-    plan, params = jq.prepare(graph, params, jq.QConfig(CONFIG), target=NASH)
-    qparams = jq.calibrate(plan, params, [x])
-    program = jq.lower(plan, params, qparams)
+    model = jq.prepare(graph, params, jq.QConfig(CONFIG), target=NASH)
+    model = jq.calibrate(model, [x])
+    program = jq.lower(model)
     fast = jq.run_with_taps(program, x)
     _, slow = jq.reference.run(program, np.asarray(x))
     for name in program.graph.values:
         np.testing.assert_array_equal(np.asarray(fast[name]), slow[name], err_msg=name)
-    inside = jax.jit(lambda p, q: lower_traced(plan, p, q))(params, qparams)
+    inside = jax.jit(lower_traced)(model)
     for node, roles in program.constants.items():
         for role, constant in roles.items():
             np.testing.assert_array_equal(constant, inside.constants[node][role], err_msg=f"{node} {role}")
-    np.testing.assert_array_equal(jq.apply(plan, params, qparams, x, mode="bit_true"), jq.run(program, x))
-    real, integer = (jq.apply(plan, params, qparams, x, mode=m) for m in ("float", "bit_true"))
+    np.testing.assert_array_equal(jq.apply(model, x, mode="bit_true"), jq.run(program, x))
+    real, integer = (jq.apply(model, x, mode=m) for m in ("float", "bit_true"))
     assert np.abs(real - integer).max() < 0.1 * np.abs(real).max()
 
 
@@ -707,7 +708,7 @@ def test_an_int8_grid_is_refused_with_what_to_do() -> None:
         (ops.Interpolate(size=(2, 2)), [(1, 2, 3)], "1 spatial axes and 2 sizes"),
     ],
 )
-def test_operands_of_a_wrong_shape_are_named(op: jq.Op, shapes: list[tuple[int, ...]], text: str) -> None:
+def test_operands_of_a_wrong_shape_are_named(op: jq.ops.Op, shapes: list[tuple[int, ...]], text: str) -> None:
     with pytest.raises(jq.GraphError, match=text):
         eval_float(op, *map(jnp.zeros, shapes))
 

@@ -21,7 +21,7 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
 def test_scatter_reduce_is_torchs(axis: int, reduce: str) -> None:
     x, source = draw(4, 5, 6), draw(4, 5, 6, seed=1)
     index = np.random.default_rng(2).integers(0, x.shape[axis], x.shape).astype(np.int32)
-    y = jq.eval_float(ops.Scatter(axis=axis, reduce=reduce), *map(jnp.asarray, (x, index, source)))
+    y = jq.ops.eval_float(ops.Scatter(axis=axis, reduce=reduce), *map(jnp.asarray, (x, index, source)))
     wanted = torch.scatter_reduce(
         torch.from_numpy(x), axis, torch.from_numpy(index).long(), torch.from_numpy(source), REDUCE[reduce]
     )
@@ -31,14 +31,14 @@ def test_scatter_reduce_is_torchs(axis: int, reduce: str) -> None:
 def test_scatter_is_torchs_where_nothing_is_written_twice() -> None:
     x, source = draw(3, 6), draw(3, 4, seed=1)
     index = np.stack([np.random.default_rng(i).permutation(6)[:4] for i in range(3)]).astype(np.int32)
-    y = jq.eval_float(ops.Scatter(axis=1), *map(jnp.asarray, (x, index, source)))
+    y = jq.ops.eval_float(ops.Scatter(axis=1), *map(jnp.asarray, (x, index, source)))
     wanted = torch.scatter(torch.from_numpy(x), 1, torch.from_numpy(index).long(), torch.from_numpy(source))
     np.testing.assert_array_equal(y, wanted)
 
 
 def test_the_last_one_that_writes_counts() -> None:
     op, x = ops.Scatter(axis=0), jnp.zeros(3)
-    y = jq.eval_float(op, x, jnp.asarray([1, 2, 1], jnp.int32), jnp.asarray([5.0, 6.0, 7.0]))
+    y = jq.ops.eval_float(op, x, jnp.asarray([1, 2, 1], jnp.int32), jnp.asarray([5.0, 6.0, 7.0]))
     np.testing.assert_array_equal(y, [0.0, 7.0, 6.0])
 
 
@@ -46,7 +46,7 @@ def test_slice_scatter_is_torchs() -> None:
     x, source = draw(4, 9), draw(4, 3, seed=1)
     op = ops.SliceScatter(starts=(0, 1), stops=(None, 7), steps=(1, 2))
     wanted = torch.slice_scatter(torch.from_numpy(x), torch.from_numpy(source), 1, 1, 7, 2)
-    np.testing.assert_array_equal(jq.eval_float(op, jnp.asarray(x), jnp.asarray(source)), wanted)
+    np.testing.assert_array_equal(jq.ops.eval_float(op, jnp.asarray(x), jnp.asarray(source)), wanted)
 
 
 @pytest.mark.parametrize("reduce", ["none", *REDUCE])
@@ -56,7 +56,7 @@ def test_gradients_go_to_what_is_kept(reduce: str) -> None:
     weight = jnp.asarray(draw(3, 6, seed=3))
 
     def loss(x: jax.Array, source: jax.Array) -> jax.Array:
-        return (jq.eval_float(ops.Scatter(axis=1, reduce=reduce), x, jnp.asarray(index), source) * weight).sum()
+        return (jq.ops.eval_float(ops.Scatter(axis=1, reduce=reduce), x, jnp.asarray(index), source) * weight).sum()
 
     found = jax.grad(loss, argnums=(0, 1))(jnp.asarray(x), jnp.asarray(source))
     a, b = (torch.from_numpy(v).requires_grad_() for v in (x, source))
@@ -69,7 +69,7 @@ def test_gradients_go_to_what_is_kept(reduce: str) -> None:
 
 def test_exact_values_are_written_too() -> None:
     op = ops.Scatter(axis=0, reduce="add")
-    y = jq.eval_float(op, jnp.zeros(3, jnp.int32), jnp.asarray([1, 1], jnp.int32), jnp.asarray([2, 3], jnp.int32))
+    y = jq.ops.eval_float(op, jnp.zeros(3, jnp.int32), jnp.asarray([1, 1], jnp.int32), jnp.asarray([2, 3], jnp.int32))
     assert y.dtype == jnp.int32
     np.testing.assert_array_equal(y, [0, 5, 0])
 
@@ -77,8 +77,8 @@ def test_exact_values_are_written_too() -> None:
 def test_refusals() -> None:
     x = jnp.zeros((2, 3))
     with pytest.raises(jq.GraphError, match="must have one shape"):
-        jq.eval_float(ops.Scatter(axis=1), x, jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3)))
+        jq.ops.eval_float(ops.Scatter(axis=1), x, jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3)))
     with pytest.raises(jq.GraphError, match="exact int32"):
-        jq.eval_float(ops.BitShift(bits=1), x)
+        jq.ops.eval_float(ops.BitShift(bits=1), x)
     with pytest.raises(jq.GraphError, match="32 bits"):
-        jq.eval_float(ops.BitShift(bits=32), jnp.zeros(2, jnp.int32))
+        jq.ops.eval_float(ops.BitShift(bits=32), jnp.zeros(2, jnp.int32))

@@ -18,6 +18,7 @@ from jquant.ops.movement import Cat, Flatten, Pad, Permute, Reshape
 from jquant.ops.pool import AdaptiveAvgPool, AvgPool, MaxPool
 from jquant.ops.reduce import Mean
 from jquant.ops.table import LeakyRelu, Sigmoid
+from jquant.targets import NASH_E
 from jquant.types import (
     FrozenMap,
     Graph,
@@ -32,22 +33,26 @@ from jquant.types import (
     Target,
 )
 
-TARGET = Target(name="nash-e", default_dtype="int8", integer=True)
+TARGET = NASH_E
 IDENTITY = {"mantissa": 16384, "pre": 0, "post": 14}  # a rescale by 1
 HALF = {"mantissa": 16384, "pre": 0, "post": 15}
 
 
-def program(op: Op, constants: Mapping[str, Any], inputs: tuple[str, ...], output: str, **scales: Any) -> Program:
+def program(
+    op: Op, constants: Mapping[str, Any], inputs: tuple[str, ...], output: str, target: Target = TARGET, **scales: Any
+) -> Program:
     """A program of one node `y` on inputs x0, x1, ... of the given dtypes."""
     names = tuple(f"x{i}" for i in range(len(inputs)))
     graph = Graph(tuple(Input(name, (None,)) for name in names), (Node("y", op, names),), ("y",))
     return Program(
         constants={"y": {role: np.asarray(value, np.int32) for role, value in constants.items()}},
         scales={name: np.float32(scales.get(name, 1.0)) for name in (*names, "y")},
+        accumulators={},
         graph=graph,
         formats=FrozenMap({"y": NodeFormat(inputs, output)}),
         inputs=FrozenMap(dict(zip(names, inputs, strict=True))),
-        target=TARGET,
+        target=target,
+        lowered_for=str(target),
     )
 
 
@@ -351,7 +356,8 @@ def test_run_quantizes_and_dequantizes_at_the_border() -> None:
     np.testing.assert_array_equal(values["y"], [3, -125])
     assert y.dtype == np.float32
     np.testing.assert_array_equal(y, np.array([0.75, -31.25], np.float32))
-    half_up = dataclasses.replace(made, target=dataclasses.replace(TARGET, quantize_rounding="half_up"))
+    other = dataclasses.replace(TARGET, quantize_rounding="half_up")
+    half_up = dataclasses.replace(made, target=other, lowered_for=str(other))
     _, values = reference.run(half_up, np.array([0.25, 0.25], np.float32), np.array([0.25, 1.25], np.float32))
     np.testing.assert_array_equal(values["x1"], [1, 3])
 
@@ -380,6 +386,7 @@ def test_inputs_are_checked() -> None:
         reference.run(made, [1.0], raw=True)
     with pytest.raises(InputError, match=r"'y' \(Constant\): .* leaves the range of int8"):
         run_one(Constant(), {"value": [200]}, dtype="int8")
-    floating = dataclasses.replace(made, target=dataclasses.replace(TARGET, name="nash-p", integer=False))
+    other = dataclasses.replace(TARGET, name="nash-p", integer=False)
+    floating = dataclasses.replace(made, target=other, lowered_for=str(other))
     with pytest.raises(LoweringError, match="nash-p: the integer post-processing is not public"):
         reference.run(floating, [1], raw=True)

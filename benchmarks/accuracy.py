@@ -1,0 +1,251 @@
+"""What each tool's calls keep of a network's accuracy, side by side: writes ACCURACY.md beside this file.
+
+python benchmarks/accuracy.py --data DIR [--tasks resnet20] [--seeds 0] [--count 400] [--peers onnxruntime nncf]
+
+Networks, pictures and seeds are those of `ptq_accuracy.py`. A peer is installed into an environment of its own
+(`--envs`) at its first use. It gets the float network as ONNX and the pictures that calibrate. Its file runs in
+onnxruntime, optimizations off, on the pictures that measure jquant too.
+"""
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import torch
+from rich.console import Console
+
+import jquant as jq
+from jquant_converters import from_torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from keeping import markdown_table  # noqa: E402
+from ptq_accuracy import TARGET, TASKS, Task, figures, in_batches, logits, split  # noqa: E402
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+class Peer(NamedTuple):
+    """A tool: what pip installs for it, its script in `peers/`, and the grids that it is asked for."""
+
+    requirements: tuple[str, ...]
+    script: str
+    grids: tuple[str, ...] = ("symmetric", "default")
+
+
+PEERS = {
+    "onnxruntime": Peer(("onnxruntime==1.32.0", "onnx==1.22.0"), "onnxruntime_static.py"),
+    # Signed values behind ReLU are refused by its backend for ONNX (`signedness_to_force=True`), so it has no such row.
+    "nncf": Peer(("nncf==3.4.0", "onnx==1.22.0", "onnxruntime==1.32.0"), "nncf_onnx.py", ("default",)),
+}
+
+
+class Case(NamedTuple):
+    """A network, the pictures that calibrate and those that measure."""
+
+    task: Task
+    net: torch.nn.Module
+    calibrating: np.ndarray
+    measuring: np.ndarray
+    labels: np.ndarray
+
+
+class Row(NamedTuple):
+    task: str
+    tool: str
+    recipe: str
+    runs: str
+    loss: float  # points of top-1
+    agreement: float  # %
+    sqnr: float  # dB, of the logits
+    seconds: float  # of quantizing, imports and compilation included
+    lines: int  # of user code
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        numbers = (f"{self.loss:.2f}", f"{self.agreement:.1f}", f"{self.sqnr:.1f}", f"{self.seconds:.0f}")
+        return (self.tool, self.recipe, self.runs, *numbers, str(self.lines))
+
+
+COLUMNS = ("tool", "recipe", "run as", "loss, points", "agrees, %", "SQNR, dB", "seconds", "lines")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# jquant: every recipe is a function whose body is the user's code
+
+
+def by_default(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target=TARGET)
+    return jq.calibrate(model, batches)
+
+
+def by_recipe(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target=TARGET)
+    return jq.ptq.recipe("default", model, batches).model
+
+
+def by_mixing(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    rules = jq.QConfig(jq.templates.int8_default())
+    found = jq.analysis.mix_precision(graph, params, rules, batches, target=TARGET, share=0.1).model
+    return jq.ptq.correct_bias(jq.ptq.search_weight_scales(found), batches)
+
+
+OWN = {
+    "the default call": by_default,
+    'jq.ptq.recipe("default")': by_recipe,
+    "int16 for 10 % of the bytes": by_mixing,
+}
+
+
+def own_rows(case: Case, wanted: str) -> Iterator[tuple[str, str, float, int, Run]]:
+    """(recipe, meaning, seconds, lines, run) of each of our recipes."""
+    graph, params = from_torch(case.net, (torch.zeros(1, *case.calibrating.shape[1:]),))
+    batches = in_batches(case.calibrating, case.task.batch)
+    for name, make in OWN.items():
+        if wanted not in name:
+            continue
+        start = time.perf_counter()
+        model = make(graph, params, batches)
+        seconds, lines = time.perf_counter() - start, len(inspect.getsource(make).splitlines()) - 1
+        program = jq.lower(model)
+        yield name, "fake-quant", seconds, lines, lambda x, model=model: np.asarray(jq.apply(model, x))
+        yield name, "integer", seconds, lines, lambda x, program=program: np.asarray(jq.run(program, x))
+        jax.clear_caches()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers
+
+
+def python_of(name: str, envs: Path) -> Path:
+    """The interpreter of a peer's environment, made and filled at its first use."""
+    folder, wanted = envs / name, "\n".join(PEERS[name].requirements)
+    python, installed = folder / "bin" / "python", folder / "installed.txt"
+    if not installed.exists() or installed.read_text() != wanted:
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[name].requirements], check=True)
+        installed.write_text(wanted)  # last: an environment that was left half made is made again
+    return python
+
+
+def export(net: torch.nn.Module, pictures: np.ndarray, path: Path) -> None:
+    example, batch = torch.from_numpy(pictures[:2]), torch.export.Dim("n", min=1)
+    program = torch.onnx.export(net, (example,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["x"])
+    program.save(path)
+
+
+def peer_rows(case: Case, name: str, python: Path) -> Iterator[tuple[str, str, float, int, Run]]:
+    """(recipe, meaning, seconds, lines, run) of each grid of a peer."""
+    script = HERE / "peers" / PEERS[name].script
+    lines = len(script.read_text().partition("# begin\n")[2].partition("# end")[0].strip().splitlines())
+    with tempfile.TemporaryDirectory() as folder:
+        path, pictures = Path(folder) / "float.onnx", Path(folder) / "pictures.npy"
+        export(case.net, case.calibrating, path)
+        np.save(pictures, case.calibrating)
+        for grid in PEERS[name].grids:
+            out = Path(folder) / f"{grid}.onnx"
+            done = subprocess.run(
+                [python, script, path, pictures, out, grid], check=True, capture_output=True, text=True
+            )
+            seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
+            yield f"{grid} grid", "onnxruntime", seconds, lines, session(out)
+
+
+def session(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = onnxruntime.InferenceSession(path, options)
+    return lambda x: found.run(None, {"x": np.asarray(x)})[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def cases(task: Task, data: Path, seeds: list[int], count: int) -> Iterator[Case]:
+    net, images, labels, free = task.load(data)
+    for seed in seeds:
+        calibrating, measuring = split(labels, free, task.calibration, seed)
+        measuring = measuring[:count]
+        yield Case(task, net, images[calibrating], images[measuring], labels[measuring])
+
+
+def measure(case: Case, peers: list[str], envs: Path | None, recipes: str, console: Console) -> Iterator[Row]:
+    with torch.no_grad():
+        baseline = logits(lambda x: case.net(torch.tensor(np.asarray(x))), case.measuring, case.task.batch)
+    pythons = {name: Path(sys.executable) if envs is None else python_of(name, envs) for name in peers}
+    tools = {"jquant": own_rows(case, recipes), **{n: peer_rows(case, n, p) for n, p in pythons.items()}}
+    for tool, found in tools.items():
+        for recipe, runs, seconds, lines, run in found:
+            got = logits(run, case.measuring, case.task.batch)
+            exact, kept, agreement, sqnr = figures(baseline, got, case.labels)
+            row = Row(case.task.title, tool, recipe, runs, exact - kept, agreement, sqnr, seconds, lines)
+            console.print(row.task, *row.cells, sep=" | ")
+            yield row
+
+
+def mean_rows(rows: list[Row]) -> list[Row]:
+    """The mean over seeds of what else is equal."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[:4], []).append(row)
+    return [Row(*key, *np.mean([row[4:8] for row in of], axis=0), of[0].lines) for key, of in found.items()]
+
+
+def markdown(rows: list[Row], command: str, counts: dict[str, tuple[int, int]]) -> str:
+    lines = [
+        "# Accuracy beside other tools",
+        "",
+        f"Written by `{command}`.",
+        "int8, a scale for each output channel of a weight. A loss is that of top-1 against the float network on the",
+        "same pictures; agreement is of classes, SQNR of logits. A symmetric grid is what the chip has; the default",
+        "of a peer may be asymmetric, or unsigned behind ReLU. Seconds hold imports and compilation, and depend on the",
+        "machine and on what else it does. Lines are those of user code behind the float network.",
+    ]
+    for title, (calibrating, measuring) in counts.items():
+        lines += ["", f"## {title}", "", f"{calibrating} pictures calibrate, {measuring} measure.", ""]
+        lines.append(markdown_table(COLUMNS, [row.cells for row in rows if row.task == title], left=3))
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the pictures and the checkpoints")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--count", type=int, default=2000, help="pictures that measure, at most")
+    parser.add_argument("--recipes", default="", help="only those of ours whose name contains this")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--envs", type=Path, default=Path("build/peers"), help="where environments of peers are made")
+    parser.add_argument("--here", action="store_true", help="run peers in this environment, installing nothing")
+    parser.add_argument("--no-write", action="store_true", help="do not write ACCURACY.md")
+    options = parser.parse_args(argv)
+    if not options.data.is_dir():
+        parser.error(f"--data {options.data}: no such folder")
+    rows, counts, console = list[Row](), dict[str, tuple[int, int]](), Console()
+    for name in options.tasks:
+        for case in cases(TASKS[name], options.data, options.seeds, options.count):
+            counts[case.task.title] = (len(case.calibrating), len(case.measuring))
+            rows += measure(case, options.peers, None if options.here else options.envs, options.recipes, console)
+    rows = mean_rows(rows)
+    if not options.no_write:
+        shown = f"--tasks {' '.join(options.tasks)} --seeds {' '.join(map(str, options.seeds))} --count {options.count}"
+        shown += f" --recipes '{options.recipes}'" if options.recipes else ""
+        text = markdown(rows, f"python benchmarks/accuracy.py --data DIR {shown}", counts)
+        (HERE / "ACCURACY.md").write_text(text)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Quantized ONNX files of other forms, rewritten to pairs of QuantizeLinear and DequantizeLinear with zero point 0.
+
+One file a form: integer operators, dynamic quantization, QONNX, integers between clips, zero points. The reader of QDQ
+files then reads them all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from . import clips, dynamic, qonnx, qoperator, zero_points
+from .edit import Change, Editor
+from .zero_points import MODES, Refusals, ZeroPoint
+
+_QUANTIZED = (
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "ConvInteger",
+    "MatMulInteger", *qoperator.TABLE,
+)  # fmt: skip
+
+__all__ = ["MODES", "Change", "Refusals", "ZeroPoint", "is_quantized", "to_qdq"]
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    return any(node.op_type in _QUANTIZED or node.domain in qonnx.DOMAINS for node in model.graph.node)
+
+
+def to_qdq(model: onnx.ModelProto, folder: Path | None, zero_point: ZeroPoint = "refuse") -> Editor:
+    """A copy of the model in pairs of int4, int8, int16 and int32 with zero point 0.
+
+    Raises:
+      Unsupported: a zero point that `zero_point` refuses, or what has no such form.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    editor = Editor(copy, folder)
+    with np.errstate(all="ignore"):  # numbers of a damaged file; what is not finite is refused where it is read
+        for step in (dynamic, qoperator, qonnx, clips):
+            step.rewrite(editor)
+        zero_points.rewrite(editor, zero_point)
+    return editor

@@ -1,0 +1,319 @@
+"""Two meanings of one plan, value by value: possible because names and edges are the same in all of them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from jquant.analysis.meanings import Side, node_rule, values_of
+from jquant.analysis.metrics import Histogram, cosine, difference, histogram, kl_of, l1, max_error, mse, sqnr
+from jquant.graph.checks import is_finite
+from jquant.graph.evaluate import bind_inputs
+from jquant.graph.float import value_shapes
+from jquant.meanings.meaning import Mode, check_mode
+from jquant.numerics.namespace import to_host
+from jquant.numerics.rounding import dequantize, expand, quantize
+from jquant.plan.batch_norm import fold_kept
+from jquant.plan.scales import check_model, expand_weight, quantizer_of, scale_of, value_scales
+from jquant.text import did_you_mean, format_table
+from jquant.types import Array, InputError, JQuantError, Model, Params, Plan, QuantSpec
+
+Arrays = Mapping[str, Any]
+GIVEN = "given"  # the name of a side that is arrays from elsewhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """The error of one value or weight: `b` against `a`, in real units unless named otherwise.
+
+    `scale`      real per LSB; of a weight with a scale per channel, the largest
+    `minimum`, `maximum`      of a; `b_minimum`, `b_maximum` of b
+    `sqnr`       dB; `kl` nats, of the histograms; `l1` and `mse` are means, `max_error` is the largest
+    `max_lsb`    the largest error in LSB of the value's scale
+    `saturated`  the share of values of `a` beyond the range that the scale covers
+    `differing`  the share of elements more than half an LSB apart, of `size`
+    `own_sqnr`, `own_max_error`, `own_max_lsb`  the same of this node alone: `b` against the node of `a` on the operands
+                 that it has in `b`. None for graph inputs and weights, and where a side is arrays that lack an operand
+    For a high-precision or float value `max_lsb` and `saturated` are None, and `differing` counts every difference.
+    """
+
+    name: str
+    operator: str
+    dtype: str
+    scale: float | None
+    minimum: float
+    maximum: float
+    b_minimum: float
+    b_maximum: float
+    cosine: float
+    sqnr: float
+    mse: float
+    l1: float
+    kl: float
+    max_error: float
+    max_lsb: float | None
+    saturated: float | None
+    differing: float
+    own_sqnr: float | None
+    own_max_error: float | None
+    own_max_lsb: float | None
+    size: int
+    histogram: Histogram = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows by value, in graph order, of meaning `b` against meaning `a`; the weights have rows of their own.
+
+    `missing`  names that only one side has, where a side is arrays from elsewhere
+    """
+
+    a: str
+    b: str
+    rows: tuple[LayerError, ...]
+    weights: tuple[LayerError, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def table(self, *, sort: str | None = None, weights: bool = False) -> str:
+        """The rows as text, in graph order, or by a column, the worst first.
+
+        Raises:
+          JQuantError: a column that there is not.
+        """
+        columns: tuple[str, ...] = ("name", "operator", "dtype", "scale", "cosine", "sqnr", "max_error", "max_lsb")
+        columns = (*columns, "own_sqnr", "own_max_lsb", "saturated")
+        rows = self.weights if weights else self.rows
+        if sort is not None:
+            rows = self.worst(sort, len(rows), weights=weights)
+        return format_table(columns, [tuple(_show(getattr(row, c)) for c in columns) for row in rows])
+
+    def worst(self, column: str, count: int = 10, *, weights: bool = False) -> tuple[LayerError, ...]:
+        """The rows with the largest error by a column, NaN before all; rows without a number come last.
+
+        Raises:
+          JQuantError: a column that there is not, or that is no number.
+        """
+        rows = self.weights if weights else self.rows
+        numbers = tuple(f for f, kind in LayerError.__annotations__.items() if kind in (float, int, float | None))
+        if column not in numbers:
+            raise JQuantError(f"no column {column!r} to sort by; known: {', '.join(numbers)}")
+        sign = 1 if column in ("cosine", "sqnr", "own_sqnr") else -1
+
+        def key(row: LayerError) -> float:
+            cell = getattr(row, column)
+            return math.inf if cell is None else -math.inf if math.isnan(cell) else sign * cell
+
+        return tuple(sorted(rows, key=key)[:count])
+
+    def row(self, name: str) -> LayerError:
+        """The row of a value or weight.
+
+        Raises:
+          JQuantError: no such name.
+        """
+        found = {row.name: row for row in (*self.rows, *self.weights)}
+        if name not in found:
+            raise JQuantError(f"no row {name!r}{did_you_mean(name, found)}")
+        return found[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. A number that is not finite becomes None, since JSON has none."""
+        rows = {"rows": [_plain(row) for row in self.rows], "weights": [_plain(row) for row in self.weights]}
+        return {"a": self.a, "b": self.b, **rows, "missing": list(self.missing)}
+
+
+def _plain(row: LayerError) -> dict[str, Any]:
+    data = asdict(row) | {"histogram": row.histogram._asdict()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+
+
+def _show(cell: object) -> str:
+    return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def compare(
+    model: Model,
+    inputs: Array | tuple[Array, ...],
+    a: Mode | Arrays = "float",
+    b: Mode | Arrays = "fake_quant",
+    *,
+    model_b: Model | None = None,
+) -> Comparison:
+    """Compares two modes of a model, or two models, on a batch: an evaluation of each, and one of its nodes apart.
+
+    Args:
+      model: calibrated or trained.
+      inputs: a batch, or a tuple of batches where the graph has several inputs.
+      a: the baseline: a mode of `jq.apply`; in "bit_true" it is the integer program. Or {name: array}, real values and
+        weights from elsewhere, by the names and in the layout of the plan (channels-last inside).
+      b: what is measured against it.
+      model_b: the model of `b`, where it is not that of `a`: what training made of it. Its graph is the same.
+
+    Returns:
+      A `Comparison`, rows in graph order.
+
+    Raises:
+      JQuantError: an unknown mode, or arrays without a name of the plan. InputError: arrays that do not fit it.
+      LoweringError: "bit_true" for a model that has no integers.
+
+    Example:
+      found = jq.analysis.compare(model, x, "fake_quant", "fake_quant", model_b=state.model)
+      print(found.table(sort="own_sqnr"))
+    """
+    models = [model, model if model_b is None else model_b]
+    for each in models:
+        check_model(each)
+    bound = bind_inputs(model.plan.graph, inputs if isinstance(inputs, tuple) else (inputs,))
+    models = [fold_kept(each) for each in models]
+    plan, params = models[0].plan, models[0].params
+    batch = next(iter(bound.values())).shape[0]
+    shapes = value_shapes(plan.graph, params, batch)
+    sides: list[Side] = []
+    given: list[Any] = []
+    for mode, each in zip((a, b), models, strict=True):
+        if isinstance(mode, str):
+            check_mode(mode)
+        sides.append(Side.of(each, mode if isinstance(mode, str) else ""))
+        given.append(None if isinstance(mode, str) else _checked(plan, mode, shapes, each.params))
+    first, second = (mode if isinstance(mode, str) else GIVEN for mode in (a, b))
+    found = _metrics(plan, (first, second), sides, bound, given)
+    rows = tuple(_row(plan, name, found[0][name]) for name in plan.graph.values if name in found[0])
+    weights = tuple(_row(plan, name, found[1][name]) for name in plan.weights if name in found[1])
+    present = {row.name for row in (*rows, *weights)}
+    missing = tuple(
+        name for name in (*plan.graph.values, *plan.weights) if name not in present and name not in plan.exact
+    )
+    return Comparison(first, second, rows, weights, missing)
+
+
+def _checked(
+    plan: Plan, given: Arrays, shapes: Mapping[str, tuple[int, ...]], params: Params
+) -> dict[str, np.ndarray | Array]:
+    """Arrays from elsewhere, with the shapes of the plan."""
+    wanted = dict(shapes) | {key: params[key].shape for key in plan.weights}
+    known = {name: np.asarray(value) for name, value in given.items() if name in wanted}
+    if not known:
+        hint = did_you_mean(next(iter(given), ""), wanted)
+        raise JQuantError(f"none of the {len(given)} arrays has the name of a value or weight of the plan{hint}")
+    for name, value in known.items():
+        if value.shape != wanted[name]:
+            raise InputError(
+                f"the array for {name!r} is {list(value.shape)}, and the plan has {list(wanted[name])}; inside a plan "
+                "values are channels-last: transpose what another framework made"
+            )
+        if np.issubdtype(value.dtype, np.floating) and not is_finite(value):
+            raise InputError(f"the array for {name!r} contains NaN or infinite values")
+    return {n: v if n in plan.exact else v.astype(np.float32) for n, v in known.items()}
+
+
+def _row(plan: Plan, name: str, numbers: dict[str, Any]) -> LayerError:
+    node = plan.graph.by_name.get(name)
+    spec = plan.weights[name] if name in plan.weights else plan.values[name]
+    counts: Histogram = numbers.pop("histogram")
+    floats: dict[str, Any] = {key: None if value is None else float(value) for key, value in numbers.items()}
+    return LayerError(
+        name=name,
+        operator="weight" if name in plan.weights else type(node.op).__name__ if node else "Input",
+        dtype="float" if spec is None else spec.dtype,
+        size=int(counts.a.sum()),
+        histogram=Histogram(float(counts.low), float(counts.high), counts.a.tolist(), counts.b.tolist()),  # type: ignore[arg-type]
+        **floats,
+    )
+
+
+_values = jax.jit(values_of, static_argnames=("mode",))
+
+
+@partial(jax.jit, static_argnames=("mode",))
+def _alone(side: Side, mode: Mode, values: dict[str, Array]) -> dict[str, Array]:
+    """The value of each node for operands that another mode gave, where all of them are there."""
+    rule = node_rule(side, mode)
+    nodes = [node for node in side.model.plan.graph.nodes if all(v in values for v in node.inputs)]
+    return {node.name: rule(node, *(values[v] for v in node.inputs)) for node in nodes}
+
+
+def _metrics(
+    plan: Plan,
+    modes: Sequence[Any],
+    sides: Sequence[Side],
+    inputs: dict[str, Array],
+    given: Sequence[Arrays | None],
+) -> tuple[dict, dict]:
+    """The numbers of every row: in both modes all values, then numpy, which needs no program for each shape."""
+    first, second = (
+        _values(side, mode, inputs) if arrays is None else arrays
+        for mode, side, arrays in zip(modes, sides, given, strict=True)
+    )
+    alone = _alone(sides[0], modes[0], dict(second)) if given[0] is None else {}
+    first, second, alone = (to_host(values) for values in (first, second, alone))
+    on_host = [Model(plan, to_host(side.model.params), to_host(side.model.qparams)) for side in sides]
+    scales = value_scales(plan, on_host[1].qparams)
+    found, weights = {}, {}
+    with np.errstate(all="ignore"):
+        for name in plan.graph.values:
+            if name in first and name in second and name not in plan.exact:
+                found[name] = _errors(first[name], second[name], alone.get(name), scales[name], plan.values[name])
+        for key, x, y in _weights(plan, *zip(modes, on_host, given, strict=True)):
+            scale = expand(scale_of(key, plan, on_host[1].qparams), plan.weight_axis.get(key), x.ndim)
+            weights[key] = _errors(x, y, None, scale, plan.weights[key])
+    return found, weights
+
+
+def _weights(plan: Plan, *sides: tuple[str, Model, Arrays | None]) -> Iterator[tuple[str, Array, Array]]:
+    """Every quantized weight, as both sides have it."""
+
+    def of(key: str, mode: str, model: Model, given: Arrays | None) -> Any:
+        if given is not None:
+            return given.get(key)
+        weight, spec = model.params[key], plan.weights[key]
+        if mode == "float":
+            return weight
+        quantizer = quantizer_of(spec)
+        if mode != "bit_true" and not quantizer.to_nearest:
+            return np.asarray(quantizer(weight, expand_weight(key, plan, model.qparams, weight.ndim), spec))
+        scale = expand(scale_of(key, plan, model.qparams), plan.weight_axis.get(key), weight.ndim)
+        return dequantize(quantize(weight, scale, spec.dtype, spec.rounding), scale)
+
+    for key in plan.weights:
+        x, y = (of(key, *side) for side in sides)
+        if x is not None and y is not None:
+            yield key, x, y
+
+
+def _errors(
+    a: Array, b: Array, alone: Array | None, scale: Array | None, spec: QuantSpec | None
+) -> dict[str, Array | Histogram | None]:
+    """The numbers of a row. `alone` is what a's node makes of b's operands; `scale` broadcasts to the value."""
+    error, counts = abs(difference(a, b)), histogram(a, b)
+    on_grid = scale is not None and spec is not None and not spec.is_high_precision and not spec.is_float
+    step = scale if on_grid else None
+    tolerance = 0.0 if step is None else step * 0.5
+    return {
+        "scale": None if step is None else step.max(),
+        "minimum": a.min(),
+        "maximum": a.max(),
+        "b_minimum": b.min(),
+        "b_maximum": b.max(),
+        "cosine": cosine(a, b),
+        "sqnr": sqnr(a, b),
+        "mse": mse(a, b),
+        "l1": l1(a, b),
+        "kl": kl_of(counts),
+        "max_error": error.max(),
+        "max_lsb": None if step is None else (error / step).max(),
+        "saturated": None if step is None or spec is None else _saturated(a, step, spec),
+        "differing": (error > tolerance).mean(),
+        "own_sqnr": None if alone is None else sqnr(alone, b),
+        "own_max_error": None if alone is None else max_error(alone, b),
+        "own_max_lsb": None if alone is None or step is None else (abs(difference(alone, b)) / step).max(),
+        "histogram": counts,
+    }
+
+
+def _saturated(a: Array, scale: Array, spec: QuantSpec) -> Array:
+    low, high = spec.range
+    return ((a < (low - 0.5) * scale) | (a > (high + 0.5) * scale)).mean()

@@ -1,0 +1,226 @@
+"""From dumps of probes to a march: which values of each field explain all that a board made."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from jquant.board.cases import Case, case_of
+from jquant.board.dumps import Dumps, read_dumps
+from jquant.board.noise import Suspect, suspects
+from jquant.board.probes import LIMITS, Probe, domains
+from jquant.board.questions import Asked, questions_of
+from jquant.board.sifting import SWITCHES, Exclusion, Question, Sifted, sift
+from jquant.board.worlds import Worlds
+from jquant.targets import NASH_E, dump, fields, value_of
+from jquant.text import format_table
+from jquant.types import InputError, QConfigError, Target
+
+State = Literal["decided", "undecided", "contradicted", "not asked"]
+_PATIENCE = 12  # questions that no world explains, before the rest is left
+
+
+@dataclass(frozen=True)
+class FieldFit:
+    """What is known of a field.
+
+    `state`     decided: one value is left. undecided: several are, which no dump tells apart. contradicted: no value
+                explains `case`. not asked: no dump depends on it
+    `values`    those that are left; of a field that is contradicted, those that the other dumps leave
+    `evidence`  for each value that is left out, a dump that excludes it
+    `probes`    the dumps that depend on the field and were too many values together to be tried
+    """
+
+    field: str
+    state: State
+    values: tuple[Any, ...]
+    evidence: tuple[Exclusion, ...] = ()
+    probes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What dumps say of a march.
+
+    `fields`    by path, in the order of `jq.targets.fields()`
+    `target`    a march that explains all that was explained: the decided values, and of the others, together, as many
+                of `base` as can be
+    `suspects`  dumps that nothing explains, with what is wrong with them where that was found
+    `cases`     of each such dump the smallest failing case
+    `problems`  files that are missing, extra or unreadable
+    """
+
+    fields: Mapping[str, FieldFit]
+    target: Target
+    base: Target
+    suspects: tuple[Suspect, ...]
+    cases: tuple[Case, ...]
+    problems: tuple[str, ...]
+
+    def of(self, state: State) -> tuple[str, ...]:
+        """The fields of a state."""
+        return tuple(name for name, found in self.fields.items() if found.state == state)
+
+    def dump(self, path: str | os.PathLike[str], name: str = "fitted") -> None:
+        """Writes `target` as TOML or JSON, which `jq.targets.load` reads."""
+        dump(self.target.with_fields({"name": name}), path)
+
+    def table(self) -> str:
+        """A row a field; below, suspects, failing cases and problems."""
+        rows = [(f.field, f.state, _values(f.values), _why(f)) for f in self.fields.values()]
+        lines = [format_table(("field", "state", "values", "why"), rows)]
+        lines += [f"suspect: {suspect}" for suspect in self.suspects]
+        lines += [str(case) for case in self.cases]
+        lines += [f"problem: {text}" for text in self.problems]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "target": {"name": self.target.name, "fingerprint": self.target.fingerprint},
+            "fields": {name: asdict(found) for name, found in self.fields.items()},
+            "suspects": [asdict(suspect) for suspect in self.suspects],
+            "cases": [asdict(case) for case in self.cases],
+            "problems": list(self.problems),
+        }
+
+
+def _values(values: tuple[Any, ...]) -> str:
+    if len(values) > 6:
+        return f"{values[0]} ... {values[-1]} ({len(values)})"
+    return ", ".join(map(str, values))
+
+
+def _why(found: FieldFit) -> str:
+    if found.probes:
+        return f"too many values together in {', '.join(found.probes)}"
+    if not found.evidence:
+        return "-"
+    where = dict.fromkeys("/".join(e.where) for e in found.evidence)
+    more = " and others" if len(where) > 3 else ""
+    return f"{len(found.evidence)} values excluded by {', '.join(list(where)[:3])}{more}"
+
+
+def fit(
+    probes: Sequence[Probe],
+    dumps: Mapping[str, Dumps] | str | os.PathLike[str],
+    *,
+    base: Target = NASH_E,
+) -> Fit:
+    """The values of the fields of a march that explain what a board made of probes.
+
+    The worlds are tried together, so that a value is left out only where no values of the others go with it.
+
+    Args:
+      probes: as `probe` made them.
+      dumps: {name of the probe: its dumps}, or a folder with a sub-folder for each probe.
+      base: gives the values that no dump decides, and the limits.
+
+    Returns:
+      A `Fit`.
+
+    Raises:
+      InputError: no dumps of any of the probes. FileNotFoundError: no folder.
+    """
+    return fit_asked([Asked(probe) for probe in probes], dumps, base=base)
+
+
+def fit_asked(
+    asked: Sequence[Asked], dumps: Mapping[str, Dumps] | str | os.PathLike[str], *, base: Target = NASH_E
+) -> Fit:
+    """`fit` with answers that are kept from fit to fit."""
+    given = dumps if isinstance(dumps, Mapping) else read_all(dumps, [one.probe for one in asked])
+    questions, problems = questions_of(asked, given)
+    if not questions:
+        raise InputError(f"no dumps that tell anything: {'; '.join(problems[:5]) or 'no probes'}")
+    branches = sift_all(questions)
+    alive = [branch for branch in branches if not branch.unexplained]
+    odd: list[Suspect] = []
+    if not alive:
+        branches = sift_all(questions, patience=_PATIENCE)
+        fewest = min(len(branch.unexplained) for branch in branches)
+        alive = [branch for branch in branches if len(branch.unexplained) == fewest]
+        odd = suspects(alive[0], questions)
+    return _assembled(alive, branches, odd, tuple(problems), base)
+
+
+def read_all(folder: str | os.PathLike[str], probes: Sequence[Probe]) -> dict[str, Dumps]:
+    """The dumps in a folder with a sub-folder for each probe; "dumps.toml" in the folder declares all of them."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of dumps at {folder}")
+    shared = next((p for name in ("dumps.toml", "dumps.json") if (p := folder / name).is_file()), None)
+    found = {}
+    for probe in probes:
+        if (own := folder / probe.name).is_dir():
+            beside = any((own / name).is_file() for name in ("dumps.toml", "dumps.json"))
+            found[probe.name] = read_dumps(own, None if beside else shared)
+    return found
+
+
+def sift_all(questions: Sequence[Question], *, patience: int = 1) -> list[Sifted]:
+    """The questions put to the worlds of each value of a switch."""
+    asked = dict.fromkeys(field for question in questions for field in question.asks)
+    values = domains()
+    switches = [field for field in SWITCHES if field in asked]
+    found = []
+    for chosen in product(*(values[field] for field in switches)):
+        given = dict(zip(switches, chosen, strict=True))
+        worlds = Worlds({field: values[field] for field in asked if field not in given})
+        found.append(sift(worlds, questions, given, patience=patience))
+    return found
+
+
+def _assembled(
+    alive: Sequence[Sifted], branches: Sequence[Sifted], odd: Sequence[Suspect], problems: tuple[str, ...], base: Target
+) -> Fit:
+    unnamed = {s.where for s in odd if s.kind == "unexplained"}
+    broken = [q for q in alive[0].unexplained if q.where in unnamed]
+    contradicted = {field for question in broken for field in question.asks}
+    found = {}
+    for field in fields():
+        if field not in LIMITS:
+            found[field] = _field(field, alive, branches, field in contradicted)
+    target = _valid(base, _nearest(alive, base), found)
+    cases = tuple(case_of(question, alive[0]) for question in alive[0].unexplained)
+    return Fit(found, target, base, tuple(odd), cases, problems)
+
+
+def _field(field: str, alive: Sequence[Sifted], branches: Sequence[Sifted], contradicted: bool) -> FieldFit:
+    left = [values for branch in alive if (values := branch.values(field))]
+    if not left:
+        return FieldFit(field, "not asked", ())
+    values = tuple(v for v in domains()[field] if any(v in each for each in left))
+    evidence = tuple(e for v in domains()[field] if v not in values and (e := _evidence(field, v, branches)))
+    late = tuple(dict.fromkeys(q.where[0] for branch in alive for q in branch.postponed if field in q.asks))
+    state: State = "contradicted" if contradicted else "decided" if len(values) == 1 else "undecided"
+    return FieldFit(field, state, values, evidence, () if state == "decided" else late)
+
+
+def _evidence(field: str, value: Any, branches: Sequence[Sifted]) -> Exclusion | None:
+    """Why no branch has a value: what the last one says that had it."""
+    own = [e for branch in branches if (e := branch.exclusions.get((field, value)))]
+    dead = [branch for branch in branches if branch.given.get(field) == value and branch.unexplained]
+    return own[-1] if own else dead[0].dead_end(value) if dead else None
+
+
+def _valid(base: Target, values: dict[str, Any], found: Mapping[str, FieldFit]) -> Target:
+    """The march of these values. Where fields that no dump tied together do not go together, others of those left."""
+    loose = [f for f in ("tables.fraction_bits", "tables.entries", "resize.weight_bits") if f in values]
+    choices = [[values[f], *(v for v in reversed(found[f].values) if v != values[f])] for f in loose]
+    reason = QConfigError("no values are left")
+    for chosen in product(*choices):
+        try:
+            return base.with_fields({**values, **dict(zip(loose, chosen, strict=True))})
+        except QConfigError as error:
+            reason = error
+    raise reason
+
+
+def _nearest(alive: Sequence[Sifted], base: Target) -> dict[str, Any]:
+    """Of all that explain the dumps, the values nearest to a march."""
+    wanted = {field: value_of(base, field) for field in domains()}
+    worlds = [{**branch.worlds.nearest(wanted), **branch.given} for branch in alive]
+    return max(worlds, key=lambda world: sum(wanted[field] == value for field, value in world.items()))

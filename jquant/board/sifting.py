@@ -1,0 +1,220 @@
+"""Questions, and what they leave of the worlds: values of fields go where an integer of the board is not theirs."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jquant.board.answers import Answers, Operands, Row
+from jquant.board.worlds import Worlds, distinct
+from jquant.targets import fields
+
+LIMIT = 40_000  # worlds of one question; more are left to other dumps, which make them fewer
+
+# Where a field has a value, others read nothing. Each of its values is tried by itself, without them.
+SWITCHES: Mapping[str, Mapping[Any, tuple[str, ...]]] = {
+    "rescale.high_precision": {
+        True: ("rescale.pre_rounding", "rescale.average_pre_rounding", "rescale.inner_bits"),
+        False: (),
+    }
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One dumped value with its dumped operands: all that it takes to try values of fields on it.
+
+    `where`    (probe, value)
+    `answers`  what it can be, by the values of the fields that it depends on
+    `wanted`   the board's integers
+    """
+
+    where: tuple[str, str]
+    answers: Answers
+    operands: Operands
+    wanted: np.ndarray
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        return self.answers.asks
+
+    def differing(self, rows: np.ndarray, domains: Sequence[Sequence[Any]]) -> np.ndarray:
+        """How many integers each row of values has wrong; infinity where they make no march.
+
+        Args:
+          rows: [n, asks] positions in `domains`.
+        """
+
+        def values(row: np.ndarray) -> Row:
+            return tuple(domain[i] for domain, i in zip(domains, row, strict=True))
+
+        digests: dict[bytes | None, int] = {}
+        _, lowered = distinct(rows[:, self.answers.lowering])
+        of_lowered = np.array(
+            [digests.setdefault(self._digest(map(values, group)), len(digests)) for group in groups(rows, lowered)]
+        )
+        keys = np.concatenate([of_lowered[lowered][:, None], rows[:, self.answers.evaluation]], axis=1)
+        _, evaluated = distinct(keys)
+        counts = np.array([self._wrong(values(rows[i])) for i in first(evaluated)])
+        return counts[evaluated]
+
+    def _digest(self, rows: Iterable[Row]) -> bytes | None:
+        """That of the constants of rows which lower alike; some of them may be no march."""
+        known = next((row for row in rows if self.answers.is_lowered(row)), None)
+        return None if known is None else self.answers.digest(known)
+
+    def _wrong(self, row: Row) -> float:
+        found = self.answers(row, self.operands)
+        if found is None or found.shape != self.wanted.shape:
+            return math.inf
+        return int(np.count_nonzero(found != self.wanted))
+
+
+def groups(rows: np.ndarray, which: np.ndarray) -> list[np.ndarray]:
+    """The rows of each number of [0, n)."""
+    order = np.argsort(which, kind="stable")
+    return np.split(rows[order], np.flatnonzero(np.diff(which[order])) + 1)
+
+
+def first(which: np.ndarray) -> np.ndarray:
+    """Where each number of [0, n) comes first."""
+    return np.unique(which, return_index=True)[1]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Why a value of a field is left out: the integers that the nearest world with it has wrong.
+
+    `differing` of `size`  how many are wrong there; None: the value has no march with what is known
+    `index`, `wanted`, `found`  the first wrong one: where it is, what the board made, and what that world makes
+    """
+
+    value: Any
+    where: tuple[str, str]
+    differing: int | None
+    size: int
+    index: tuple[int, ...] = ()
+    wanted: int | None = None
+    found: int | None = None
+
+
+@dataclass
+class Sifted:
+    """What questions left of the worlds.
+
+    `unexplained`  the questions that no world explains with all the others before
+    `postponed`    the questions that depend on too much that is not known
+    """
+
+    worlds: Worlds
+    given: Mapping[str, Any] = field(default_factory=dict)
+    exclusions: dict[tuple[str, Any], Exclusion] = field(default_factory=dict)
+    answered: list[Question] = field(default_factory=list)
+    unexplained: list[Question] = field(default_factory=list)
+    postponed: list[Question] = field(default_factory=list)
+
+    def put(self, question: Question) -> None:
+        """Leaves out the worlds that have an integer of the question wrong."""
+        free = self.free(question)
+        before = {name: self.worlds.values(name) for name in free}
+        tried = Tried(question, self)
+        if not self.worlds.keep(free, tried):
+            self.unexplained.append(question)
+            return
+        self.answered.append(question)
+        for name, values in before.items():
+            for value in set(values) - set(self.worlds.values(name)):
+                self.exclusions[name, value] = _exclusion(question, value, *tried.nearest(name, value))
+
+    def values(self, field: str) -> tuple[Any, ...]:
+        """What a field can still be; nothing where no question depends on it."""
+        if field in self.given:
+            return (self.given[field],)
+        return self.worlds.values(field) if field in self.worlds.domains else ()
+
+    def explains(self, question: Question) -> bool:
+        """Whether a world that is left explains a question."""
+        return self.fewest(question) == 0
+
+    def fewest(self, question: Question) -> float:
+        """How many integers the nearest world has wrong."""
+        return self._tried(question).nearest()[0]
+
+    def nearest(self, question: Question) -> Row:
+        """The values of the fields of a question in the nearest world."""
+        return self._tried(question).nearest()[1]
+
+    def dead_end(self, value: Any) -> Exclusion:
+        """Why nothing is left: the first question that no world explains."""
+        question = self.unexplained[0]
+        return _exclusion(question, value, *self._tried(question).nearest())
+
+    def _tried(self, question: Question) -> "Tried":
+        tried = Tried(question, self)
+        tried(self.worlds.over(self.free(question)))
+        return tried
+
+    def free(self, question: Question) -> tuple[str, ...]:
+        """The fields of the question that can still be several values."""
+        moot = {name for field, value in self.given.items() for name in SWITCHES[field][value]}
+        return tuple(f for f in question.asks if f not in self.given and f not in moot)
+
+    def fixed(self, field: str) -> Any:
+        """The one value of a field that is given or moot."""
+        return self.given[field] if field in self.given else fields()[field][0]
+
+    def count(self, question: Question) -> int:
+        """How many worlds a question is put to."""
+        return self.worlds.count(self.free(question))
+
+
+class Tried:
+    """Worlds tried on a question: how many integers each has wrong."""
+
+    def __init__(self, question: Question, sifted: Sifted) -> None:
+        self.question, self.free = question, sifted.free(question)
+        domains = sifted.worlds.domains
+        self.domains = [domains[f] if f in self.free else (sifted.fixed(f),) for f in question.asks]
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """[n, free] positions to whether each explains the question."""
+        self.rows = np.zeros((len(rows), len(self.question.asks)), np.int64)
+        self.rows[:, [self.question.asks.index(name) for name in self.free]] = rows
+        self.counts = self.question.differing(self.rows, self.domains)
+        return self.counts == 0
+
+    def nearest(self, field: str = "", value: Any = None) -> tuple[float, Row]:
+        """The fewest wrong integers, of all worlds or of those with a value of a field, and that world's values."""
+        counts = self.counts
+        if field:
+            at = self.question.asks.index(field)
+            counts = np.where(self.rows[:, at] == self.domains[at].index(value), counts, np.inf)
+        best = int(counts.argmin())
+        return float(counts[best]), tuple(d[i] for d, i in zip(self.domains, self.rows[best], strict=True))
+
+
+def _exclusion(question: Question, value: Any, count: float, row: Row) -> Exclusion:
+    size = question.wanted.size
+    if math.isinf(count):
+        return Exclusion(value, question.where, None, size)
+    found = question.answers(row, question.operands)
+    assert found is not None
+    index = tuple(int(i) for i in np.argwhere(found != question.wanted)[0])
+    return Exclusion(value, question.where, int(count), size, index, int(question.wanted[index]), int(found[index]))
+
+
+def sift(
+    worlds: Worlds, questions: Sequence[Question], given: Mapping[str, Any] | None = None, *, patience: int = 1
+) -> Sifted:
+    """Puts the questions to the worlds, that with the fewest joint values next, up to `patience` unexplained ones."""
+    result, pending = Sifted(worlds, given or {}), list(questions)
+    while pending and len(result.unexplained) < patience:
+        counts = [result.count(question) for question in pending]
+        at = min(range(len(pending)), key=counts.__getitem__)
+        if counts[at] > LIMIT:
+            break
+        result.put(pending.pop(at))
+    result.postponed = pending
+    return result

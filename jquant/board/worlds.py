@@ -1,0 +1,135 @@
+"""Which values of fields explain what was seen: the joint ones, kept as a product of small tables.
+
+A *world* gives each of some fields a value. Fields that nothing has tied together stand in tables of their own, so that
+the number of rows is a sum and not a product. Keeping the joint values makes the answer exact: a value is left out only
+where no world has it.
+
+Inside, a value is its position among all values of its field, and rows are [n, fields] arrays of such positions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Table(NamedTuple):
+    """The joint values of `fields`: distinct `rows`, [n, fields] positions."""
+
+    fields: tuple[str, ...]
+    rows: np.ndarray
+
+    def project(self, fields: Sequence[str]) -> "Table":
+        """The distinct joint values of some of the fields."""
+        return Table(tuple(fields), distinct(self.rows[:, [self.fields.index(field) for field in fields]])[0])
+
+
+class Worlds:
+    """The worlds that are left of all values of some fields."""
+
+    def __init__(self, domains: Mapping[str, Sequence[Any]]) -> None:
+        self.domains = {field: tuple(values) for field, values in domains.items()}
+        self._tables = [Table((f,), np.arange(len(values))[:, None]) for f, values in self.domains.items()]
+
+    def values(self, field: str) -> tuple[Any, ...]:
+        """What a field can still be."""
+        rows = self._table_of(field).project([field]).rows
+        return tuple(self.domains[field][i] for i in sorted(rows[:, 0].tolist()))
+
+    def tied(self, field: str) -> tuple[str, ...]:
+        """The fields whose values depend on each other with this one, itself included."""
+        return self._table_of(field).fields
+
+    def nearest(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """A world that is left, with as many of the wanted values as each table allows."""
+        found: dict[str, Any] = {}
+        for table in self._tables:
+            at = [self.domains[f].index(wanted[f]) if wanted[f] in self.domains[f] else -1 for f in table.fields]
+            row = table.rows[(table.rows == at).sum(1).argmax()]
+            found |= {f: self.domains[f][i] for f, i in zip(table.fields, row, strict=True)}
+        return found
+
+    def count(self, fields: Sequence[str]) -> int:
+        """How many joint values the fields have."""
+        return prod(len(table.rows) for table in self._projected(fields))
+
+    def over(self, fields: Sequence[str]) -> np.ndarray:
+        """The joint values of the fields, [n, fields] positions in their order."""
+        joined = joint(self._projected(fields))
+        return joined.rows[:, [joined.fields.index(field) for field in fields]]
+
+    def keep(self, fields: Sequence[str], explains: Callable[[np.ndarray], np.ndarray]) -> bool:
+        """Leaves out the worlds that do not explain something which depends on `fields` alone.
+
+        Args:
+          fields: some of the fields.
+          explains: [n, fields] positions to bool [n].
+
+        Returns:
+          False where no world does: then all of them stay.
+        """
+        rows = self.over(fields)
+        good = explains(rows)
+        if not good.any():
+            return False
+        if not good.all():
+            touched = [table for table in self._tables if set(table.fields) & set(fields)]
+            whole = joint(touched)
+            codes = self._codes(whole.rows[:, [whole.fields.index(f) for f in fields]], fields)
+            left = whole.rows[np.isin(codes, self._codes(rows[good], fields))]
+            rest = [t for t in self._tables if t.fields[0] not in whole.fields]
+            self._tables = rest + list(split(Table(whole.fields, left)))
+        return True
+
+    def copy(self) -> "Worlds":
+        other = Worlds(self.domains)
+        other._tables = list(self._tables)
+        return other
+
+    def _codes(self, rows: np.ndarray, fields: Sequence[str]) -> np.ndarray:
+        return code(rows, [len(self.domains[field]) for field in fields])
+
+    def _table_of(self, field: str) -> Table:
+        return next(table for table in self._tables if field in table.fields)
+
+    def _projected(self, fields: Sequence[str]) -> list[Table]:
+        each = ((table, [f for f in table.fields if f in fields]) for table in self._tables)
+        return [table.project(asked) for table, asked in each if asked]
+
+
+def code(rows: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """One number for each row of positions below `sizes`."""
+    found = np.zeros(len(rows), np.int64)
+    for column, size in zip(rows.T, sizes, strict=True):
+        found = found * size + column
+    return found
+
+
+def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows of positions, and which of them each row is."""
+    if not rows.shape[1]:
+        return rows[:1], np.zeros(len(rows), np.int64)
+    _, first, which = np.unique(code(rows, rows.max(0, initial=0) + 1), return_index=True, return_inverse=True)
+    return rows[first], which
+
+
+def joint(tables: Sequence[Table]) -> Table:
+    """Every row of each with every row of the others."""
+    fields = tuple(field for table in tables for field in table.fields)
+    which = np.indices([len(table.rows) for table in tables]).reshape(len(tables), -1)
+    return Table(fields, np.concatenate([t.rows[i] for t, i in zip(tables, which, strict=True)], axis=1))
+
+
+def split(table: Table) -> Iterator[Table]:
+    """A table as independent ones, where every row of one goes with every row of the others."""
+    for field in table.fields:
+        others = [f for f in table.fields if f != field]
+        if not others:
+            break
+        own, rest = table.project([field]), table.project(others)
+        if len(own.rows) * len(rest.rows) == len(table.rows):
+            yield own
+            yield from split(rest)
+            return
+    yield table

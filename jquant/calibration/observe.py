@@ -1,0 +1,238 @@
+"""Statistics of values, and the scales that follow from them, as pure functions.
+
+Statistics kept apart can be merged (`merge_stats`), and scales derived from them again by another method
+(`reset_scale`), without touching the data.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jquant.calibration.samples import batch_axes, by_sample
+from jquant.config.qconfig import matches
+from jquant.graph.checks import is_finite
+from jquant.graph.evaluate import evaluate
+from jquant.graph.float import float_rule
+from jquant.observers import HistogramState, RangeState
+from jquant.plan.batch_norm import raise_collapsed, weights_to_quantize
+from jquant.plan.fills import raise_filled_scales
+from jquant.plan.scales import observer_of, quantizer_of, weight_observer_of
+from jquant.text import near_or_known
+from jquant.types import Array, CalibrationError, Model, Observer, Plan, QuantSpec
+
+Stats = dict[str, Any]
+
+
+def observed_values(plan: Plan) -> tuple[str, ...]:
+    """The values whose scale comes from data."""
+    return tuple(n for n in plan.owned if plan.spec(n).fixed_scale is None and not plan.spec(n).is_float)
+
+
+def init_stats(model: Model) -> Stats:
+    """Empty statistics, {value: observer state}."""
+    return empty_stats(model.plan)
+
+
+def empty_stats(plan: Plan) -> Stats:
+    """The statistics of `init_stats`."""
+    return {name: observer_of(plan.spec(name)).init(1) for name in observed_values(plan)}
+
+
+def updated(observer: Observer, state: Any, data: Array) -> Any:
+    """The state of an observer after more data, which has the form of the state before.
+
+    Raises:
+      CalibrationError: an update that changes shapes, dtypes or the structure of its state.
+    """
+    found = observer.update(state, data)
+    try:
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, found)
+    except AssertionError as error:
+        raise CalibrationError(
+            f"the observer {observer.name!r} changes the form of its state: its update gives {_form(found)}, its init "
+            f"gave {_form(state)}"
+        ) from error
+    return found
+
+
+def _form(state: Any) -> Any:
+    return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", state)
+
+
+def update_stats(model: Model, stats: Stats, inputs: Mapping[str, Array]) -> Stats:
+    """Observes one batch: a pure function for jit, scan or shard_map. The model runs in float."""
+    plan, params = model.plan, model.params
+    new: Stats = {}
+    observers = {name: observer_of(plan.spec(name)) for name in stats}
+    apart = any(observer.per_sample for observer in observers.values())
+    axes = batch_axes(plan, params, inputs) if apart else {}
+
+    def observe(name: str, value: Array) -> Array:
+        if name in stats:
+            each = observers[name].per_sample
+            data = by_sample(value, axes.get(name)) if each else value.reshape(1, -1)
+            new[name] = updated(observers[name], stats[name], data)
+        return value
+
+    evaluate(plan.graph, inputs, float_rule(plan.graph, params), observe)
+    return new
+
+
+def merge_stats(model: Model, a: Stats, b: Stats) -> Stats:
+    """Statistics of two shards as one; the order does not matter, bit for bit.
+
+    Args:
+      model: what `prepare` returned.
+      a, b: what `collect` returned for this model.
+
+    Raises:
+      CalibrationError: an observer that depends on the order of batches, or statistics of another plan.
+
+    Example:
+      halves = [jq.calibration.collect(model, half) for half in (first, second)]
+      stats = jq.calibration.merge_stats(model, *halves)
+      model = jq.calibration.finalize_stats(model, stats)
+    """
+    return merged(model.plan, a, b)
+
+
+def merged(plan: Plan, a: Stats, b: Stats) -> Stats:
+    """The statistics of `merge_stats`."""
+    for stats in (a, b):
+        check_stats(plan, stats)
+    return {name: merge(a[name], b[name]) for name, merge in merges_of(plan).items()}
+
+
+def merges_of(plan: Plan) -> dict[str, Any]:
+    """{value: merge function of its observer}."""
+    observers = {name: observer_of(plan.spec(name)) for name in observed_values(plan)}
+    for name, observer in observers.items():
+        if observer.merge is None:
+            raise CalibrationError(
+                f"{observer.name} of {name!r} depends on the order of batches and cannot be merged; "
+                "use min_max, percentile, mse or another observer that can, or collect on one device"
+            )
+    return {name: observer.merge for name, observer in observers.items()}
+
+
+def check_stats(plan: Plan, stats: Stats) -> None:
+    """There are statistics for every value that needs them, of the observer that the plan has for it.
+
+    Raises:
+      CalibrationError: a name missing or unknown, or a state of another kind or size.
+    """
+    wanted = jax.eval_shape(partial(empty_stats, plan))
+    for name in sorted(wanted.keys() ^ stats.keys()):
+        what = "lacks" if name in stats else "has"
+        raise CalibrationError(f"statistics of another plan: this one {what} {name!r}; collect them with this plan")
+    for name in observed_values(plan):
+        found, expected = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), s) for s in (stats[name], wanted[name]))
+        if found != expected:
+            observer = observer_of(plan.spec(name))
+            raise CalibrationError(f"the statistics of {name!r} are not those of {observer.name}; collect them again")
+
+
+update_jitted = jax.jit(update_stats)
+merge_jitted = jax.jit(merged, static_argnames=("plan",))
+
+
+def finalize_with(model: Model, stats: Stats, methods: Mapping[str, Observer]) -> Model:
+    """Statistics to scales; `methods`, {value: observer}, finalize in place of the values' own observers."""
+    wanted = {key: model.params[key] for key in model.plan.graph.param_names}
+    return model.replace(qparams=_finalize(Model(model.plan, wanted), stats, tuple(methods.items())))
+
+
+@partial(jax.jit, static_argnames=("methods",))
+def _finalize(model: Model, stats: Stats, methods: tuple[tuple[str, Observer], ...]) -> dict[str, Array]:
+    plan, params = model.plan, model.params
+    qparams: dict[str, Array] = {}
+    given = dict(methods)
+    for name, scale in _scales({n: given.get(n, observer_of(plan.spec(n))) for n in stats}, plan, stats).items():
+        qparams[name] = quantizer_of(plan.spec(name)).init(scale, plan.spec(name))
+    weights = weights_to_quantize(plan, params)
+    for key, spec in plan.weights.items():
+        if spec.fixed_scale is None:
+            qparams[key] = quantizer_of(spec).init(
+                weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key)), spec
+            )
+    return raise_collapsed(plan, params, raise_filled_scales(plan, qparams))
+
+
+def _scales(observers: Mapping[str, Observer], plan: Plan, stats: Stats) -> dict[str, Array]:
+    """{value: its scale}. Values of one format are one loop, so that a program hardly grows with their number."""
+    alike: dict[tuple[Observer, QuantSpec, Any], list[str]] = {}
+    for name, state in stats.items():
+        shapes = jax.tree.structure(state), *(jnp.shape(leaf) for leaf in jax.tree.leaves(state))
+        alike.setdefault((observers[name], plan.spec(name), shapes), []).append(name)
+    found: dict[str, Array] = {}
+    for (observer, spec, _), names in alike.items():
+        states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(stats[name] for name in names))
+        scales = jax.lax.map(lambda state, o=observer, s=spec: o.finalize(state, s)[0], states)
+        found |= {name: scales[i] for i, name in enumerate(names)}
+    return {name: found[name] for name in stats}
+
+
+def weight_scale_from_data(weight: Array, spec: QuantSpec, axis: int | None) -> Array:
+    """The observed scale of a weight: scalar, or [channels]."""
+    observer = weight_observer_of(spec)
+    data = weight.reshape(1, -1) if axis is None else jnp.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    data = data[:, None] if observer.per_sample else data  # a weight is one sample
+    scale = observer.finalize(updated(observer, observer.init(data.shape[0]), data), spec)
+    return scale[0] if axis is None else scale
+
+
+def reset_scale(model: Model, stats: Stats, method: Observer, *, names: str = "*") -> Model:
+    """Derives scales by another method from the histograms of an earlier pass, without touching data.
+
+    Args:
+      model: what `prepare` or `calibrate` returned.
+      stats: what `collect` returned, with observers that keep a histogram: `histogram`, `percentile`, `mse`, `norm`,
+        `kl` or `mix`.
+      method: one of the same, or `min_max`. The histogram has the bins of the observer that collected it.
+      names: a pattern of values, as in a qconfig. Others, and all weights, get the scale of their own observer.
+
+    Returns:
+      The model with other scales, all of them.
+
+    Raises:
+      CalibrationError: an observer that kept no histogram, a method that needs other statistics, or a glob that matches
+        no observed value.
+
+    Example:
+      stats = jq.calibration.collect(model, batches)  # with jq.int8(observer=jq.observers.histogram())
+      for share in (99.9, 99.99, 100.0):
+          model = jq.calibration.reset_scale(model, stats, jq.observers.percentile(share))
+    """
+    plan = model.plan
+    check_stats(plan, stats)
+    chosen = [name for name in stats if matches(names, name)]
+    if not chosen:
+        raise CalibrationError(f"{names!r} matches no observed value{near_or_known(names, list(stats))}")
+    wanted = jax.eval_shape(partial(method.init, 1))
+    if not isinstance(wanted, HistogramState | RangeState):
+        raise CalibrationError(
+            f"{method.name} needs statistics of its own; reset by percentile, mse, norm, kl, mix or min_max, "
+            f"or calibrate again with {method.name}"
+        )
+    states = dict(stats)
+    for name in chosen:
+        if not isinstance(states[name], HistogramState):
+            raise CalibrationError(
+                f"{observer_of(plan.spec(name)).name} of {name!r} kept no histogram; collect with "
+                "jq.observers.histogram()"
+            )
+        states[name] = states[name].range if isinstance(wanted, RangeState) else states[name]
+    return checked_finite(finalize_with(model, states, dict.fromkeys(chosen, method)))
+
+
+def checked_finite(model: Model) -> Model:
+    for name, scale in model.qparams.items():
+        if not is_finite(scale):
+            raise CalibrationError(
+                f"the values of {name!r} are not finite on these batches; look for overflow in the float model"
+            )
+    return model

@@ -1,0 +1,35 @@
+"""Ctrl-C while the command line is being imported, which takes seconds: one line and exit code 130, as later on.
+
+`jquant/__init__.py` imports this first. It acts in a process that was started as the command `jquant` or as
+`python -m jquant` alone: a library leaves signals to the program that uses it.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+INTERRUPTED = 130
+TEXT = "interrupted; no file was left half-written"
+
+
+def is_command(arguments: list[str], original: list[str]) -> bool:
+    """Whether a process is a command of jquant, by `sys.argv` and `sys.orig_argv`; for `-m` before the module runs."""
+    if arguments[:1] == ["-m"]:
+        return "-m" in original and original[original.index("-m") + 1 :][:1] == ["jquant"]
+    return bool(arguments) and os.path.basename(arguments[0]) == "jquant"
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"error: {TEXT}\n".encode())
+    os._exit(INTERRUPTED)
+
+
+def restore() -> None:
+    """Gives Ctrl-C back to Python, when everything is imported."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if is_command(sys.argv, sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end)

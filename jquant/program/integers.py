@@ -1,0 +1,150 @@
+"""The jitted interpreter of integer programs."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jquant.graph.evaluate import bind_inputs, evaluate
+from jquant.graph.operator import eval_float, eval_integer
+from jquant.graph.structure import nested_outputs
+from jquant.numerics.fusion import held
+from jquant.numerics.rounding import dequantize, quantize, to_float16
+from jquant.types import Array, InputError, Node, NodeFormat, Program, Target, storage_dtype
+
+
+def run_integers(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """All values of a program as integers, by name. No float dtype appears in its jaxpr, except for float islands."""
+    readers = program.graph.consumers
+
+    def rule(node: Node, *operands: Array) -> Array:
+        constants = program.constants[node.name]
+        value = run_node(node, program.formats[node.name], program.target, operands, constants)
+        if len(node.inputs) > 1 and len(readers[node.name]) > 1 and "post" in constants:
+            return held(value, constants["post"].ravel()[0] >= 0)  # a shift to the right
+        return value
+
+    return evaluate(program.graph, inputs, rule)
+
+
+def run_node(
+    node: Node, node_format: NodeFormat, target: Target, operands: Sequence[Array], constants: Mapping[str, Array]
+) -> Array:
+    """One node on integers."""
+    if node_format.output == "float16":
+        return run_island(node, operands, constants)
+    return eval_integer(node.op, node_format, target, *operands, **constants)
+
+
+def run_island(node: Node, operands: Sequence[Array], constants: Mapping[str, Array]) -> Array:
+    """A float16 node: its operands made real, the operator in float32, the result rounded to float16 once."""
+    scales = [constants[f"scale_{i}"] for i in range(len(operands))]
+    params = {role: constants[role] for role in node.params}
+    real = [x if is_exact(x) else dequantize(x, s) for x, s in zip(operands, scales, strict=True)]
+    return to_float16(eval_float(node.op, *real, **params))
+
+
+def is_exact(x: Array) -> bool:
+    """Whether a stored operand is a mask, index or pixel; a high-precision accumulator never feeds a node."""
+    return x.dtype in (jnp.bool_, jnp.int32, jnp.uint8)
+
+
+def quantize_inputs(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Real inputs to integers, at the scales of the program."""
+
+    def convert(name: str, dtype: str) -> Array:
+        if dtype == "float16":
+            return to_float16(inputs[name])
+        if name not in program.scales:
+            return inputs[name]  # exact
+        return quantize(inputs[name], program.scales[name], dtype, program.target.quantize_rounding)
+
+    return {name: convert(name, dtype) for name, dtype in program.inputs.items()}
+
+
+def dequantize_values(program: Program, values: Mapping[str, Array]) -> dict[str, Array]:
+    """Integers to real float32; exact values as they are."""
+
+    def convert(name: str, value: Array) -> Array:
+        if value.dtype == jnp.float16:
+            return value.astype(jnp.float32)
+        return dequantize(value, program.scales[name]) if name in program.scales else value
+
+    return {name: convert(name, value) for name, value in values.items()}
+
+
+@partial(jax.jit, static_argnames=("raw", "tapped"))
+def _run(program: Program, inputs: dict[str, Array], raw: bool, tapped: bool) -> dict[str, Array]:
+    values = run_integers(program, inputs if raw else quantize_inputs(program, inputs))
+    if not tapped:
+        values = {name: values[name] for name in program.graph.outputs}
+    return values if raw or tapped else dequantize_values(program, values)
+
+
+def run(program: Program, *inputs: Array, raw: bool = False) -> Any:
+    """Executes a program. A call looks whether every input is finite; `jax.jit(jq.run)` does not, and is for loops.
+
+    Args:
+      program: what `lower` or `load` returned.
+      *inputs: real float32 arrays, one for each graph input or nested as the arguments of the model; with `raw`,
+        integers of the program's input dtypes.
+      raw: integers in, integers out (in LSB of each output; acc for a high-precision one).
+
+    Returns:
+      The outputs, nested as those of the model: one alone, or a tuple of several, of a graph made by hand.
+
+    Raises:
+      InputError: an input of the wrong shape or dtype, or with values that are not finite.
+      LoweringError: a program whose target is not the march that it was lowered for, or a stack outside of vmap.
+
+    Example:
+      >>> import jax.numpy as jnp, jquant as jq
+      >>> x, weights = jnp.array([[1.0, 0.5], [-0.25, 0.75]]), {"w": jnp.array([[0.5, 1.0], [-1.0, 0.25]])}
+      >>> graph, params = jq.trace(lambda p, x: x @ p["w"], weights, x)
+      >>> model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target="nash-e")
+      >>> model = jq.calibrate(model, [x])
+      >>> program = jq.lower(model)
+      >>> jq.run(program, jnp.array([[127, 64]], jnp.int8), raw=True).tolist()  # LSB in, acc out
+      [[0, 18177]]
+      >>> jq.run(program, x).shape  # real in, real out
+      (2, 2)
+    """
+    values = _run(program, _bind(program, inputs, raw), raw, False)
+    return nested_outputs(program.graph, [values[name] for name in program.graph.outputs])
+
+
+def run_with_taps(program: Program, *inputs: Array, raw: bool = False) -> dict[str, Array]:
+    """All values of a program by name, as integers.
+
+    Args:
+      program, *inputs, raw: as for `run`.
+
+    Returns:
+      {value: int8, int16 or int32 array, in LSB (acc for a high-precision one)}; float32 behind a `Dequantize`.
+
+    Raises:
+      InputError, LoweringError: as `run`.
+
+    Example:
+      >>> import jax.numpy as jnp, jquant as jq
+      >>> x, weights = jnp.array([[1.0, 0.5], [-0.25, 0.75]]), {"w": jnp.array([[0.5, 1.0], [-1.0, 0.25]])}
+      >>> graph, params = jq.trace(lambda p, x: x @ p["w"], weights, x)
+      >>> model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target="nash-e")
+      >>> model = jq.calibrate(model, [x])
+      >>> program = jq.lower(model)
+      >>> {name: str(value.dtype) for name, value in jq.run_with_taps(program, x).items()}
+      {'linear': 'int32', 'x': 'int8'}
+    """
+    return _run(program, _bind(program, inputs, raw), raw, True)
+
+
+def _bind(program: Program, inputs: tuple[Array, ...], raw: bool) -> dict[str, Array]:
+    if not isinstance(program, Program):
+        raise InputError(f"a jq.Program is run, not {type(program).__name__}; make one with jq.lower")
+    program.check_target()
+    program.check_single()
+    dtypes = {n: storage_dtype(d) for n, d in program.inputs.items() if n in program.scales or d == "float16"}
+    dtypes = dtypes if raw else {}
+    return bind_inputs(program.graph, inputs, dtypes)

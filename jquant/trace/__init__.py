@@ -1,5 +1,0 @@
-"""The front door from JAX: a function to a graph. `reader` walks the jaxpr, `primitives` and `rules` are tables."""
-
-from jquant.trace.function import trace
-
-__all__ = ["trace"]

@@ -1,5 +1,0 @@
-"""The table from primitives of JAX to operators, a family a file. What it lacks becomes an `Opaque` node."""
-
-from jquant.trace.primitives import elementwise, gemm, indexing, movement, reduce
-
-TABLE = {**elementwise.TABLE, **movement.TABLE, **reduce.TABLE, **gemm.TABLE, **indexing.TABLE}

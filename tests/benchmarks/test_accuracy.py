@@ -1,0 +1,55 @@
+"""`benchmarks/accuracy.py` measures our calls and a peer's on a few pictures with random weights."""
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from support.commands import load_benchmark, write_cifar
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_benchmark("accuracy", monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_command_measures_us_and_a_peer(benchmark: ModuleType, tmp_path: Path) -> None:
+    write_cifar(tmp_path, train=12, test=9)
+    options = ["--data", str(tmp_path), "--tasks", "resnet20", "--seeds", "0", "--here", "--no-write"]
+    rows = benchmark.main([*options, "--recipes", "the default call", "--peers", "onnxruntime"])
+    found = [(row.tool, row.recipe, row.runs) for row in rows]
+    assert found == [
+        ("jquant", "the default call", "fake-quant"),
+        ("jquant", "the default call", "integer"),
+        ("onnxruntime", "symmetric grid", "onnxruntime"),
+        ("onnxruntime", "default grid", "onnxruntime"),
+    ]
+    for row in rows:
+        assert row.sqnr > 10
+        assert row.seconds > 0
+        assert 1 < row.lines < 40
+
+
+def test_rows_are_means_over_seeds_in_a_table(benchmark: ModuleType) -> None:
+    rows = [
+        benchmark.Row("net", "tool", "recipe", "integer", *values, 3)
+        for values in ((1.0, 90.0, 20.0, 5.0), (3, 92, 22, 7))
+    ]
+    (row,) = benchmark.mean_rows(rows)
+    np.testing.assert_allclose(row[4:8], (2, 91, 21, 6))
+    page = benchmark.markdown([row], "command", {"net": (10, 20)})
+    assert "| tool | recipe | integer | 2.00 | 91.0 | 21.0 | 6 | 3 |" in page
+    assert "10 pictures calibrate, 20 measure." in page
+
+
+def test_a_script_of_a_peer_marks_what_a_user_writes(benchmark: ModuleType) -> None:
+    for peer in benchmark.PEERS.values():
+        text = (benchmark.HERE / "peers" / peer.script).read_text()
+        assert text.count("# begin\n") == text.count("# end\n") == 1
+
+
+def test_a_folder_that_is_not_there(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--data", "nowhere"])
+    assert "no such folder" in capsys.readouterr().err

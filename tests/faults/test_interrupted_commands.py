@@ -1,0 +1,128 @@
+"""Ctrl-C ends every command with exit code 130 and one line, also while XLA compiles in a thread."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jquant.host.interrupts import _end, is_command
+
+MODEL = """
+import jax.numpy as jnp, numpy as np, pathlib
+def make():
+    rng = np.random.default_rng(0)
+    params = {f"w{i}": jnp.asarray(rng.normal(size=(16, 16)) / 4, jnp.float32) for i in range(12)}
+    def fn(p, x):
+        for i in range(12):
+            x = jnp.tanh(x @ p[f"w{i}"])
+        return x
+    return fn, params, (jnp.ones((2, 16)),)
+def data():
+    pathlib.Path("reading").write_text("")  # what follows compiles
+    yield {"x": np.random.default_rng(1).normal(size=(8, 16)).astype(np.float32), "y": np.zeros(8, np.int32)}
+"""
+RULES = '[jquant]\nschema = 1\n[rules."*".output]\ndtype = "int16"\n[rules."*".weight]\ndtype = "int8"\n'
+# CI may have the signal ignored.
+START = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('jquant', run_name='__main__')"
+)
+COMMANDS = {
+    "report": "report net.jqs -d net.py:data -o out --samples 4",
+    "compare": "compare net.jqs -d net.py:data --samples 4",
+    "sensitivity": "sensitivity net.jqs -d net.py:data --samples 4",
+    "calibrate": "calibrate net.py:make -c q.toml -d net.py:data -o other.jqs",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    (folder / "net.py").write_text(MODEL)
+    (folder / "q.toml").write_text(RULES)
+    np.save(folder / "x.npy", np.random.default_rng(1).normal(size=(8, 16)).astype(np.float32))
+    command = "calibrate net.py:make -c q.toml -d x.npy -o net.jqs -q"
+    subprocess.run([sys.executable, "-m", "jquant", *command.split()], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def interrupted(folder: Path, command: str, after: float) -> tuple[int, str]:
+    """Exit code and stderr of a command that gets SIGINT so many seconds after it began to read data."""
+    (folder / "reading").unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, *command.split()],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + 120
+        while not (folder / "reading").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(after)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        return process.returncode, err
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+def test_ctrl_c_during_the_imports_is_one_line_and_130(folder):
+    """`python -m jquant` is sent SIGINT when -v says that jax is being imported."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        pytest.skip("SIGINT is ignored here, and so it is in the command")
+    process = subprocess.Popen(
+        [sys.executable, "-v", "-m", "jquant", "doctor"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stderr:
+            if "import 'jax" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+        assert "Traceback" not in rest
+        assert "error: interrupted; no file was left half-written" in rest
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_only_a_command_answers_ctrl_c_itself():
+    python = [sys.executable, "-m"]
+    assert is_command(["-m"], [*python, "jquant", "doctor"])
+    assert is_command(["/usr/bin/jquant", "doctor"], ["python", "/usr/bin/jquant", "doctor"])
+    assert not is_command(["-m"], [*python, "pytest", "jquant"])
+    assert not is_command(["train.py"], ["python", "train.py"])
+    assert not is_command([""], ["python"])
+    assert not is_command([], ["python", "-c", "-m"])
+    assert signal.getsignal(signal.SIGINT) is not _end
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.parametrize(
+    ("name", "after"), [("report", 0.5), ("report", 2.0), ("compare", 1.0), ("sensitivity", 1.0), ("calibrate", 0.3)]
+)
+def test_an_interrupted_command_ends_with_130(folder, name, after):
+    code, err = interrupted(folder, COMMANDS[name], after)
+    if code == 0:
+        pytest.skip("the command was done before it was interrupted")
+    # Where the signal falls into a callback of XLA, Python prints that it ignores it; the command ends all the same.
+    assert code == 130
+    assert err.endswith("error: interrupted; no file was left half-written\n")
+    assert not (folder / "other.jqs").exists()
+    assert not [p.name for p in folder.rglob("*.partial")]

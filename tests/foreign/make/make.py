@@ -1,0 +1,35 @@
+"""Makes the files in tests/foreign anew: each tool, pinned, in an environment of its own under a temporary folder.
+
+`python tests/foreign/make/make.py [tool ...]`. It takes minutes and some gigabytes, which are removed at the end.
+"""
+
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TORCH = "torch==2.13.0"
+# tool: (its script, what is installed). torch comes first: without its version a tool brings the CUDA build.
+TOOLS = {
+    "onnxruntime": ("onnxruntime_files.py", ["onnxruntime==1.32.0", "onnx==1.23.2"]),
+    "nncf": ("nncf_files.py", [TORCH, "nncf==3.4.0", "onnx==1.23.2", "onnxruntime==1.32.0"]),
+    "aimet": ("aimet_onnx_files.py", [TORCH, "aimet-onnx==2.42.0", "onnxruntime==1.32.0"]),
+    "brevitas": ("brevitas_files.py", [TORCH, "brevitas==0.13.4", "onnx==1.23.2", "onnxscript", "onnxoptimizer"]),
+    "torchao": ("torchao_files.py", [TORCH, "torchao==0.18.0", "numpy"]),
+}  # fmt: skip
+
+
+def make(tool: str) -> None:
+    script, packages = TOOLS[tool]
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = str(Path(folder) / "bin" / "python")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        subprocess.run([python, str(HERE / script), str(HERE.parent / tool)], check=True, cwd=HERE)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or TOOLS:
+        make(name)

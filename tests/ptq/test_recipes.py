@@ -1,0 +1,116 @@
+"""Recipes keep a step only where the outputs come closer to float, on data that no step has seen."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import graphs
+
+import jquant as jq
+from jquant import ops, ptq
+from jquant.ptq import recipes as module
+from jquant.ptq.recipes import judge_of, split_batches
+
+NASH = jq.targets.NASH_E
+
+
+def small(weight=jq.int4):
+    build = graphs.Builder(3)
+    build.shapes["x"] = (3, 8, 8)
+    x = build.add(ops.Relu(), (build.conv("x", 8, 3),), (8, 8, 8))
+    x = build.add(ops.Mean(axes=(2, 3)), (build.conv(x, 6, 3),), (6,))
+    x = build.add(ops.Linear(), (x,), (5,), weight=build.array("head.weight", 5, 6), bias=build.array("head.bias", 5))
+    graph = build.graph(x, size=8)
+    policy = jq.Policy(weight=weight(axis="out"), output=jq.int8())
+    model = jq.prepare(graph, build.params, jq.QConfig({"*": policy}), target=NASH)
+    return model, [graphs.images(i, graph, batch=8) for i in range(4)]
+
+
+def sqnr(model, tuned, x):
+    wanted = np.float64(jq.apply(model, x, mode="float"))
+    got = np.float64(jq.apply(tuned.model, x))
+    return 10 * np.log10(np.sum(wanted**2) / np.sum((got - wanted) ** 2))
+
+
+@pytest.mark.parametrize("name", ["fast", "default", "best"])
+def test_what_is_kept_lowers_the_error_of_the_output(name):
+    model, data = small()
+    tuned = ptq.recipe(name, model, data, steps=50)
+    first, *others = tuned.trials
+    assert first.step == "calibrate: nmse"
+    best = first.sqnr
+    for trial in others:
+        assert trial.kept == (trial.sqnr > best)
+        best = max(best, trial.sqnr)
+    assert tuned.sqnr == best > first.sqnr
+    assert (tuned.used, tuned.held_back) == (24, 8)
+    np.testing.assert_allclose(sqnr(model, tuned, data[-1]), tuned.sqnr, atol=1e-3)
+    steps = " ".join(t.step for t in tuned.trials)
+    assert ("mean_of_maxima" in steps, "adaround" in steps) == (name != "fast", name == "best")
+    assert ("block reconstruction" in steps) == (name == "best")  # the weights have 4 bits
+    for trial in tuned.trials:
+        assert trial.step in str(tuned)
+    assert jq.run(jq.lower(tuned.model), data[0]).shape == (8, 5)
+
+
+def test_a_step_that_harms_is_left_out(monkeypatch):
+    model, data = small()
+
+    def broken(model, batches, *, reference):
+        return model.replace(params={k: v + 1.0 if k.endswith("bias") else v for k, v in model.params.items()})
+
+    monkeypatch.setattr(module, "correct_bias", broken)
+    tuned = ptq.recipe("default", model, data)
+    assert [t.kept for t in tuned.trials if t.step == "bias correction"] == [False]
+    for key, value in model.params.items():
+        np.testing.assert_array_equal(tuned.model.params[key], value)
+
+
+def test_the_last_batches_judge_or_the_last_samples_of_one():
+    model, data = small()
+    seen, judged = split_batches(model.plan, data, 0.25)
+    assert (len(seen), len(judged)) == (3, 1)
+    np.testing.assert_array_equal(judged[0][0], data[3])
+    seen, judged = split_batches(model.plan, data[:1], 0.25)
+    np.testing.assert_array_equal(seen[0][0], data[0][:6])
+    np.testing.assert_array_equal(judged[0][0], data[0][6:])
+
+
+def test_refuses():
+    model, data = small()
+    with pytest.raises(jq.QConfigError, match=r"unknown recipe 'defalt'; known: .*did you mean 'default'"):
+        ptq.recipe("defalt", model, data)
+    with pytest.raises(jq.QConfigError, match="held_back must be"):
+        ptq.recipe("fast", model, data, held_back=1.0)
+    with pytest.raises(jq.CalibrationError, match="two batches at least"):
+        ptq.recipe("fast", model, [data[0][:1]])
+    with pytest.raises(jq.CalibrationError, match="no calibration batches"):
+        ptq.recipe("fast", model, [])
+
+
+def test_gradients_decide_what_a_scale_is_for():
+    """A channel that the output multiplies by 0 may saturate: the scale is that of the others."""
+    build = graphs.Builder(1)
+    build.shapes["x"] = (4, 4, 4)
+    x = build.add(ops.Mean(axes=(2, 3)), (build.conv("x", 4, 1),), (4,))
+    x = build.add(ops.Linear(), (x,), (3,), weight=build.array("head.weight", 3, 4), bias=build.array("head.bias", 3))
+    graph = build.graph(x, size=4)
+    policy = jq.Policy(weight=jq.int8(axis="out"), output=jq.int8(observer=jq.observers.min_max()))
+    model = jq.prepare(graph, build.params, jq.QConfig({"*": policy}), target=NASH)
+    conv = next(node for node in model.plan.graph.nodes if isinstance(node.op, ops.Conv))
+    weight = conv.params["weight"]
+    params = model.params | {
+        weight: model.params[weight].at[2].multiply(40.0),
+        "head.weight": model.params["head.weight"].at[:, 2].set(0),
+    }
+    data = [graphs.images(0, graph, batch=8)]
+    model = jq.calibrate(model.replace(params=params), data)
+    found = ptq.search_value_scales(model, data)
+    assert float(found.qparams[conv.name]) < float(model.qparams[conv.name]) / 4
+    for key in model.plan.weights:
+        np.testing.assert_array_equal(found.qparams[key], model.qparams[key])
+    judge = judge_of(model, [tuple(data)])
+    before, after = judge(model), judge(found)
+    assert after > before + 3
+    no_gradient = params | {"head.weight": jnp.zeros_like(params["head.weight"])}
+    same = ptq.search_value_scales(model.replace(params=no_gradient), data)
+    np.testing.assert_array_equal(same.qparams[conv.name], model.qparams[conv.name])

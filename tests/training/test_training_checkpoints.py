@@ -1,0 +1,152 @@
+"""Checkpoints of training: what was saved comes back, a killed run goes on as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import graphs
+
+import jquant as jq
+from jquant import ops, training
+
+STEPS, EVERY = 30, 3
+SELF = Path(__file__)
+
+
+def prepared(dtype: str = "int8", target: jq.Target = jq.targets.NASH_E) -> jq.Model:
+    build = graphs.Builder(3)
+    build.shapes["x"] = (2, 6, 6)
+    x = build.add(ops.Relu(), (build.batch_norm(build.conv("x", 4, 3)),), (4, 6, 6))
+    x = build.add(ops.Mean(axes=(2, 3)), (x,), (4,))
+    x = build.add(ops.Linear(), (x,), (3,), weight=build.array("head.weight", 3, 4), bias=build.array("head.bias", 3))
+    spec = jq.QuantSpec(dtype=dtype, axis="out", quantizer=jq.lsq)
+    config = jq.QConfig({"*": jq.Policy(weight=spec, output=jq.int8(quantizer=jq.lsq))})
+    model = jq.prepare(build.graph(x, size=6), build.params, config, target=target, batch_norm="live")
+    return jq.calibrate(model, [batch(0, 0)[0]])
+
+
+def batch(step: int, seed: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng([step, seed])
+    return jnp.asarray(rng.normal(size=(8, 2, 6, 6)), jnp.float32), jnp.asarray(rng.integers(0, 3, 8), jnp.int32)
+
+
+def loss(logits: jax.Array, batch: tuple) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+def fresh(model: jq.Model, **options: object) -> jq.TrainState:
+    return jq.TrainState.create(model, tx=training.make_optimizer(model, learning_rate=0.05, **options))
+
+
+def train(directory: Path) -> jq.TrainState:
+    """A run of `STEPS` steps that saves every third; it goes on where an earlier one was stopped."""
+    model = prepared()
+    state, start, key = fresh(model), 0, jax.random.key(1)
+    checkpoints = training.open_checkpoints(directory, model)
+    if found := checkpoints.restore(state):
+        assert found.key is not None
+        state, start, key = found.state, found.position["batch"], found.key
+    step = training.make_step(loss)
+    for i in range(start, STEPS):
+        key, drawn = jax.random.split(key)
+        state, _ = step(state, batch(i, int(jax.random.randint(drawn, (), 0, 1000))))
+        if (i + 1) % EVERY == 0:
+            checkpoints.save(state, position={"batch": i + 1}, key=key)
+            (directory / "progress").write_text(str(i + 1))
+    checkpoints.close()
+    return state
+
+
+def assert_same(a: object, b: object) -> None:
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
+
+
+def saved(directory: Path) -> int:
+    progress = directory / "progress"
+    return int(progress.read_text() or 0) if progress.exists() else 0
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_equals_one_that_was_left_alone(tmp_path: Path, kills: int) -> None:
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    alone.mkdir()
+    killed.mkdir()
+    expected = train(alone)
+    rng = np.random.default_rng(0)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SELF.parents[1])}
+    for _ in range(kills):
+        before = saved(killed)
+        process = subprocess.Popen([sys.executable, str(SELF), str(killed)], env=environment)
+        waited = 0.0
+        # Into the middle of it: steps, saves or the start, whatever comes. Without a save in sight, give it time.
+        while saved(killed) == before and waited < 120 and process.poll() is None:
+            time.sleep(0.02)
+            waited += 0.02
+        time.sleep(float(rng.uniform(0, 0.4)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = saved(killed)
+        assert now >= before
+        if now:  # no more is lost than the steps since the last save that returned
+            model = prepared()
+            checkpoints = training.open_checkpoints(killed, model)
+            found = checkpoints.restore(fresh(model))
+            checkpoints.close()
+            assert found is not None
+            assert found.position["batch"] >= now
+    assert_same(expected, train(killed))
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    model = prepared()
+    state, key = fresh(model), jax.random.key(5)
+    step = training.make_step(loss, donate=False)
+    checkpoints = training.open_checkpoints(tmp_path, model)
+    assert checkpoints.restore(state) is None
+    later, _ = step(state, batch(0, 0))
+    checkpoints.save(later, position={"epoch": 2, "batch": [3]}, key=key)
+    found = checkpoints.restore(state)
+    assert found is not None
+    assert (found.position, found.step) == ({"epoch": 2, "batch": [3]}, 1)
+    assert_same(found.state, later)
+    np.testing.assert_array_equal(jax.random.key_data(found.key), jax.random.key_data(key))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "message"),
+    [("int4", jq.targets.NASH_E, "int4"), ("int8", jq.targets.NASH_M, "nash-m")],
+)
+def test_another_qconfig_or_march_is_refused(tmp_path: Path, dtype: str, target: jq.Target, message: str) -> None:
+    model = prepared()
+    checkpoints = training.open_checkpoints(tmp_path, model)
+    checkpoints.save(fresh(model), position=0)
+    checkpoints.close()
+    other = prepared(dtype, target)
+    checkpoints = training.open_checkpoints(tmp_path, other)
+    with pytest.raises(jq.FormatError, match=message):
+        checkpoints.restore(fresh(other))
+    checkpoints.close()
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model = prepared()
+    checkpoints = training.open_checkpoints(tmp_path, model)
+    checkpoints.save(jq.TrainState.create(model, tx=optax.sgd(0.1)), position=0)
+    with pytest.raises(jq.FormatError, match="another optimizer"):
+        checkpoints.restore(jq.TrainState.create(model, tx=optax.adam(0.1)))
+    checkpoints.close()
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    train(Path(sys.argv[1]))
