@@ -98,13 +98,17 @@ def _end_on_interrupt() -> None:
 
 def main() -> None:
     """The entry point. An interrupted command ends at once: XLA may be compiling in a thread, which a Python that takes
-    itself down under it does not survive (a segmentation fault, some seconds later)."""
+    itself down under it does not survive (a segmentation fault, some seconds later). A finished command keeps its exit
+    code: Ctrl-C is ignored while Python takes itself down, where it would otherwise end the process by a signal."""
     restore()
     _end_on_interrupt()
     try:
         app(prog_name="jquant")
+    except KeyboardInterrupt:  # outside of a command: `guarded` answers it inside
+        print(f"error: {INTERRUPTED_TEXT}", file=sys.stderr)
     except SystemExit as error:
         if error.code != INTERRUPTED:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

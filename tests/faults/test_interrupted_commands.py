@@ -102,6 +102,16 @@ def test_ctrl_c_during_the_imports_is_one_line_and_130(folder):
         process.stderr.close()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+def test_a_finished_command_keeps_its_code_while_python_ends(folder):
+    """SIGINT comes from an exit handler: the command's work is done, and Python takes itself down."""
+    late = "import atexit, os; atexit.register(os.kill, os.getpid(), signal.SIGINT); "
+    command = [sys.executable, "-c", START.replace("runpy.run", late + "runpy.run"), "inspect", "net.jqs", "--json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
 def test_only_a_command_answers_ctrl_c_itself():
     python = [sys.executable, "-m"]
     assert is_command(["-m"], [*python, "jquant", "doctor"])
@@ -122,7 +132,7 @@ def test_an_interrupted_command_ends_with_130(folder, name, after):
     if code == 0:
         pytest.skip("the command was done before it was interrupted")
     # Where the signal falls into a callback of XLA, Python prints that it ignores it; the command ends all the same.
-    assert code == 130
+    assert code == 130, err
     assert err.endswith("error: interrupted; no file was left half-written\n")
     assert not (folder / "other.jqs").exists()
     assert not [p.name for p in folder.rglob("*.partial")]
