@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jquant import analysis as analysis
 from jquant import calibration as calibration
 from jquant import config as config
+from jquant import evaluation as evaluation
 from jquant import flax as flax
 from jquant import functions as functions
 from jquant import graph as graph
@@ -33,6 +34,7 @@ from jquant.config.qconfig import int8 as int8
 from jquant.config.qconfig import int16 as int16
 from jquant.config.qconfig import uint4 as uint4
 from jquant.config.qconfig import uint8 as uint8
+from jquant.evaluation.loop import evaluate as evaluate
 from jquant.functions.quantized import quantize as quantize
 from jquant.functions.trace import trace as trace
 from jquant.meanings.apply import apply as apply

@@ -26,6 +26,7 @@ FLOORS = {
     "calibration": {"numerics", "graph", "config", "observers", "ops", "plan"},
     "program": {"numerics", "targets", "graph", "ops", "plan"},
     "meanings": {"numerics", "graph", "quantizers", "config", "ops", "plan", "program"},
+    "evaluation": {"graph", "plan", "program", "meanings"},
     "training": {"calibration", "config", "graph", "ops", "plan", "meanings"},
     "ptq": {"numerics", "graph", "quantizers", "observers", "ops", "plan", "calibration", "meanings"},
     "functions": {"targets", "graph", "drafts", "config", "ops", "plan"}
@@ -36,7 +37,7 @@ FLOORS = {
     "reference": set(),
     "board": {"numerics", "targets", "graph", "config", "ops", "plan", "program", "reference"},
     "cli": {"numerics", "targets", "graph", "images", "config", "ops", "plan", "calibration", "program", "meanings"}
-    | {"training", "functions", "analysis", "board"},
+    | {"evaluation", "training", "functions", "analysis", "board"},
     "__main__": {"cli"},
 }
 

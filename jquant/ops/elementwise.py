@@ -5,7 +5,7 @@ plain integer arithmetic that wraps as torch's does.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -150,8 +150,11 @@ def requantize(x: Operand, output: Operand, target: Target) -> Rescale:
 
 def requantize_each(inputs: Sequence[Operand], outputs: Sequence[Operand], target: Target) -> dict[str, Array]:
     """The rescale of every operand, stacked: role i belongs to operand i."""
+    xp = array_namespace(*(x.scale for x in (*inputs, *outputs)))
+    if len({y.dtype for y in outputs}) == 1:  # one division for all
+        scales = [xp.stack([x.scale for x in side]) for side in (inputs, outputs)]
+        return requantize(replace(inputs[0], scale=scales[0]), replace(outputs[0], scale=scales[1]), target)._asdict()
     each = [requantize(x, y, target) for x, y in zip(inputs, outputs, strict=True)]
-    xp = array_namespace(*each[0])
     return {role: xp.stack([getattr(by, role) for by in each]) for role in Rescale._fields}
 
 

@@ -12,13 +12,14 @@ from jquant.graph.operator import Operand, eval_float, eval_integer, eval_on_gri
 from jquant.numerics.namespace import real
 from jquant.numerics.rounding import dequantize, quantize
 from jquant.ops.activation import Relu6
-from jquant.ops.compare import Comparison, MaskedFill, Maximum, Minimum
+from jquant.ops.compare import Comparison, MaskedFill, Maximum, Minimum, Where
 from jquant.ops.elementwise import Abs, Clamp, Neg, Scale
 from jquant.ops.grid_sampling import GridSample, Warp
-from jquant.ops.movement import Pad
+from jquant.ops.movement import Cat, Pad, Stack
 from jquant.ops.regions import RoiAlign
 from jquant.ops.resample import Interpolate
 from jquant.ops.rounding import Mod
+from jquant.ops.scatter import Scatter, SliceScatter
 from jquant.types import EXACT_DTYPES, Array, NodeFormat, Op, Target, integer_range
 
 
@@ -33,7 +34,7 @@ def largest(grid: Operand) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two operands at the larger of their scales, and remainders: as integers
+# Operands brought to one scale, and remainders: as integers
 
 
 def _by_integers(op: Op, inputs: Sequence[Operand], output: Operand, target: Target, *values: Array) -> Array:
@@ -46,6 +47,21 @@ def _by_integers(op: Op, inputs: Sequence[Operand], output: Operand, target: Tar
     return found if output.dtype in EXACT_DTYPES else dequantize(found, output.scale)
 
 
+def _joined(op: Op, inputs: Sequence[Operand], output: Operand, target: Target, *values: Array) -> Array:
+    """The real value where it rounds and saturates to the integer of the program, elsewhere the number of that integer.
+
+    So the quantizer behind it gives that integer, and a learned scale still sees how far a value lies from its grid. A
+    mantissa of 15 bits is a little off the ratio of two scales: what lies near a tie may round to its other side.
+    """
+    y, on_grid = eval_float(op, *values), _by_integers(op, inputs, output, target, *values)
+    low, high = (real(end) * output.scale for end in integer_range(output.dtype))
+    off = y - on_grid
+    # Half a step less 0.01, which a float32 quotient of up to 2^15 LSB does not round over an edge.
+    alike = jnp.abs(off) <= real(0.49) * output.scale
+    saturated = ((on_grid >= high) & (off > 0)) | ((on_grid <= low) & (off < 0)) | jnp.isnan(y)
+    return jnp.where(alike | saturated, y, on_grid)
+
+
 def _at_one_scale(op: Op, inputs: Sequence[Operand], output: Operand, target: Target, *values: Array) -> Array:
     """A comparison with a number is that of the real values already; operands of two dtypes have no integer form."""
     if len({x.dtype for x in inputs}) > 1 or (len(inputs) == 1 and not isinstance(op, Mod)):
@@ -55,6 +71,8 @@ def _at_one_scale(op: Op, inputs: Sequence[Operand], output: Operand, target: Ta
 
 for _cls in (Maximum, Minimum, Mod, *Comparison.__args__):
     eval_on_grid.register(_cls)(_at_one_scale)
+for _cls in (Where, Cat, Stack, Scatter, SliceScatter):
+    eval_on_grid.register(_cls)(_joined)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,10 @@ def check(name: str, way: str, times: float) -> None:
     except jq.QConfigError as error:
         pytest.skip(f"not with {dtype} in front: {str(error)[:200]}")
     batch: Any = tuple(jnp.asarray(v) for v in given)
+    if not all(np.isfinite(v).all() for v in jq.apply(model, *batch, mode="float")):  # exp(160), asin(8)
+        with pytest.raises(jq.CalibrationError, match="'layer' are not finite"):
+            jq.calibrate(model, [batch])
+        return
     model = jq.calibrate(model, [batch])
     program = jq.lower(model)
     whole = [np.asarray(v) for v in jq.run(program, *batch)]
@@ -77,7 +81,7 @@ def check(name: str, way: str, times: float) -> None:
     step = float(program.scales["filled"])
     (onnx_filled, *_) = run_onnxruntime(to_onnx(model), *given)
     other = np.abs(onnx_filled - whole[0]) > 1e-6 * np.abs(whole[0])
-    assert other.mean() <= 0.05  # data on a tie, which ONNX divides in float32
+    assert other.sum() <= max(2, 0.05 * other.size)  # data on a tie, which ONNX divides in float32
     assert np.abs(onnx_filled - whole[0]).max() <= 1.001 * step
     wanted = np.maximum(given[0], value) if way == "bound" else np.where(given[-1], np.float32(value), given[0])
     assert np.abs(whole[0] - wanted).max() <= 1.01 * step  # the data and the number are each rounded once

@@ -1,0 +1,137 @@
+"""Batches of an evaluation: arrays checked, padded to one size, put onto the devices."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jquant.graph.evaluate import host_array
+from jquant.text import did_you_mean
+from jquant.types import Array, InputError
+
+
+def first_of(batch: Any) -> tuple[Array, ...]:
+    """The input in a batch of the form (x, ...), or an array alone."""
+    return (batch[0],) if isinstance(batch, tuple | list) else (batch,)
+
+
+class Placed(NamedTuple):
+    """A batch on the devices, padded to `size`. `given`: its arrays before, [samples, ...]; `of_all`: the number of
+    samples over all processes."""
+
+    number: int
+    size: int
+    batch: Any
+    mask: Array
+    given: Any
+    samples: int
+    of_all: Array | None = None
+
+
+class Placement:
+    """Where batches go: onto the default device, or spread over an axis of a mesh."""
+
+    def __init__(self, mesh: Mesh | None, axis: str) -> None:
+        if mesh is not None and axis not in mesh.shape:
+            known = tuple(map(str, mesh.shape))
+            raise InputError(f"the mesh has no axis {axis!r}, only {', '.join(known)}{did_you_mean(axis, known)}")
+        if mesh is not None:  # shardings left to the compiler: explicit axes would need one at every reshape
+            mesh = Mesh(mesh.devices, mesh.axis_names)
+        self._split = None if mesh is None else NamedSharding(mesh, PartitionSpec(axis))
+        self._whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        own = () if mesh is None else [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+        self.is_spread_over_processes = mesh is not None and len(own) < mesh.size
+        self._processes = jax.process_count() if self.is_spread_over_processes else 1
+        self._devices = 1 if mesh is None else max(1, mesh.shape[axis] // self._processes)
+
+    def everywhere(self, values: Any) -> Any:
+        return values if self._whole is None else jax.device_put(values, self._whole)
+
+    def together(self, sums: Any) -> Any:
+        """Sums that every process reads whole."""
+        return jax.device_put(sums, self._whole) if self.is_spread_over_processes else sums
+
+    def batches(
+        self, batches: Iterable[Any], inputs: Callable[[Any], tuple[Any, ...]], skipped: int
+    ) -> Iterator[Placed]:
+        """The batches, each padded to the size of the first one, rounded up to the devices, or to its own if larger.
+
+        Of the `skipped` first ones the very first alone. Of several processes, one that has no more batches goes on
+        with padding until the others have none either.
+        """
+        size, last = 0, None
+        for number, batch in enumerate(self._in_step(batches)):
+            if batch is None and last is None:
+                raise InputError("a process has no batches at all; give each process at least one")
+            given = last if batch is None else _arrays(batch, number)
+            samples = 0 if batch is None else _samples(given, number)
+            if batch is not None:
+                _check_finite(inputs(given), number)
+            size = max(size, -(-samples // self._devices) * self._devices)
+            if not 0 < number < skipped:
+                padded = jax.tree.map(lambda v, size=size: _padded(v, size), given)
+                mask = np.arange(size) < samples
+                yield Placed(number, size, self._put(padded), self._put(mask), given, samples, self._total(samples))
+            last = jax.tree.map(lambda v: v[:1], given)
+
+    def _in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, and None for each that only other processes have."""
+        if self._processes == 1:
+            yield from batches
+            return
+        from jax.experimental import multihost_utils
+
+        iterator = iter(batches)
+        while True:
+            batch = next(iterator, None)
+            if not multihost_utils.process_allgather(np.int32(batch is not None)).any():
+                return
+            yield batch
+
+    def _total(self, samples: int) -> Array | None:
+        if self._processes == 1:
+            return None
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(np.int32(samples)).sum()
+
+    def _put(self, arrays: Any) -> Any:
+        if self._split is None:
+            return jax.device_put(arrays)
+        if self._processes == 1:
+            return jax.device_put(arrays, self._split)
+        split = self._split
+        return jax.tree.map(lambda v: jax.make_array_from_process_local_data(split, np.asarray(v)), arrays)
+
+
+def _arrays(batch: Any, number: int) -> Any:
+    """A batch with torch tensors as numpy arrays; tuples, as jit compares them."""
+    if isinstance(batch, list):
+        batch = tuple(batch)
+    return jax.tree.map(lambda v: host_array(v, f"batch {number}"), batch)
+
+
+def _samples(batch: Any, number: int) -> int:
+    sizes = {np.shape(v)[:1] for v in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or sizes == {()} or sizes == {(0,)}:
+        shapes = [list(np.shape(v)) for v in jax.tree.leaves(batch)]
+        raise InputError(f"batch {number} has arrays {shapes}; each must have the same number of samples in front")
+    return int(sizes.pop()[0])
+
+
+def _check_finite(inputs: tuple[Any, ...], number: int) -> None:
+    """Arrays of numpy alone: those of a device are not fetched for it."""
+    for i, x in enumerate(jax.tree.leaves(inputs)):
+        if isinstance(x, np.ndarray) and x.dtype.kind == "f" and not np.isfinite(x).all():
+            raise InputError(f"batch {number}, input {i} contains NaN or infinite values; check the preprocessing")
+
+
+def _padded(array: Any, size: int) -> Any:
+    """The array [N, ...] as [size, ...], its last sample repeated."""
+    missing = size - array.shape[0]
+    if not missing:
+        return array
+    host = np.asarray(array)
+    return np.concatenate((host, np.repeat(host[-1:], missing, axis=0)))
