@@ -18,13 +18,16 @@ from jquant.cli.data import Data, check_data, load_data, load_object, read_array
 from jquant.cli.models import Batch, Config, DataOption, ModelPath, Output, Samples, load_state_of, load_with_settings
 from jquant.cli.settings import image_to_toml, joined_image
 from jquant.cli.state import State
+from jquant.evaluation.loop import evaluate as evaluate_on
+from jquant.evaluation.metrics import Accuracy, Agreement, HostMean, first_output
+from jquant.evaluation.sources import Source, sources_of
+from jquant.graph.float import evaluate_float
 from jquant.host.progress import track
-from jquant.meanings.apply import apply
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
 from jquant.program import integers
 from jquant.program.lower import lower
-from jquant.types import JQuantError, Program
+from jquant.types import Graph, JQuantError, Program
 
 Run = Callable[..., Any]
 
@@ -47,6 +50,10 @@ def evaluate(
     config: Config = None,
     batch: Batch = 32,
     samples: Samples = None,
+    position: Annotated[
+        Path | None,
+        typer.Option(help="A file for the counts so far: a command that was stopped goes on behind them."),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -62,74 +69,70 @@ def evaluate(
     check_data(data)
     source, settings = load_with_settings(model, config)
     loaded = load_data(data, source.graph, settings.image)
-    runs = _runs(source, mode)
-    baseline = _baseline(source) if metric is None and not loaded.labelled else None
+    what = metric or ("top-1 %" if loaded.labelled else "agreement with float %")
     if metric is not None and not loaded.labelled:
         raise UsageError("--metric needs labels, and the data has none")
-    measure = load_object(metric) if metric else _top_1
-    totals, count = dict.fromkeys(runs, 0.0), 0
-    for inputs, labels in track(loaded.batches(batch, samples), "evaluating", _steps(loaded, batch, samples)):
-        arrays = [jnp.asarray(x) for x in inputs]
-        wanted = _answers(baseline(*arrays)) if baseline is not None else labels
-        for name, run_one in runs.items():
-            totals[name] += float(measure(_numpy(run_one(*arrays)), wanted)) * len(inputs[0])
-        count += len(inputs[0])
-    if not count:
-        raise JQuantError("no samples")
-    what = metric or ("top-1 %" if baseline is None else "agreement with float %")
-    rows = [{"mode": name, what: total / count, "samples": count} for name, total in totals.items()]
+    measure: Any = HostMean(load_object(metric)) if metric else Accuracy(output=_flat)
+    if metric is None and not loaded.labelled:
+        measure = Agreement(output=_flat)
+    found = evaluate_on(
+        _sources(source, mode, compared=measure),
+        loaded.batches(batch, samples),
+        {what: measure},
+        inputs=_inputs_of,
+        total=_steps(loaded, batch, samples),
+        position=position,
+    )
+    figures = {name: float(each[what]) for name, each in found.modes.items()}
+    rows = [{"mode": name, what: figure, "samples": found.samples} for name, figure in figures.items()]
     console.rows(rows)
-    console.value({"metric": what, "samples": count, "modes": {name: t / count for name, t in totals.items()}})
-    last = list(totals.values())[-1] / count
+    console.value({"metric": what, "samples": found.samples, "modes": figures})
+    last = list(figures.values())[-1]
     if at_least is not None and not last >= at_least:
         raise UnmetError(f"{what} is {last:.4g}, below {at_least:g}")
 
 
-def _runs(source: State | Program, modes: Sequence[str] | None) -> dict[str, Run]:
+def _sources(source: State | Program, modes: Sequence[str] | None, compared: Any) -> dict[str, Source]:
+    """{mode: what to evaluate}, and float beside them where a metric compares with it."""
     if isinstance(source, Program):
         if modes and set(modes) != {"bit_true"}:
             raise UsageError("a program has one mode, bit_true; give the state it was made from for others")
-        return {"bit_true": lambda *x: integers.run(source, *x)}
+        if isinstance(compared, Agreement):
+            raise UsageError(
+                "without labels, and with a program only, there is nothing to compare with; give the state"
+            )
+        return sources_of({"bit_true": source}, (), ())
     for name in modes or ():
         check_mode(name)
-    wanted = modes or (["float"] if source.qparams is None else ["float", "fake_quant", "bit_true"])
-    found: dict[str, Run] = {}
-    for name in wanted:
-        if name == "float":
-            found[name] = _baseline(source)
-        elif name == "bit_true":
-            program = lower(source.calibrated())
-            found[name] = lambda *x, program=program: integers.run(program, *x)
-        else:
-            found[name] = partial(apply, source.calibrated(), mode=name)  # type: ignore[arg-type]
+    wanted = list(
+        dict.fromkeys(modes or (["float"] if source.qparams is None else ["float", "fake_quant", "bit_true"]))
+    )
+    found = {name: _source(source, name) for name in wanted}
+    if isinstance(compared, Agreement) and "float" not in found:
+        found["float"] = replace(_source(source, "float"), is_shown=False)
     return found
 
 
-def _baseline(source: State | Program) -> Run:
-    if isinstance(source, Program):
-        raise UsageError("without labels, and with a program only, there is nothing to compare with; give the state")
-    if source.qconfig is None:
-        from jquant.graph.float import evaluate_float
-
-        return lambda *x: evaluate_float(source.graph, source.params, *x)[0]
-    return partial(apply, source.prepared(), mode="float")
+def _source(source: State, mode: str) -> Source:
+    if mode == "float" and source.qconfig is None:
+        return Source(partial(_float_of, source.graph), source.params)
+    if mode == "bit_true":  # the program itself: its integers run faster than the forward pass of training
+        return sources_of({mode: lower(source.calibrated())}, (), ())[mode]
+    return sources_of(source.prepared() if mode == "float" else source.calibrated(), (mode,), ())[mode]
 
 
-def _numpy(outputs: Any) -> Any:
-    return tuple(map(np.asarray, outputs)) if isinstance(outputs, tuple) else np.asarray(outputs)
+def _float_of(graph: Graph, params: Any, *inputs: Any) -> Any:
+    return evaluate_float(graph, params, *inputs)[0]
 
 
-def _answers(outputs: Any) -> np.ndarray:
-    first = outputs[0] if isinstance(outputs, tuple) else outputs
-    return np.asarray(first).reshape(len(first), -1).argmax(-1)
+def _inputs_of(batch: Any) -> Any:
+    return batch[0]
 
 
-def _top_1(outputs: Any, labels: Any) -> float:
-    """Percent."""
-    answers = _answers(outputs)
-    if labels.shape != answers.shape:
-        raise JQuantError(f"labels {list(labels.shape)} are no class numbers, one a sample; give --metric")
-    return float(100 * np.mean(answers == labels))
+def _flat(outputs: Any) -> Any:
+    """Scores [N, classes] of the first output, whatever its axes."""
+    first = first_output(outputs)
+    return first.reshape(first.shape[0], -1)
 
 
 def _steps(data: Data, batch: int, samples: int | None) -> int | None:

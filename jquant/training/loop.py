@@ -5,15 +5,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jquant.graph.evaluate import host_array
 from jquant.meanings.meaning import Mode
 from jquant.text import did_you_mean
+from jquant.training.slices import run_slices, spread_slices
 from jquant.training.state import TrainState, apply_train
 from jquant.training.switching import Switches
 from jquant.types import Array, InputError, Model
@@ -35,6 +36,7 @@ def make_step(
     slices: int = 1,
     mesh: Mesh | None = None,
     axis: str = "data",
+    order: Literal["fixed", "any"] = "fixed",
     donate: bool = True,
 ) -> Step:
     """The jitted step of training, `step(state, batch, key=None, switches=None) -> (state, metrics)`.
@@ -47,7 +49,12 @@ def make_step(
     in the same order on any number of devices, and the same bits wherever XLA compiles a slice alike: so it was on
     eight devices and on two processes, but for a slice of one image alone on its device (an ulp). Two things see a
     slice and not the batch: live batch norm, whose moved statistics are averaged, and the gradient factor
-    1 / sqrt(elements) of LSQ scales.
+    1 / sqrt(elements) of LSQ scales. A batch norm over the whole batch is `slices=1` with a sharded batch.
+
+    The sum runs: one device holds one sum and the gradients of one slice, whatever their number. On a mesh device d
+    takes slices d, d + devices, and so on, and the sum goes around the ring of devices in parts, each device adding its
+    slice; `order="any"` adds up on each device and reduces once, which sends less and whose bits depend on the number
+    of devices.
 
     With `slices=1` and a batch that is sharded already, XLA divides the work and reduces in an order of its own.
 
@@ -58,6 +65,7 @@ def make_step(
       slices: the batch size must be a multiple, and this one of the number of devices.
       mesh: devices to spread the slices over, of one process or of all.
       axis: the axis of the mesh.
+      order: "fixed", as above, or "any".
       donate: give the memory of the old state to the new one; the old one cannot be read then.
 
     Returns:
@@ -72,6 +80,8 @@ def make_step(
     """
     if slices < 1:
         raise InputError(f"slices must be at least 1, not {slices!r}")
+    if order not in ("fixed", "any"):
+        raise InputError(f"order must be 'fixed' or 'any', not {order!r}")
     if mesh is not None:
         if axis not in mesh.shape:
             known = tuple(map(str, mesh.shape))
@@ -103,8 +113,11 @@ def make_step(
         if slices == 1 and mesh is None:
             grads, moved, metrics = one(state.trainable, context, batch, key)
         else:
-            found = _sliced(one, state.trainable, context, _cut(batch, slices), key, slices, mesh, axis)
-            grads, moved, metrics = jax.tree.map(partial(_ordered_mean, slices), found)
+            keys = None if key is None else jax.random.split(key, slices)
+            given = (state.trainable, context, (_cut(batch, slices), keys))
+            total, rest = run_slices(one, *given) if mesh is None else spread_slices(one, *given, mesh, axis, order)
+            grads = jax.tree.map(lambda v: v / slices, total)
+            moved, metrics = jax.tree.map(partial(_ordered_mean, slices), rest)
         return state.update(grads, moved), metrics
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())
@@ -131,38 +144,6 @@ def _cut(batch: Any, slices: int) -> Any:
         return v.reshape(slices, v.shape[0] // slices, *v.shape[1:])
 
     return jax.tree.map(cut, batch)
-
-
-def _sliced(
-    one: Callable[..., Any],
-    trainable: Model,
-    context: Context,
-    batch: Any,
-    key: Array | None,
-    slices: int,
-    mesh: Mesh | None,
-    axis: str,
-) -> Any:
-    """Gradients, statistics and metrics of every slice, [slices, ...]; one at a time on each device."""
-    keys = None if key is None else jax.random.split(key, slices)
-
-    def many(trainable: Model, context: Context, batch: Any, keys: Any) -> Any:
-        return jax.lax.map(lambda part: one(trainable, context, *part), (batch, keys))
-
-    if mesh is None:
-        return many(trainable, context, batch, keys)
-
-    def on_device(trainable: Model, context: Context, batch: Any, keys: Any) -> Any:
-        # Varying over the mesh, so that a gradient is that of the slice and not summed by JAX in an order of its own.
-        trainable, context = (
-            jax.tree.map(lambda v: jax.lax.pcast(v, (axis,), to="varying"), t) for t in (trainable, context)
-        )
-        return many(trainable, context, batch, keys)
-
-    split, whole = PartitionSpec(axis), PartitionSpec()
-    spread = jax.shard_map(on_device, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=split)
-    found = spread(trainable, context, batch, keys)
-    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, whole))
 
 
 def _ordered_mean(count: int, parts: Array) -> Array:

@@ -86,7 +86,8 @@ STEPS = {
     "calibrate": f"calibrate d/float.jqs -c d/q.toml {TRAIN} --samples 100 -o c.jqs --json",
     "quantize": f"quantize c.jqs -o c.jq {TEST} --report r --samples 4",
     "train": f"train c.jqs -c d/q.toml {TRAIN} -o t.jqs --json -v --curves curves.png",
-    "eval": f"eval t.jqs {TEST} --batch 300 --json",
+    "eval": f"eval t.jqs {TEST} --batch 300 --json --position counts.json",
+    "eval again": f"eval t.jqs {TEST} --batch 300 --json --position counts.json",
     "eval program": f"eval c.jq {TEST} --at-least 101",
     "eval own metric": "eval c.jq -d net.py:batches --metric net.py:error --json",
     "compare": f"compare c.jqs {TEST} --samples 4 --sort sqnr --top 3 -o c.json",
@@ -162,6 +163,7 @@ def test_training_lowers_the_loss_and_keeps_the_state(done: dict, folder: Path) 
     assert re.match(r"epoch 1: loss [\d.]+, top-1 % [\d.]+, \d+ samples a second", done["train"].err)
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     modes = ok(done["eval"]).json["modes"]
+    assert ok(done["eval again"]).json == done["eval"].json
     assert set(modes) == {"float", "fake_quant", "bit_true"}
     assert modes["bit_true"] == pytest.approx(modes["fake_quant"], abs=3)
 

@@ -329,3 +329,18 @@ def test_curves_are_a_picture(tmp_path: Path) -> None:
     with pytest.raises(jq.InputError, match="the curve 'a' of 'loss' has the shape"):
         training.plot_curves(tmp_path / "none.png", {"loss": {"a": [(1, 2, 3)]}})
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("slices", [4, 32])
+def test_sliced_training_holds_one_sum_of_gradients(slices: int) -> None:
+    """Temporaries of at most 3 x the parameters: the sum, the gradients of a slice, and weights on their grids."""
+    width = 192
+    params = {name: jnp.ones((width, width), jnp.float32) / width for name in "abc"}
+    graph, params = jq.trace(lambda p, x: (x @ p["a"]) @ p["b"] @ p["c"], params, jnp.ones((1, width)))
+    model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target="nash-e")
+    model = jq.calibrate(model, [jnp.ones((1, width))])
+    state = jq.TrainState.create(model, tx=training.make_optimizer(model, learning_rate=0.01))
+    batch = (jnp.ones((32, width)), jnp.zeros((32, width)))
+    step = training.make_step(lambda y, batch: jnp.mean((y - batch[1]) ** 2), slices=slices)
+    found = step.lower(state, batch).compile().memory_analysis()
+    assert found.temp_size_in_bytes <= 3 * sum(v.nbytes for v in jax.tree.leaves(model.params))

@@ -3,7 +3,7 @@
 from support.processes import finish, start, start_pair
 
 SCRIPT = """
-import sys, jax, jax.numpy as jnp, numpy as np
+import math, re, sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 rank = int(sys.argv[1]) if len(sys.argv) > 1 else 0
@@ -23,12 +23,22 @@ def spread(values, sharding):
 def leaves(state):
     return jax.tree_util.tree_leaves_with_path((state.trainable, state.batch_stats, state.opt_state))
 
+def gathered(step, *args):  # elements of the largest all-gather
+    text = step.lower(*args).compile().as_text()
+    assert "collective-permute" in text
+    shapes = re.findall(r"f32\\[([\\d,]*)\\]\\S* all-gather", text)
+    return max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
+
 model = prepared()  # LSQ scales, and batch norm with the statistics of the batch
 for mode in ("fake_quant", "bit_true"):
     alone = jq.TrainState.create(model, tx=training.make_optimizer(model, learning_rate=0.05))
     together = spread(alone, same)
     one = training.make_step(loss, mode=mode, slices=count, donate=False)
     many = training.make_step(loss, mode=mode, slices=count, mesh=mesh, donate=False)
+    if mode == "fake_quant" and processes == 1:
+        whole = jax.tree.map(lambda *v: jnp.concatenate(v), batch(0, 0), batch(0, 1))
+        weights = sum(v.size for v in jax.tree.leaves(model.params))
+        assert gathered(many, together, spread(whole, split)) < weights / 2  # batch statistics, and no gradients
     for i in range(4):
         whole = jax.tree.map(lambda *v: jnp.concatenate(v), batch(i, 0), batch(i, 1))  # a slice has two images
         share = len(whole[1]) // processes
