@@ -24,7 +24,7 @@ from jquant.types import (
 _MODULE = "module:"
 
 
-def _constructor(dtype: str) -> Callable[..., QuantSpec]:
+def _constructor(dtype: str, place: str = "jq") -> Callable[..., QuantSpec]:
     def spec(
         *,
         axis: Literal["out"] | None = None,
@@ -62,7 +62,7 @@ def _constructor(dtype: str) -> Callable[..., QuantSpec]:
 
     Example:
       >>> import jquant as jq
-      >>> jq.{dtype}(axis="out", quantizer="lsq").quantizer.name
+      >>> {place}.{dtype}(axis="out", quantizer="lsq").quantizer.name
       'lsq'
     """
     return spec
@@ -99,7 +99,7 @@ def observer_named(name: str, /, **options: Any) -> Observer:
 
 
 int2, int3, int4, int8, int16 = map(_constructor, ("int2", "int3", "int4", "int8", "int16"))
-uint4, uint8 = map(_constructor, ("uint4", "uint8"))
+uint8, uint4 = _constructor("uint8"), _constructor("uint4", "jq.config")
 high_precision = QuantSpec(dtype="int32")
 
 
