@@ -10,7 +10,7 @@ from torch.fx import Node as FxNode
 from jquant.ops.elementwise import Constant
 from jquant.types import ConversionError, Input, Op
 
-from .aten import BATCH, CONSTANT, FOLDED, ROW, TABLE, Call, Unsupported, advice, format_shape, shape_of
+from .aten import BATCH, CONSTANT, EXAMPLES, FOLDED, ROW, TABLE, Call, Unsupported, advice, format_shape, shape_of
 from .aten.movement import expanded
 from .drafts import (
     Draft,
@@ -255,6 +255,9 @@ class Reader:
         found, row = self.sizes.constant(node), self.sizes.row(node)
         node.meta.pop(ROW, None)
         node.meta.pop(CONSTANT, None)
+        node.meta.pop(EXAMPLES, None)
+        if self.sizes.counts(node):
+            node.meta[EXAMPLES] = True
         if found is not None:
             node.meta[CONSTANT] = found
             return Param(None, found)

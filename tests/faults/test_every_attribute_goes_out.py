@@ -99,7 +99,7 @@ NO_DEFAULT = (
 )  # fmt: skip
 # Operators with no form in both, which are refused.
 REFUSED = {"Opaque", "RoiAlign", "RoiResize", "Nv12ToCentredYuv444", "RgbToCentredYuv444"}
-REFUSED_BY_ONNX = (ops.SliceScatter,)
+REFUSED_BY_ONNX: tuple[type, ...] = ()
 
 
 def results(op, operands, roles) -> dict[str, np.ndarray]:

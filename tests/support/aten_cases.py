@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.aten_scatter_cases import SCATTER
 from torch import nn
 
 from jquant_converters.torch_functions import grid_sample_absolute
@@ -413,7 +414,12 @@ LAYERS: dict[str, Callable[[Any], Any]] = {
     "aten.addmm.default": lambda v: A.addmm.default(v.bl, v.x.flatten(0, 1), v.wl.t(), beta=2, alpha=0.5),
     "aten.addmv.default": lambda v: A.addmv.default(v.b4, v.x.mean(0), v.b6, beta=0),
     "aten.baddbmm.default": lambda v: A.baddbmm.default(v.x[:, :, :4], v.x, v.y.mT),
+    "aten.einsum.default": lambda v: A.einsum.default("nct,ndt->ncd", [v.x, v.y]),
+    "aten.einsum.default/weight": lambda v: A.einsum.default("nct,ot->nco", [v.x, v.wl]),
     "aten.embedding.default": lambda v: A.embedding.default(v.table, v.i, 1),
+    "aten._native_batch_norm_legit_no_training.default": lambda v: A._native_batch_norm_legit_no_training.default(
+        v.s, v.g8, v.b8, v.mean8, v.var8, 0.1, 1e-3
+    )[0],
     "aten.batch_norm.default": lambda v: A.batch_norm.default(
         v.im, v.g8, v.b8, v.mean8, v.var8, False, 0.1, 1e-5, False
     ),
@@ -522,6 +528,7 @@ GROUPS = {
     "move": MOVE,
     "layers": LAYERS,
     "images": IMAGES,
+    "scatter": SCATTER,
 }
 CASES: dict[str, Callable[[Any], Any]] = {name: f for group in GROUPS.values() for name, f in group.items()}
 
