@@ -35,9 +35,11 @@ def without_changes_in_place(program: Any) -> Any | None:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return program.run_decompositions(decomp_table={})
+            found = program.run_decompositions(decomp_table={})
     except Exception:  # torch raises a dozen types; the caller says what cannot be read
         return None
+    kinds = {spec.kind.name for spec in found.graph_signature.output_specs}
+    return found if kinds <= {"USER_OUTPUT", "USER_INPUT_MUTATION"} else None  # it changes parameters or buffers
 
 
 def _mark(node: FxNode) -> None:

@@ -315,6 +315,13 @@ def _images() -> dict[str, Case]:
         "Interpolate, bilinear": (ops.Interpolate(size=(9, 4), mode="bilinear"), (IMAGE,), {}),
         "Interpolate, corners": (ops.Interpolate(size=(9, 4), mode="bilinear", align_corners=True), (IMAGE,), {}),
         "Interpolate by a factor": (ops.Interpolate(scale_factor=(1.5, 2.0), mode="bilinear"), (IMAGE,), {}),
+        "Interpolate, from the start": (
+            ops.Interpolate(size=(9, 4), mode="bilinear", coordinates="asymmetric"),
+            (IMAGE,),
+            {},
+        ),
+        "Resample": (ops.Resample(size=(9, 4)), (IMAGE,), {}),
+        "Resample with antialiasing": (ops.Resample(size=(3, 4), mode="linear", antialias=True), (IMAGE,), {}),
         "GridSample": (ops.GridSample(), (IMAGE, grid * 1.2), {}),
         "GridSample, border": (ops.GridSample(padding="border", align_corners=True), (IMAGE, grid * 1.2), {}),
         "GridSample, pixels": (ops.GridSample(coordinates="absolute"), (IMAGE, 3 + 4 * grid), {}),
