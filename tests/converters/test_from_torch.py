@@ -492,7 +492,6 @@ def test_unknown_operators_are_listed_at_once():
             lambda m, x: F.scaled_dot_product_attention(x[:, 0], x[:, 0], x[:, 0], enable_gqa=True),
             "heads depend on the batch",
         ),
-        (lambda m, x: m.rnn(x[:, 0])[0], "proj_size"),
         (lambda m, x: torch.pow(x, x), "exponent"),
         (lambda m, x: x * x.shape[0], "batch size"),
         (lambda m, x: x * 0, "factor is 0"),
@@ -505,8 +504,7 @@ def test_unknown_operators_are_listed_at_once():
     ],
 )
 def test_refused_with_a_reason(function, reason):
-    rnn = nn.LSTM(6, 4, proj_size=2, batch_first=True)
-    module = Lambda(function, w=nn.Parameter(torch.randn(4, 4, 1, 1)), rnn=rnn)
+    module = Lambda(function, w=nn.Parameter(torch.randn(4, 4, 1, 1)))
     with pytest.raises(ConversionError, match=reason):
         from_torch(module, (torch.randn(1, 4, 6, 6),))
 
