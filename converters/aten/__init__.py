@@ -7,10 +7,36 @@ one entry for each result, or raises `Unsupported` with the reason.
 
 from typing import Any
 
-from . import compare, elementwise, images, indexing, layers, movement, quantized, quotients, recurrent, reduce, scatter
+from . import (
+    compare,
+    elementwise,
+    images,
+    indexing,
+    layers,
+    movement,
+    quantized,
+    quotients,
+    recurrent,
+    reduce,
+    scatter,
+    windows,
+)
 from .call import BATCH, CONSTANT, EXAMPLES, FOLDED, ROW, Call, Handler, Unsupported, aten, format_shape, shape_of
 
-_FAMILIES = (elementwise, compare, reduce, movement, indexing, scatter, layers, images, recurrent, quotients, quantized)
+_FAMILIES = (
+    elementwise,
+    compare,
+    reduce,
+    movement,
+    indexing,
+    scatter,
+    windows,
+    layers,
+    images,
+    recurrent,
+    quotients,
+    quantized,
+)
 
 
 def _in_place(table: dict[Any, Handler]) -> dict[Any, Handler]:

@@ -1,4 +1,4 @@
-"""LSTM and GRU: a node for each layer, direction and result that is used. RNN, and proj_size of an LSTM: their steps."""
+"""LSTM and GRU: a node for each layer, direction and result in use. RNN, and an LSTM with proj_size: their steps."""
 
 from __future__ import annotations
 

@@ -245,6 +245,7 @@ COMPARE: dict[str, Callable[[Any], Any]] = {
     "aten.to.dtype_layout": lambda v: A.to.dtype_layout(v.m, dtype=torch.float32),
     "aten.to.device": lambda v: A.to.device(v.m, "cpu", torch.float32),
     "aten._to_copy.default": lambda v: A._to_copy.default(v.m, dtype=torch.float32),
+    "aten.type_as.default/known": lambda v: torch.arange(6).type_as(v.x) + v.x,
     "aten.type_as.default": lambda v: A.type_as.default(v.m, v.x),
 }
 
@@ -375,6 +376,10 @@ MOVE: dict[str, Callable[[Any], Any]] = {
     "aten.resolve_conj.default": lambda v: A.resolve_conj.default(v.x) + v.y,
     "aten.resolve_neg.default": lambda v: A.resolve_neg.default(v.x) + v.y,
     "aten.unfold.default": lambda v: A.unfold.default(v.im, 2, 2, 2),
+    "aten.im2col.default": lambda v: A.im2col.default(v.im, [2, 3], [1, 2], [0, 1], [2, 1]),
+    "aten.im2col.default/plain": lambda v: A.im2col.default(v.im, [2, 2], [1, 1], [0, 0], [2, 2]),
+    "aten.col2im.default": lambda v: A.col2im.default(v.s, [3, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
+    "aten.col2im.default/padded": lambda v: A.col2im.default(v.s, [4, 4], [2, 2], [1, 1], [0, 1], [2, 2]),
     "aten.unfold.default/overlap": lambda v: A.unfold.default(v.x, -1, 3, 2),
     "aten.index_select.default": lambda v: A.index_select.default(v.x, 1, torch.tensor([3, 0, 0])),
     "aten.index.Tensor": lambda v: v.x[:, [3, 1]],
