@@ -10,7 +10,7 @@ from torch.fx import Node as FxNode
 from jquant.ops.elementwise import Constant
 from jquant.types import ConversionError, Input, Op
 
-from .aten import BATCH, CONSTANT, FOLDED, ROW, TABLE, Call, Unsupported, advice, format_shape, shape_of
+from .aten import BATCH, CONSTANT, EXAMPLES, FOLDED, ROW, TABLE, Call, Unsupported, advice, format_shape, shape_of
 from .aten.movement import expanded
 from .drafts import (
     Draft,
@@ -37,6 +37,7 @@ _MAKES_NEW = {
     torch.ops.aten.new_ones.default,
     torch.ops.aten.new_full.default,
 }
+_LENDS_DTYPE = {torch.ops.aten.type_as.default: 1, torch.ops.aten.to.other: 1} | dict.fromkeys(_MAKES_NEW, 0)
 _CHANGED = "a part of its memory was changed in place; use the out-of-place form"
 _MAY_ALIAS = {torch.ops.aten.dropout.default}  # returns its input in eval mode, though the schema says otherwise
 
@@ -228,8 +229,10 @@ class Reader:
         """Whether a call depends on no input and on no trained parameter, so that its value is known now."""
         if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
             return False
-        if node.target in _MAKES_NEW and not any(n for n in node.all_input_nodes[1:]):
-            return all(isinstance(n, int) for n in shape_of(node))  # the first operand only lends its dtype
+        lender = _LENDS_DTYPE.get(node.target)
+        if lender is not None:
+            others = [n for n in node.all_input_nodes if n is not node.args[lender]]
+            return all(isinstance(n, int) for n in shape_of(node)) and all(self.is_known(n) for n in others)
         return all(self.is_known(n) for n in node.all_input_nodes)
 
     def fixed_tensor(self, node: FxNode) -> torch.Tensor | None:
@@ -255,6 +258,9 @@ class Reader:
         found, row = self.sizes.constant(node), self.sizes.row(node)
         node.meta.pop(ROW, None)
         node.meta.pop(CONSTANT, None)
+        node.meta.pop(EXAMPLES, None)
+        if self.sizes.counts(node):
+            node.meta[EXAMPLES] = True
         if found is not None:
             node.meta[CONSTANT] = found
             return Param(None, found)
@@ -308,9 +314,11 @@ class Reader:
 
     def run(self, node: FxNode) -> Any:
         arguments = (node.args, dict(node.kwargs))
-        if node.target in _MAKES_NEW:
-            like = torch.empty(0, dtype=node.args[0].meta["val"].dtype)
-            arguments = ((like, *node.args[1:]), dict(node.kwargs))
+        lender = _LENDS_DTYPE.get(node.target)
+        if lender is not None:  # of which only the dtype counts
+            given = list(node.args)
+            given[lender] = torch.empty(0, dtype=node.args[lender].meta["val"].dtype)
+            arguments = (tuple(given), dict(node.kwargs))
         args, kwargs = torch.fx.map_arg(arguments, self.constant_tensor)
         with torch.no_grad():
             try:

@@ -77,6 +77,15 @@ class OfBatchSize:
         same = small.shape[1:] == large.shape[1:] and bool((small == small[:1]).all() and (large == small[:1]).all())
         return small[:1].clone() if same else None
 
+    def counts(self, node: FxNode) -> bool:
+        """Whether a value is the number of the example along axis 0, and the same along the others."""
+        small, large = self.at[node]
+        if not isinstance(small, torch.Tensor) or small.dtype not in (torch.int64, torch.int32) or small.ndim == 0:
+            return False
+        numbers = [torch.arange(n, dtype=small.dtype).reshape(-1, *(1,) * (small.ndim - 1)) for n in SIZES]
+        sizes = (small.shape[0], large.shape[0]) == SIZES
+        return sizes and bool((small == numbers[0]).all() and (large == numbers[1]).all())
+
     def constant(self, node: FxNode) -> torch.Tensor | None:
         """The value, where it is the same for every number of examples."""
         small, large = self.at[node]

@@ -81,3 +81,16 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, to
 _grid_sample_absolute.register_autograd(_backward, setup_context=_keep)
 
 GRID_SAMPLE_ABSOLUTE = torch.ops.jquant.grid_sample_absolute.default
+
+
+@torch.library.custom_op("jquant::kept_dropout", mutates_args=())
+def _kept_dropout(x: torch.Tensor, rate: float) -> torch.Tensor:
+    return x.clone()
+
+
+@_kept_dropout.register_fake
+def _(x: torch.Tensor, rate: float) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+KEPT_DROPOUT = torch.ops.jquant.kept_dropout.default

@@ -15,6 +15,7 @@ from .batch_sizes import check_batch_sizes
 from .branches import leave_dropout_to_training, same_calls, seen_training_flags, set_branches
 from .export import check_arguments, check_dtypes, check_exported, export, in_float32
 from .files import read_exported
+from .functional import without_changes_in_place
 from .habits import visible_habits
 from .naming import name_graph
 from .reader import Reader
@@ -88,9 +89,8 @@ def import_with_pairs(
         if example_inputs is not None:
             raise ConversionError("an exported program has its own example inputs; leave example_inputs out")
         check_exported(module, dynamic_batch)
-        reader = Reader(module, dynamic_batch)
-        reader.read()
-        return name_graph(None, module, reader.drafts, reader.inputs, reader.outputs)
+        reader, program = _read(module, dynamic_batch)
+        return name_graph(None, program, reader.drafts, reader.inputs, reader.outputs)
     if not isinstance(module, torch.nn.Module):
         raise ConversionError(
             f"from_torch needs a torch.nn.Module, an ExportedProgram or the path of a .pt2 file, not "
@@ -123,12 +123,25 @@ def _import(
         program = export(module, arguments, dynamic_batch)
         if train_branch:
             leave_dropout_to_training(program)
-        reader = Reader(program, dynamic_batch)
-        reader.read()
-        made = name_graph(module, program, reader.drafts, reader.inputs, reader.outputs)
+        reader, read = _read(program, dynamic_batch)
+        made = name_graph(module, read, reader.drafts, reader.inputs, reader.outputs)
     if check:
         check_batch_sizes(module, program, arguments)
     return made
+
+
+def _read(program: Any, dynamic_batch: bool) -> tuple[Reader, Any]:
+    """The drafts of a program; of its functional form where it cannot be read as it is."""
+    reader = Reader(program, dynamic_batch)
+    try:
+        reader.read()
+    except ConversionError:
+        functional = without_changes_in_place(program)
+        if functional is None:
+            raise
+        program, reader = functional, Reader(functional, dynamic_batch)
+        reader.read()
+    return reader, program
 
 
 def _warn_of_branches(

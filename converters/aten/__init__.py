@@ -7,10 +7,36 @@ one entry for each result, or raises `Unsupported` with the reason.
 
 from typing import Any
 
-from . import compare, elementwise, images, indexing, layers, movement, quantized, quotients, recurrent, reduce
-from .call import BATCH, CONSTANT, FOLDED, ROW, Call, Handler, Unsupported, aten, format_shape, shape_of
+from . import (
+    compare,
+    elementwise,
+    images,
+    indexing,
+    layers,
+    movement,
+    quantized,
+    quotients,
+    recurrent,
+    reduce,
+    scatter,
+    windows,
+)
+from .call import BATCH, CONSTANT, EXAMPLES, FOLDED, ROW, Call, Handler, Unsupported, aten, format_shape, shape_of
 
-_FAMILIES = (elementwise, compare, reduce, movement, indexing, layers, images, recurrent, quotients, quantized)
+_FAMILIES = (
+    elementwise,
+    compare,
+    reduce,
+    movement,
+    indexing,
+    scatter,
+    windows,
+    layers,
+    images,
+    recurrent,
+    quotients,
+    quantized,
+)
 
 
 def _in_place(table: dict[Any, Handler]) -> dict[Any, Handler]:
@@ -50,11 +76,12 @@ def _aliases(table: dict[Any, Handler]) -> dict[Any, Handler]:
     return found
 
 
-FUNCTIONAL: dict[Any, Handler] = {k: v for family in _FAMILIES for k, v in family.TABLE.items()}
+FUNCTIONAL: dict[Any, Handler] = {k: v for family in _FAMILIES for k, v in family.TABLE.items()} | scatter.COPIES
 TABLE: dict[Any, Handler] = {
     **_in_place(elementwise.TABLE),
     **_in_place(compare.TABLE),
     **_in_place(quotients.TABLE),
+    **_in_place(scatter.TABLE),
     **_aliases(FUNCTIONAL),
     **FUNCTIONAL,
 }
@@ -81,6 +108,7 @@ def _layer(path: str) -> str:
 __all__ = [
     "BATCH",
     "CONSTANT",
+    "EXAMPLES",
     "FOLDED",
     "FUNCTIONAL",
     "ROW",

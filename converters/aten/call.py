@@ -19,6 +19,7 @@ aten = torch.ops.aten
 Shape = tuple[Any, ...]  # of int, with a torch.SymInt for what depends on the batch
 CONSTANT = "jquant_constant"  # key of `Node.meta`: the tensor of a parameter, a buffer, or what follows from such alone
 ROW = "jquant_row"  # key of `Node.meta`: [1, ...] of a value that repeats for every example, whatever the inputs are
+EXAMPLES = "jquant_examples"  # key of `Node.meta`: the value counts the examples, as torch.arange(x.shape[0]) does
 FOLDED = "jquant_folded"  # key of `Node.meta`: the value follows from parameters alone, and as a weight is computed now
 EXACT = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

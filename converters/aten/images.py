@@ -10,7 +10,19 @@ from torch.fx import Node
 import jquant.ops as ops
 
 from ..torch_functions import GRID_SAMPLE_ABSOLUTE
-from .call import Call, Handler, Shape, aten, both_sides, integer, per_axis, require, require_batched, shape_of
+from .call import (
+    Call,
+    Handler,
+    Shape,
+    aten,
+    both_sides,
+    integer,
+    per_axis,
+    require,
+    require_batched,
+    reshaped,
+    shape_of,
+)
 from .movement import sliced
 
 NO_POSITIONS = "the positions of a maximum; return_indices has no operator"
@@ -111,7 +123,6 @@ def resize(mode: Any) -> Handler:
     """By size, or by factors where they were given: then the coordinates follow from the factors."""
 
     def resized(out: Shape, x: Node, size: Any, align_corners: bool, factors: Any) -> Call:
-        require(len(out) - 2 <= 2 or mode != "bilinear", "trilinear; resize by two operators or by nearest")
         if factors is not None and all(f is not None for f in factors):
             op = ops.Interpolate(scale_factor=tuple(map(float, factors)), mode=mode, align_corners=align_corners)
         else:
@@ -122,6 +133,50 @@ def resize(mode: Any) -> Handler:
     if mode == "bilinear":
         return resized
     return lambda out, x, size, factors: resized(out, x, size, False, factors)
+
+
+def trilinear(out: Shape, x: Node, size: Any, align_corners: bool, factors: Any) -> Call:
+    """The planes of a volume, and then along its first axis, with the planes as one axis."""
+    require_batched(x, 3)
+    n, c, depth, height, width = shape_of(x)
+    sizes = tuple(map(integer, out[2:]))
+    by = tuple(map(float, factors)) if factors is not None and all(f is not None for f in factors) else None
+
+    def made(source: Any, to: Any, factor: Any, label: str) -> Call:
+        option: dict[str, Any] = {"size": to} if factor is None else {"scale_factor": factor}
+        return Call(ops.Interpolate(mode="bilinear", align_corners=align_corners, **option), (source,), label=label)
+
+    planes = reshaped((n, c * depth, height, width), x, label="planes")
+    y = made(planes, sizes[1:], by and by[1:], "in_planes")
+    y = reshaped((n, c, depth, sizes[1] * sizes[2]), y, label="columns")
+    y = made(y, (sizes[0], sizes[1] * sizes[2]), by and (by[0], 1.0), "between_planes")
+    return reshaped(out, y)
+
+
+def resample(mode: Any, antialias: bool) -> Handler:
+    """Cubic, or with antialiasing, which the chip does not have."""
+
+    def handler(out: Shape, x: Node, size: Any, align_corners: bool, factors: Any) -> Call:
+        require_batched(x, 2)
+        require(not (antialias and align_corners), "antialias with align_corners")
+        by = tuple(map(float, factors)) if factors is not None and all(f is not None for f in factors) else None
+        op = ops.Resample(
+            size=tuple(map(integer, out[2:])),
+            scale_factor=None if align_corners else by,
+            mode=mode,
+            coordinates="align_corners" if align_corners else "half_pixel",
+            antialias=antialias,
+            coefficient=-0.5 if antialias else -0.75,
+            exclude_outside=antialias,
+        )
+        return Call(op, (x,))
+
+    return handler
+
+
+def by_axis(handler: Handler) -> Handler:
+    """The overload with one factor for each axis instead of a list."""
+    return lambda out, x, size, align, *factors: handler(out, x, size, align, factors)
 
 
 def resize_by_axis(mode: Any) -> Handler:
@@ -168,6 +223,14 @@ TABLE: dict[Any, Handler] = {
     aten.upsample_linear1d.default: resize_by_axis("bilinear"),
     aten.upsample_bilinear2d.vec: resize("bilinear"),
     aten.upsample_bilinear2d.default: resize_by_axis("bilinear"),
+    aten.upsample_trilinear3d.vec: trilinear,
+    aten.upsample_trilinear3d.default: by_axis(trilinear),
+    aten.upsample_bicubic2d.vec: resample("cubic", False),
+    aten.upsample_bicubic2d.default: by_axis(resample("cubic", False)),
+    aten._upsample_bilinear2d_aa.vec: resample("linear", True),
+    aten._upsample_bilinear2d_aa.default: by_axis(resample("linear", True)),
+    aten._upsample_bicubic2d_aa.vec: resample("cubic", True),
+    aten._upsample_bicubic2d_aa.default: by_axis(resample("cubic", True)),
     aten.grid_sampler.default: grid_sample,
     aten.grid_sampler_2d.default: grid_sample,
     GRID_SAMPLE_ABSOLUTE: grid_sample_absolute,

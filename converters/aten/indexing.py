@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .call import (
     reshaped,
     shape_of,
 )
+from .places import index_of_rank, is_not_negative, merged, places_of, spread
 
 
 def picked(out: Shape, x: Node, axis: int, index: Node) -> Any:
@@ -45,11 +47,23 @@ def picked(out: Shape, x: Node, axis: int, index: Node) -> Any:
 
 
 def index(out: Shape, x: Node, indices: Sequence[Node | None]) -> Any:
+    places = places_of(x, indices)
     given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
-    require(len(given) == 1, "an index of several axes at once; index one axis after the other")
-    axis, at = given[0]
-    require(dtype_of(at) != torch.uint8, "an index of uint8")
-    return picked(out, x, axis, at)
+    if len(given) == 1 and (places.known is not None or is_not_negative(given[0][1])):
+        return picked(out, x, *given[0])
+    source, before, behind = merged(x, places)
+    if places.of_examples:
+        at = index_of_rank(places, before, behind)
+        sizes = (*before, prod(places.shape[1:]), *behind)
+        if any(n != 1 for n in behind):
+            at = Call(ops.Expand(shape=tuple(n if isinstance(n, int) else -1 for n in sizes)), (at,), label="index.all")
+        found = Call(ops.Gather(axis=1), (source, at), label="select")
+    elif places.known is not None:
+        found = Call(ops.IndexSelect(axis=places.axis, indices=places.known), (source,), label="select")
+    else:
+        flat = Call(ops.Reshape(shape=(-1,)), (spread(places),), label="index.flat")
+        found = Call(ops.IndexSelect(axis=places.axis), (source, flat), label="select")
+    return reshaped(out, found)
 
 
 def gather(out: Shape, x: Node, axis: int, at: Node, *_: Any) -> Call:

@@ -11,10 +11,12 @@ from torch.fx import Node
 import jquant.ops as ops
 from jquant.plan.masks import VERY_NEGATIVE
 
+from ..einsum import NoForm, Step, einsum_steps
 from .call import (
     Call,
     Handler,
     Shape,
+    Unsupported,
     aten,
     axis_of,
     both_sides,
@@ -108,6 +110,21 @@ def matmul(out: Shape, a: Node, b: Node) -> Call:
     return Call(ops.MatMul(), (a, b))
 
 
+def einsum(out: Shape, equation: str, operands: Sequence[Node], path: Any = None) -> Any:
+    shapes = [tuple(n if isinstance(n, int) else str(n) for n in shape_of(x)) for x in operands]
+    try:
+        step = einsum_steps(equation, shapes)
+    except NoForm as reason:
+        raise Unsupported(str(reason)) from reason
+
+    def call_of(found: Any) -> Any:
+        if not isinstance(found, Step):
+            return operands[found]
+        return Call(found.op, tuple(map(call_of, found.operands)), label=found.label)
+
+    return call_of(step)
+
+
 def add_product(out: Shape, c: Node, a: Node, b: Node, beta: Any = 1, alpha: Any = 1) -> Any:
     """beta * c + alpha * a @ b; a factor of 0 leaves its term out."""
     require(alpha != 0, "alpha is 0")
@@ -141,6 +158,14 @@ def batch_norm(
     require(frozen, "it uses the statistics of the batch; train it with track_running_stats=True")
     params = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     return Call(ops.BatchNorm(epsilon=epsilon, momentum=momentum), (x,), params)
+
+
+def batch_norm_of_running(
+    out: Any, x: Node, weight: Any, bias: Any, mean: Node, var: Node, momentum: float, epsilon: float
+) -> list[Any]:
+    """The functional form of torch.export, with results that are empty."""
+    first = batch_norm(out[0], x, weight, bias, mean, var, False, momentum, epsilon, False)
+    return [first, "an empty tensor", "an empty tensor"]
 
 
 def instance_norm(
@@ -280,8 +305,10 @@ TABLE: dict[Any, Handler] = {
     aten.addmm.default: add_product,
     aten.addmv.default: add_product,
     aten.baddbmm.default: add_product,
+    aten.einsum.default: einsum,
     aten.embedding.default: embedding,
     aten.batch_norm.default: batch_norm,
+    aten._native_batch_norm_legit_no_training.default: batch_norm_of_running,
     aten.instance_norm.default: instance_norm,
     aten.layer_norm.default: layer_norm,
     aten.native_layer_norm.default: native_layer_norm,

@@ -1,4 +1,4 @@
-"""LSTM and GRU: a node for each layer, direction and result that is used. RNN: its steps one by one."""
+"""LSTM and GRU: a node for each layer, direction and result in use. RNN, and an LSTM with proj_size: their steps."""
 
 from __future__ import annotations
 
@@ -43,12 +43,9 @@ def layers(
     """The sequence [N, T, directions * H] of the last layer, then a list of rows for each state."""
     directions = 2 if bidirectional else 1
     roles = ROLES if has_biases else ROLES[:2]
-    require(
-        len(params) == count * directions * len(roles),
-        "a projection (proj_size), which feeds back "
-        "into the recurrence; there is no operator for it, and a linear layer behind is another model: train one with "
-        "proj_size=0",
-    )
+    if len(params) != count * directions * len(roles):
+        roles = (*roles, "weight_hr")  # of proj_size
+    require(len(params) == count * directions * len(roles), f"{len(params)} parameters of {count} layers")
     groups = [dict(zip(roles, params[i : i + len(roles)], strict=True)) for i in range(0, len(params), len(roles))]
     outputs = ("hidden", "cell")[: len(states)]
     zero = all(is_zero(s) for s in states)
@@ -81,6 +78,8 @@ def direction_of(
     steps: int,
 ) -> list[Call]:
     """The sequence and the last states of a layer in one direction."""
+    if "weight_hr" in params:
+        return projected(reverse, operands, params, label, steps)
     if kind in PLAIN:
         return unrolled(kind, reverse, operands, params, label, steps)
     return [one(kind, reverse, output, operands, params, label) for output in ("sequence", *outputs)]
@@ -100,6 +99,41 @@ def unrolled(
         hidden = found[t] = after(kind, gates, hidden, params, f"{label}.{t}")
     last = found[0 if reverse else steps - 1]
     return [Call(ops.Stack(axis=1), tuple(found[t] for t in range(steps)), label=f"{label}.sequence"), last]
+
+
+def projected(reverse: bool, operands: tuple[Any, ...], params: dict[str, Node], label: str, steps: int) -> list[Call]:
+    """An LSTM whose hidden state is projected before it is fed back: h = W_hr (o * tanh(c))."""
+    size = shape_of(params["weight_hh"])[0]
+    inputs = Call(ops.Linear(), operands[:1], weights(params, "ih"), f"{label}.input")
+    hidden, memory = operands[1:] if len(operands) > 1 else (None, None)
+    found: dict[int, Call] = {}
+    for t in range(steps)[:: -1 if reverse else 1]:
+        at = f"{label}.{t}"
+        part = sliced(inputs, 1, t, t + 1, rank=3, label=f"{at}.slice")
+        gates: Any = Call(ops.Reshape(shape=(-1, size)), (part,), label=f"{at}.input")
+        state = params.get("bias_hh")
+        if hidden is not None:
+            state = Call(ops.Linear(), (hidden,), weights(params, "hh"), f"{at}.state")
+        if state is not None:
+            gates = Call(ops.Add(), (gates, state), label=f"{at}.sum")
+        hidden, memory = gated(gates, memory, size // 4, params["weight_hr"], at)
+        found[t] = hidden
+    sequence = Call(ops.Stack(axis=1), tuple(found[t] for t in range(steps)), label=f"{label}.sequence")
+    return [sequence, found[0 if reverse else steps - 1], memory]
+
+
+def gated(gates: Any, memory: Any, size: int, projection: Node, at: str) -> tuple[Call, Call]:
+    """The hidden state and the cell behind a step, from its gates [N, 4 * size] in torch's order: i, f, g, o."""
+    which = [sliced(gates, 1, k * size, (k + 1) * size if k < 3 else None, rank=2, label=f"{at}.{n}.slice")
+             for k, n in enumerate(("i", "f", "g", "o"))]  # fmt: skip
+    i, f, o = (Call(ops.Sigmoid(), (which[k],), label=f"{at}.{n}") for k, n in ((0, "i"), (1, "f"), (3, "o")))
+    g = Call(ops.Tanh(), (which[2],), label=f"{at}.g")
+    new = Call(ops.Mul(), (i, g), label=f"{at}.new")
+    if memory is not None:
+        kept = Call(ops.Mul(), (f, memory), label=f"{at}.kept")
+        new = Call(ops.Add(), (kept, new), label=f"{at}.cell")
+    shown = Call(ops.Mul(), (o, Call(ops.Tanh(), (new,), label=f"{at}.tanh")), label=f"{at}.shown")
+    return Call(ops.Linear(), (shown,), {"weight": projection, "bias": None}, f"{at}.hidden"), new
 
 
 def after(kind: str, gates: Any, hidden: Any, params: dict[str, Any], label: str = "", end: str = "hidden") -> Call:

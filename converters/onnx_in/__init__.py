@@ -3,13 +3,13 @@
 A handler takes a `Call` and returns what its node makes: values, constants, or a list for several results.
 """
 
-from . import elementwise, images, layers, movement, newer, quantize, recurrent, reduce
+from . import elementwise, images, layers, movement, newer, quantize, recurrent, reduce, scatter
 from .call import Call, Handler, result_of
 from .folding import FOLDS, OF_SHAPES, fold
 from .load import INPUT_TYPES, MAX_ELEMENTS, OPSETS, TYPES, array_of, load_model
 from .values import BATCHES, Grid, Integers, Known, Refused, Result, Unsupported, Value, known
 
-_FAMILIES = (elementwise, layers, movement, reduce, images, recurrent, quantize, newer)
+_FAMILIES = (elementwise, layers, movement, reduce, scatter, images, recurrent, quantize, newer)
 
 TABLE: dict[str, Handler] = {kind: handler for family in _FAMILIES for kind, handler in family.TABLE.items()}
 

@@ -12,6 +12,7 @@ from jquant.ops.resample import factor_is_ignored
 
 from .call import Call, Handler
 from .layers import window
+from .movement import reshaped
 from .values import Refused, Result, Unsupported, Value, require
 
 MAX_SIDE = 2**15  # of an image that is made here
@@ -66,14 +67,13 @@ _MODES: dict[tuple[str, str, str], tuple[Any, bool]] = {
     ("linear", "half_pixel", ""): ("bilinear", False),
     ("linear", "pytorch_half_pixel", ""): ("bilinear", False),
     ("linear", "align_corners", ""): ("bilinear", True),
+    ("linear", "asymmetric", ""): ("bilinear", False),
 }
 
 
 def resize(call: Call) -> Result:
     """By sizes, or by factors. What torch's interpolate does not have is refused, but where it is the same."""
     x = call.real(0)
-    require(not call.flag("antialias"), "antialias=1")
-    require(not call.flag("exclude_outside"), "exclude_outside=1")
     require(call.text("keep_aspect_ratio_policy", "stretch") == "stretch", "an aspect ratio that is kept")
     factors: Any
     if call.opset < 11:
@@ -110,11 +110,23 @@ def resized(call: Call, x: Value, kind: tuple[str, str, str], axes: Any, factors
     if kind[1] == "pytorch_half_pixel" and any(m == 1 != n for n, m in zip(spatial, out, strict=True)):
         x, wanted = first_pixel(call, x, out, wanted)
         spatial = x.shape[2:]
+    exact = sizes is not None or all(n * f == m for n, f, m in zip(spatial, wanted, out, strict=True))
+    if kind[1] == "half_pixel_symmetric" and exact:
+        kind = (kind[0], "half_pixel", kind[2])
+    if kind[0] == "cubic" or call.flag("antialias"):
+        return resampled(call, x, kind, out, wanted if sizes is None else None)
+    require(not call.flag("exclude_outside"), "exclude_outside=1 of a mode that is not cubic, without antialias")
+    if kind[0] == "nearest" and not is_known(kind, spatial, out, wanted if sizes is None else None):
+        return picked(call, x, kind, out, wanted if sizes is None else None)
     mode, align = mode_of(kind, spatial, out, wanted if sizes is None else None)
     option: dict[str, Any] = {"size": out} if sizes is not None or align else {"scale_factor": wanted}
     if align and sizes is None:
         whole = all(float(n * f).is_integer() for n, f in zip(spatial, wanted, strict=True))
         require(whole, "corners aligned to a size with a fraction; give sizes")
+    if mode == "bilinear" and len(out) == 3:
+        return by_two(call, x, out, align, kind[1] == "asymmetric", wanted if sizes is None and not align else None)
+    if mode == "bilinear" and kind[1] == "asymmetric":
+        option["coordinates"] = "asymmetric"
     op = ops.Interpolate(mode=mode, align_corners=align, **option)
     if sizes is None and not align:
         for n, m, f in zip(spatial, out, wanted, strict=True):
@@ -147,6 +159,102 @@ def mode_of(kind: tuple[str, str, str], sizes: Any, out: Any, factors: Any) -> t
             return "nearest", False
     require(key in _MODES, f"mode={mode!r} with {coordinates!r} and {nearest!r}")
     return _MODES[key]
+
+
+def is_known(kind: tuple[str, str, str], sizes: Any, out: Any, factors: Any) -> bool:
+    """Whether a nearest resize is one of torch's."""
+    try:
+        mode_of(kind, sizes, out, factors)
+    except Unsupported:
+        return False
+    return True
+
+
+_ROUNDED: dict[str, Any] = {
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round_prefer_floor": lambda at: np.ceil(at - np.float32(0.5)),
+    "round_prefer_ceil": lambda at: np.floor(at + np.float32(0.5)),
+}
+
+
+def pixels_of(kind: tuple[str, str, str], n: int, out: int, factor: float | None) -> np.ndarray:
+    """The pixel of every output along one axis, with coordinates in float32 as runtimes have them."""
+    _, coordinates, rounding = kind
+    at, half = np.arange(out, dtype=np.float32), np.float32(0.5)
+    factor32 = np.float32(out) / np.float32(n) if factor is None else np.float32(factor)
+    require(rounding in _ROUNDED, f"nearest_mode={rounding!r}")
+    match coordinates:
+        case "half_pixel" | "pytorch_half_pixel":
+            where = (at + half) / factor32 - half
+        case "half_pixel_symmetric":
+            centre = np.float32(n) / np.float32(2)
+            shift = centre * (1 - np.float32(out) / (factor32 * np.float32(n)))
+            where = shift + (at + half) / factor32 - half
+        case "asymmetric":
+            where = at / factor32
+        case "tf_half_pixel_for_nn":
+            where = (at + half) / factor32
+        case "align_corners":
+            where = at * np.float32(n - 1) / np.float32(max(out - 1, 1))
+        case _:
+            raise Unsupported(f"coordinate_transformation_mode={coordinates!r}")
+    return _ROUNDED[rounding](where).clip(0, n - 1).astype(np.int32)
+
+
+def picked(call: Call, x: Value, kind: tuple[str, str, str], out: Any, factors: Any) -> Value:
+    """A nearest resize that torch does not have: pixels by their places, one axis after the other."""
+    found = []
+    for i, m in enumerate(out):
+        at = pixels_of(kind, x.shapes[0][i + 2], m, None if factors is None else factors[i])
+        if at.tolist() != list(range(x.shapes[0][i + 2])):
+            found.append((i + 2, tuple(int(v) for v in at)))
+    require(bool(found), "a resize that takes every pixel")
+    for k, (axis, places) in enumerate(found):
+        part = f"axis_{axis}" if k + 1 < len(found) else ""
+        x = call.make(ops.IndexSelect(axis=axis, indices=places), x, part=part)
+    return x
+
+
+def resampled(call: Call, x: Value, kind: tuple[Any, Any, str], out: Any, factors: Any) -> Value:
+    """Cubic, or with antialiasing."""
+    mode, coordinates, _ = kind
+    require(
+        mode in ("linear", "cubic") and len(out) <= 2,
+        f"mode={mode!r} of {len(out)} axes, antialias={call.flag('antialias')}",
+    )
+    if coordinates == "pytorch_half_pixel":
+        coordinates = "half_pixel"
+    require(
+        coordinates in ("half_pixel", "asymmetric", "align_corners"), f"coordinate_transformation_mode={coordinates!r}"
+    )
+    antialias = call.flag("antialias")
+    require(not antialias or coordinates == "half_pixel", f"antialias=1 with {coordinates!r}")
+    op = ops.Resample(
+        size=out, scale_factor=None if factors is None else tuple(factors), mode=mode, coordinates=coordinates,
+        antialias=antialias, coefficient=call.number("cubic_coeff_a", -0.75),
+        exclude_outside=call.flag("exclude_outside"),
+    )  # fmt: skip
+    return call.make(op, x)
+
+
+def by_two(call: Call, x: Value, out: Any, align: bool, asymmetric: bool, factors: Any) -> Value:
+    """A volume: its planes, and then along the first axis, with the planes as one axis."""
+    coordinates: Any = "asymmetric" if asymmetric else "half_pixel"
+    depth = x.shapes[0][2]
+
+    def made(source: Value, size: Any, by: Any, part: str) -> Value:
+        option: dict[str, Any] = {"size": size} if by is None else {"scale_factor": by}
+        op = ops.Interpolate(mode="bilinear", align_corners=align, coordinates=coordinates, **option)
+        return call.make(op, source, part=part)
+
+    planes: Any = tuple((n, c * d, h, w) for n, c, d, h, w in x.shapes)
+    y = made(reshaped(call, x, planes, part="planes"), out[1:], None if factors is None else factors[1:], "in_planes")
+    columns: Any = tuple((s[0], s[1], depth, out[1] * out[2]) for s in x.shapes)
+    y = reshaped(call, y, columns, part="columns")
+    y = made(y, (out[0], out[1] * out[2]), None if factors is None else (factors[0], 1.0), "between_planes")
+    wanted: Any = tuple((s[0], s[1], *out) for s in x.shapes)
+    return reshaped(call, y, wanted)
 
 
 def upsample(call: Call) -> Result:

@@ -10,6 +10,7 @@ import numpy as np
 
 import jquant.ops as ops
 
+from ..einsum import NoForm, Step, einsum_steps
 from .call import MAX_TAPS, Call, Handler, axis_of
 from .elementwise import arithmetic
 from .values import Known, Refused, Result, Unsupported, Value, require
@@ -266,6 +267,21 @@ def quantized_operator(call: Call) -> Result:
     raise Unsupported("an operator on integers; jquant reads the QDQ form: quantize by QuantizeLinear/DequantizeLinear")
 
 
+def einsum(call: Call) -> Result:
+    values = call.values()
+    try:
+        step = einsum_steps(call.text("equation", ""), [x.shape for x in values])
+    except NoForm as reason:
+        raise Unsupported(str(reason)) from reason
+
+    def value_of(found: Any) -> Value:
+        if not isinstance(found, Step):
+            return values[found]
+        return call.make(found.op, *map(value_of, found.operands), part=found.label)
+
+    return value_of(step)
+
+
 TABLE: dict[str, Handler] = {
     "Add": add,
     "BatchNormalization": batch_norm,
@@ -278,6 +294,7 @@ TABLE: dict[str, Handler] = {
     "LayerNormalization": layer_norm,
     "LogSoftmax": soft(ops.LogSoftmax),
     "LpNormalization": lp_norm,
+    "Einsum": einsum,
     "MatMul": matmul,
     "MatMulInteger": quantized_operator,
     "QLinearConv": quantized_operator,

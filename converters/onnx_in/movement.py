@@ -309,16 +309,6 @@ def gather_elements(call: Call) -> Result:
     return call.make(ops.Gather(axis=axis), x, from_the_start(call, index, x.shape[axis]))
 
 
-def scatter_elements(call: Call) -> Result:
-    x, index, source = call.value(0), call.value(1), call.value(2)
-    axis = axis_of(call.integer("axis", 0), x.rank)
-    kinds: dict[str, Any] = {"none": "none", "add": "add", "max": "max", "min": "min"}
-    reduction = call.text("reduction", "none")
-    require(reduction in kinds, f"reduction={reduction!r}")
-    at = from_the_start(call, index, x.shape[axis])
-    return call.make(ops.Scatter(axis=axis, reduce=kinds[reduction]), x, at, source)
-
-
 def top_k(call: Call) -> list[Result]:
     x = call.value(0)
     axis = axis_of(call.integer("axis", -1), x.rank)
@@ -397,7 +387,6 @@ TABLE: dict[str, Handler] = {
     "Pad": pad,
     "Reshape": reshape,
     "Scan": refused("its graph depends on values; export the model without control flow"),
-    "ScatterElements": scatter_elements,
     "Slice": slice_,
     "SpaceToDepth": space_to_depth,
     "Split": split,

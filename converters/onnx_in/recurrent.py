@@ -1,4 +1,4 @@
-"""Handlers: LSTM and GRU. ONNX stacks the gates of an LSTM as i, o, f, g and those of a GRU as z, r, h."""
+"""Handlers: LSTM, GRU and RNN. ONNX stacks the gates of an LSTM as i, o, f, g and those of a GRU as z, r, h."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import jquant.ops as ops
 from .call import Call, Handler
 from .layers import weight_of
 from .movement import reshaped
+from .unrolled import unrolled
 from .values import Known, Result, Value, known, require
 
-ORDERS = {"lstm": (0, 2, 3, 1), "gru": (1, 0, 2)}  # of ONNX's gates in torch's order
+ORDERS = {"lstm": (0, 2, 3, 1), "gru": (1, 0, 2), "rnn": (0,)}  # of ONNX's gates in torch's order
 
 
 def _reordered(weight: np.ndarray, order: tuple[int, ...]) -> Known:
@@ -55,11 +56,15 @@ def recurrent(kind: str) -> Handler:
 
 def _check(call: Call, kind: str) -> None:
     activations = call.attribute("activations", "strings")
+    if kind == "rnn":
+        plain = [a in ("Tanh", "Relu") for a in activations or ()]
+        require(all(plain) and len(plain) in (0, 1, 2), f"activations {activations}")
     usual = ("Sigmoid", "Tanh", "Tanh") if kind == "lstm" else ("Sigmoid", "Tanh")
-    require(activations is None or tuple(activations) in (usual, usual * 2), f"activations {activations}")
+    require(
+        kind == "rnn" or activations is None or tuple(activations) in (usual, usual * 2), f"activations {activations}"
+    )
     require(call.attribute("clip", "float") is None, "a clip of its gates")
     require(not call.flag("input_forget"), "input_forget=1")
-    require(kind == "lstm" or call.flag("linear_before_reset"), "linear_before_reset=0; torch and jquant have 1")
     require(not call.given(4), "lengths of sequences; pad them to one")
     require(not call.given(7), "peepholes")
 
@@ -92,6 +97,8 @@ def _outputs(
     names: tuple[Any, ...] = ("sequence", "hidden", "cell") if kind == "lstm" else ("sequence", "hidden")
     make: Any = ops.Lstm if kind == "lstm" else ops.Gru
     suffix = f"_{at}" if at else ""
+    if kind == "rnn" or (kind == "gru" and not call.flag("linear_before_reset")):
+        return unrolled(call, kind, x, initial, params, reverse, at)
     return [
         call.make(make(reverse=reverse, output=name), x, *initial, params=params, part=f"{name}{suffix}")
         for name in names
@@ -110,4 +117,4 @@ def _joined(call: Call, rows: list[list[Value]], first: bool) -> list[Result]:
     return found
 
 
-TABLE: dict[str, Handler] = {"GRU": recurrent("gru"), "LSTM": recurrent("lstm")}
+TABLE: dict[str, Handler] = {"GRU": recurrent("gru"), "LSTM": recurrent("lstm"), "RNN": recurrent("rnn")}

@@ -96,6 +96,8 @@ def _(op: ops.Interpolate, call: Call) -> None:
         return
     if op.align_corners:
         options["coordinate_transformation_mode"] = "align_corners"
+    if op.coordinates == "asymmetric":
+        options["coordinate_transformation_mode"] = "asymmetric"
     if op.scale_factor is not None and not op.recompute_scale_factor and not op.align_corners:
         sizes, outs = call.static(x.shape[2:]), call.static(call.output.shape[2:])
         each = zip(op.scale_factor, sizes, outs, strict=True)
@@ -109,6 +111,28 @@ def _(op: ops.Interpolate, call: Call) -> None:
         raise Unsupported("Resize to a size with a free batch needs opset 18")
     wanted = call.integers(call.static(call.output.shape[2:]), "sizes")
     call.add("Resize", x, "", "", wanted, axes=axes, **options)
+
+
+@emit.register
+def _(op: ops.Resample, call: Call) -> None:
+    if call.opset < 18:
+        raise Unsupported("Resize with antialiasing, or to a size with a free batch, needs opset 18")
+    (x,) = call.inputs
+    options: dict[str, Any] = {
+        "mode": op.mode,
+        "coordinate_transformation_mode": op.coordinates,
+        "axes": list(range(2, len(x.shape))),
+        "antialias": int(op.antialias) or None,
+        "exclude_outside": int(op.exclude_outside) or None,
+        "cubic_coeff_a": op.coefficient if op.mode == "cubic" else None,
+    }
+    if op.scale_factor is None:
+        call.add("Resize", x, "", "", call.integers(op.size, "sizes"), **options)
+        return
+    pairs = zip(call.static(x.shape[2:]), op.scale_factor, op.size, strict=True)
+    if any(int(np.float32(n) * np.float32(f)) != m for n, f, m in pairs):
+        raise Unsupported(f"factors {op.scale_factor}, which give another size in float32; resize to a size")
+    call.add("Resize", x, "", call.constant(op.scale_factor, "scales"), **options)
 
 
 def _same_pixels(op: ops.Interpolate, call: Call) -> bool:

@@ -182,7 +182,35 @@ def _(op: ops.Gather, call: Call) -> None:
 def _(op: ops.Scatter, call: Call) -> None:
     x, index, source = call.inputs
     at = _index(call, index, x.shape[op.axis])
+    if index.shape != source.shape:
+        at = call.add("Expand", at, call.add("Shape", source, part="shape"), part="places")
     call.add("ScatterElements", x, at, source, axis=op.axis, reduction=op.reduce)
+
+
+@emit.register
+def _(op: ops.SliceScatter, call: Call) -> None:
+    """Along one axis after the other: into the slice of the first one, the rest, and that back into x."""
+    x, source = call.inputs
+    bounds = list(zip(op.starts, op.stops, op.steps, strict=True))
+    axes = [a for a, b in enumerate(bounds) if b != (0, None, 1)]
+    if not axes:
+        call.add("Identity", source)
+        return
+    sizes = call.static(tuple(x.shape[a] for a in axes))
+    parts = [x.name]
+    for k, axis in enumerate(axes[:-1]):
+        parts.append(call.add("Gather", parts[-1], _along(call, bounds[axis], sizes[k]), part="slice", axis=axis))
+    result = source.name
+    for k in reversed(range(len(axes))):
+        places = _along(call, bounds[axes[k]], sizes[k])
+        ranked = call.constant([-1 if a == axes[k] else 1 for a in range(len(x.shape))], "rank", np.int64)
+        at = call.add("Reshape", places, ranked, part="places")
+        at = call.add("Expand", at, call.add("Shape", result, part="shape"), part="index")
+        result = call.add("ScatterElements", parts[k], at, result, part="written" if k else "", axis=axes[k])
+
+
+def _along(call: Call, bounds: tuple[int, int | None, int], size: int) -> str:
+    return call.integers(range(*slice(*bounds).indices(size)), "at")
 
 
 @emit.register(ops.TopK)

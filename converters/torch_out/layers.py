@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import jquant.ops as ops
 from jquant.ops.attention import LEAST_ADDED
+from jquant.ops.resample_weights import weights_of
 from jquant.types import ConversionError
 
 from .base import Shape, Site, is_same_padding, pad_spatial, torch_rule
@@ -197,6 +198,11 @@ def _state(site: Site, x: Any) -> Any:
 
 @torch_rule.register
 def _(op: ops.Interpolate, site: Site, x: Any) -> Any:
+    if op.coordinates == "asymmetric":
+        by = None if op.recompute_scale_factor else op.scale_factor
+        sizes = tuple(site.output[2:])
+        same = ops.Resample(size=sizes, scale_factor=by, mode="linear", coordinates="asymmetric")
+        return _by_weights(site, x, same)
     linear = {1: "linear", 2: "bilinear"}
     mode = linear[len(site.shapes[0]) - 2] if op.mode == "bilinear" else op.mode
     corners = op.align_corners if op.mode == "bilinear" else None
@@ -205,6 +211,28 @@ def _(op: ops.Interpolate, site: Site, x: Any) -> Any:
     factors = list(op.scale_factor or ())
     recompute = op.recompute_scale_factor or None
     return F.interpolate(x, None, factors, mode, corners, recompute)
+
+
+@torch_rule.register
+def _(op: ops.Resample, site: Site, x: Any) -> Any:
+    """By torch's own function where it has the kernel, so that it is one call in an exported program."""
+    plain = op.coordinates != "asymmetric" and op.exclude_outside == op.antialias and len(op.size) == 2
+    kernel = -0.5 if op.antialias else -0.75
+    corners = op.coordinates == "align_corners"
+    known = op.mode == "linear" or op.coefficient == kernel
+    if not plain or not known or (op.antialias and corners) or (op.mode == "linear" and not op.antialias):
+        return _by_weights(site, x, op)
+    mode = "bicubic" if op.mode == "cubic" else "bilinear"
+    if op.scale_factor is None or corners:
+        return F.interpolate(x, list(op.size), None, mode, corners, antialias=op.antialias)
+    return F.interpolate(x, None, list(op.scale_factor), mode, corners, antialias=op.antialias)
+
+
+def _by_weights(site: Site, x: Any, op: ops.Resample) -> Any:
+    for i, n in enumerate(site.shapes[0][2:]):
+        weights = site.constant(torch.from_numpy(weights_of(op, i, n)))
+        x = (x.movedim(2 + i, -1) @ weights.t()).movedim(-1, 2 + i)
+    return x
 
 
 @torch_rule.register

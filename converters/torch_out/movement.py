@@ -132,7 +132,7 @@ def _scatter_axis(op: ops.SliceScatter, site: Site, x: Any, source: Any, axis: i
 
 @torch_rule.register
 def _(op: ops.Scatter, site: Site, x: Any, index: Any, source: Any) -> Any:
-    index = index.long().clamp(0, site.shapes[0][op.axis] - 1)
+    index = index.long().clamp(0, site.shapes[0][op.axis] - 1).expand_as(source)
     if op.reduce == "none":
         return torch.scatter(x, op.axis, index, source)
     reduce = {"add": "sum", "max": "amax", "min": "amin"}[op.reduce]

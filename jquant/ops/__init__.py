@@ -68,6 +68,7 @@ from jquant.ops.recurrent import Gru, Lstm
 from jquant.ops.reduce import ArgMax, ArgMin, CumSum, Mean, ReduceAll, ReduceAny, ReduceMax, ReduceMin, Sum
 from jquant.ops.regions import RoiAlign
 from jquant.ops.resample import Interpolate
+from jquant.ops.resample_weights import Resample
 from jquant.ops.rounding import Ceil, Floor, Mod, Round
 from jquant.ops.scatter import Scatter, SliceScatter
 from jquant.ops.shuffle import ChannelShuffle, PixelShuffle, PixelUnshuffle
@@ -221,6 +222,7 @@ __all__ = [
     "Relu",
     "Relu6",
     "Requantize",
+    "Resample",
     "Reshape",
     "RgbToCentredYuv444",
     "RmsNorm",

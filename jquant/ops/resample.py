@@ -21,7 +21,8 @@ class Interpolate(Op):
     Exactly one of the two is given. With a scale factor, sizes are floor(n * factor), and pixels are 1 / factor apart,
     or n_in / n_out with `recompute_scale_factor`, as they are with `size`. As in torch, an axis whose size stays n
     keeps its pixels whatever the factor, and one of 2 n doubles them: both for "nearest" of two axes, the first for
-    "bilinear", which is linear on one axis too.
+    "bilinear", which is linear on one axis too. "asymmetric" puts output i of "bilinear" at i times the step, as TFLite
+    and ONNX can; else pixels are areas, whose centres are aligned.
     """
 
     layout: ClassVar = "spatial"
@@ -33,6 +34,7 @@ class Interpolate(Op):
     mode: Literal["nearest", "nearest-exact", "bilinear"] = "nearest"
     align_corners: bool = False
     recompute_scale_factor: bool = False
+    coordinates: Literal["half_pixel", "asymmetric"] = "half_pixel"
     channels_last: bool = False
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class Interpolate(Op):
             raise GraphError("Interpolate takes either size or scale_factor")
         if self.align_corners and self.mode != "bilinear":
             raise GraphError(f"align_corners is for bilinear, not for {self.mode}")
+        if self.coordinates == "asymmetric" and (self.align_corners or self.mode != "bilinear"):
+            raise GraphError(f"asymmetric coordinates are for bilinear without align_corners, not for {self.mode}")
         if min(self.size or self.scale_factor or (0,)) <= 0:
             raise GraphError(f"Interpolate to size {self.size} by {self.scale_factor}: all must be positive")
 
@@ -94,7 +98,8 @@ def _offset(op: Interpolate, step: Fraction, out: int, bits: int) -> Fraction:
         case "nearest-exact":
             return step / 2 + Fraction(out + 1, 2 ** (bits + 1))
         case _:
-            return Fraction(0) if op.align_corners else step / 2 - Fraction(1, 2)
+            from_start = op.align_corners or op.coordinates == "asymmetric"
+            return Fraction(0) if from_start else step / 2 - Fraction(1, 2)
 
 
 def _all_steps(op: Interpolate, sizes: Sequence[int], form: ResizeFormat) -> tuple[Steps, ...]:

@@ -33,8 +33,10 @@ class SliceScatter(Op):
 class Scatter(Op):
     """x with x[..., index[..., i, ...], ...] replaced by, or combined with, source[..., i, ...] along `axis`.
 
-    Index and source have the same shape, that of x but for `axis`. Where an element is written several times, the last
-    one counts, or with `reduce` all of them and x itself. The index is clamped to the axis.
+    The index has the shape of the source, or is 1 long along other axes than `axis`, where it counts for all elements.
+    The source may be shorter than x along those, of which the first elements are written then. Where an element is
+    written several times, the last one counts, or with `reduce` all of them and x itself. The index is clamped to the
+    axis.
     """
 
     takes_exact: ClassVar = True
@@ -59,28 +61,51 @@ def _(op: Scatter, x: Array, index: Array, source: Array) -> Array:
 def _scattered(op: Scatter, x: Array, index: Array, source: Array) -> Array:
     """The operator on arrays of one dtype, floats or integers. With "none" it is the same on every backend."""
     axis = op.axis % x.ndim
-    fits = index.shape == source.shape and all(
-        m == n for d, (m, n) in enumerate(zip(index.shape, x.shape, strict=True)) if d != axis
-    )
-    if not fits or index.dtype != jnp.int32:
-        raise GraphError(
-            f"index {index.dtype}{list(index.shape)} and source {list(source.shape)} must have one shape, that of x "
-            f"{list(x.shape)} but for axis {axis}, and the index be int32"
-        )
-    at = [_places(index.shape, d) for d in range(index.ndim)]
-    at[axis] = jnp.clip(index, 0, x.shape[axis] - 1)
-    target = x.at[tuple(at)]
-    match op.reduce:
-        case "add":
-            return target.add(source)
-        case "max":
-            return target.max(source)
-        case "min":
-            return target.min(source)
+    _check_shapes(axis, x, index, source)
+    if all(m == n for d, (m, n) in enumerate(zip(source.shape, x.shape, strict=True)) if d != axis):
+        return _written(op, axis, x, index, source)
+    first = tuple(slice(None) if d == axis else slice(n) for d, n in enumerate(source.shape))
+    return x.at[first].set(_written(op, axis, x[first], index, source))
+
+
+def _written(op: Scatter, axis: int, x: Array, index: Array, source: Array) -> Array:
+    """`_scattered` for a source that is as long as x along the other axes."""
+    index = jnp.clip(index, 0, x.shape[axis] - 1)
+    if op.reduce != "none":
+        return _combined(op, axis, x, index, source)
     positions = jnp.broadcast_to(_places(index.shape, axis), index.shape)
-    writer = jnp.full(x.shape, -1, jnp.int32).at[tuple(at)].max(positions)  # the last one that writes here
+    shape = tuple(n if d == axis else index.shape[d] for d, n in enumerate(x.shape))
+    at = [_places(index.shape, d) for d in range(index.ndim)]
+    at[axis] = index
+    writer = jnp.full(shape, -1, jnp.int32).at[tuple(at)].max(positions)  # the last one that writes here
     written = jnp.take_along_axis(source, jnp.maximum(writer, 0), axis=axis)
     return jnp.where(writer >= 0, written, x)
+
+
+def _combined(op: Scatter, axis: int, x: Array, index: Array, source: Array) -> Array:
+    """Axes along which the index counts for all elements come last, so that whole rows are added."""
+    rows = [d for d in range(x.ndim) if d != axis and index.shape[d] == 1 and source.shape[d] != 1]
+    order = [d for d in range(x.ndim) if d not in rows] + rows
+    at = [index if d == axis else _places(index.shape, d) for d in order if d not in rows]
+    at = [jnp.transpose(places, order)[(..., *(0 for _ in rows))] for places in at]
+    target = jnp.transpose(x, order).at[tuple(at)]
+    written = getattr(target, op.reduce)(jnp.transpose(source, order))
+    return jnp.transpose(written, [order.index(d) for d in range(x.ndim)])
+
+
+def _check_shapes(axis: int, x: Array, index: Array, source: Array) -> None:
+    fits = index.dtype == jnp.int32 and index.ndim == source.ndim == x.ndim
+    for d, sizes in enumerate(zip(index.shape, source.shape, x.shape, strict=True) if fits else ()):
+        of_index, of_source, of_x = sizes
+        if d == axis:
+            fits = fits and of_index == of_source
+        else:
+            fits = fits and (of_index in (1, of_source)) and (of_source == of_x or of_source <= of_x)
+    if not fits:
+        raise GraphError(
+            f"index {index.dtype}{list(index.shape)} and source {list(source.shape)} must have one shape, of which the "
+            f"index may be 1 and x {list(x.shape)} longer along other axes than {axis}, and the index be int32"
+        )
 
 
 def _places(shape: tuple[int, ...], axis: int) -> Array:

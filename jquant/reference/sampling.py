@@ -71,7 +71,8 @@ def axis_coordinates(op, i: int, n: int, form: ResizeFormat) -> np.ndarray:
     if op.align_corners:
         step = Fraction(n - 1, out - 1) if out > 1 else Fraction(0)
     if op.mode == "bilinear":
-        offset = Fraction(0) if op.align_corners else step / 2 - Fraction(1, 2)
+        centred = not op.align_corners and op.coordinates == "half_pixel"
+        offset = step / 2 - Fraction(1, 2) if centred else Fraction(0)
     else:  # floor(i * step) or floor((i + 1/2) * step), moved up by as much as the rounded steps can fall short
         offset = (step / 2 if op.mode == "nearest-exact" else 0) + Fraction(out + 1, 2 ** (form.step_bits + 1))
     fixed_step, fixed_offset = (rounded(v * 2**form.step_bits, form.step_rounding) for v in (step, offset))

@@ -36,9 +36,9 @@ def slice_scatter(call: Call) -> np.ndarray:
 def scatter(call: Call) -> np.ndarray:
     """One element after the other, in row-major order: the last one that writes an element counts."""
     x, source = both(call)
-    index, axis = call.operands[1], call.op.axis % x.ndim
+    index, axis = np.broadcast_to(call.operands[1], source.shape), call.op.axis % x.ndim
     combine = COMBINE[call.op.reduce]
-    for position in np.ndindex(*index.shape):
+    for position in np.ndindex(*source.shape):
         at = list(position)
         at[axis] = min(max(int(index[position]), 0), x.shape[axis] - 1)
         x[tuple(at)] = combine(int(x[tuple(at)]), int(source[position]))

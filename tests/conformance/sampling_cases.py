@@ -54,6 +54,7 @@ def interpolations() -> tuple[Case, ...]:
             ("nearest-exact", False),
         ):
             found += both(op=ops.Interpolate(**options, mode=mode, align_corners=align_corners), shapes=((3, *SIZE),))
+        found += both(op=ops.Interpolate(**options, mode="bilinear", coordinates="asymmetric"), shapes=((3, *SIZE),))
     bilinear = both(op=ops.Interpolate(size=(12, 13), mode="bilinear"), shapes=((3, *SIZE),))
     found += tuple(with_target(case, {"resize.weight_bits": bits}) for case in bilinear for bits in (4, 14))
     return found + both(op=ops.Interpolate(size=(25,), mode="bilinear"), shapes=((3, 16),))

@@ -13,7 +13,12 @@ CASES = (
         Case(op=ops.Scatter(axis=axis, reduce=reduce), shapes=shapes, inputs=(f, "index:9", f), output=f)
         for f in ("int8", "int16")
         for reduce in ("none", "add", "max", "min")
-        for axis, shapes in ((1, ((7, 3), (5, 3), (5, 3))), (-1, ((2, 6), (2, 8), (2, 8))))
+        for axis, shapes in (
+            (1, ((7, 3), (5, 3), (5, 3))),
+            (-1, ((2, 6), (2, 8), (2, 8))),
+            (1, ((7, 3), (5, 1), (5, 3))),
+            (2, ((3, 6), (1, 8), (2, 8))),
+        )
     ),
     *(Case(op=ops.BitShift(bits=bits), shapes=((50,),), inputs=("index:2147483647",)) for bits in (0, 3, 31, -1, -20)),
 )

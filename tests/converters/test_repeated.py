@@ -140,12 +140,12 @@ def one_example_changes(m, x):
     return z + x
 
 
-@pytest.mark.parametrize(
-    "function", [view_of_what_an_input_changes, half_of_what_an_input_changes, one_example_changes]
-)
-def test_a_change_through_another_name_is_no_constant(function):
-    with pytest.raises(ConversionError, match="changed in place; use the out-of-place form"):
-        check(function)
+def test_a_change_through_another_name_is_no_constant():
+    check(half_of_what_an_input_changes)
+    with pytest.raises(ConversionError, match="it picks an example of the batch"):
+        check(view_of_what_an_input_changes)
+    with pytest.raises(ConversionError, match="it writes to an example of the batch"):
+        check(one_example_changes)
 
 
 def test_a_buffer_is_not_changed_through_a_view_of_its_rows():

@@ -54,6 +54,13 @@ CHANGED: list[tuple[jq.types.Op, tuple[np.ndarray, ...], dict[str, np.ndarray]]]
     (ops.RmsNorm(rank=2), (X,), {"weight": draw((3, 6), 4)}),
     (ops.IntegerConstant(shape=(3,), values=(1, 0, 1), dtype="bool"), (), {}),
     (ops.Interpolate(scale_factor=(1.7, 1.4), mode="bilinear", recompute_scale_factor=True), (IMAGE,), {}),
+    (ops.Interpolate(size=(9, 4), mode="bilinear", coordinates="asymmetric"), (IMAGE,), {}),
+    (ops.Resample(size=(3, 4), scale_factor=(0.55, 0.6)), (IMAGE,), {}),
+    (ops.Resample(size=(9, 4), coordinates="asymmetric"), (IMAGE,), {}),
+    (ops.Resample(size=(9, 4), mode="linear"), (IMAGE,), {}),
+    (ops.Resample(size=(3, 4), antialias=True), (IMAGE,), {}),
+    (ops.Resample(size=(9, 4), coefficient=-0.5), (IMAGE,), {}),
+    (ops.Resample(size=(9, 4), exclude_outside=True), (IMAGE,), {}),
     (ops.LeakyRelu(negative_slope=0.3), (X,), {}),
     (ops.LogSoftmax(axis=1), (X,), {}),
     (ops.MatMul(transpose_a=True), (X, draw((2, 3, 5), 1)), {}),
@@ -95,11 +102,11 @@ WITHOUT_RESULT = {
 # Their default has another number or shape of operands, or only other integers (single_period) or gradients.
 NO_DEFAULT = (
     ops.Attention, ops.Cos, ops.Embedding, ops.Greater, ops.GreaterEqual, ops.IntegerConstant, ops.Interpolate,
-    ops.LessEqual, ops.MatMul, ops.NotEqual, ops.RmsNorm, ops.Sin,
+    ops.LessEqual, ops.MatMul, ops.NotEqual, ops.Resample, ops.RmsNorm, ops.Sin,
 )  # fmt: skip
 # Operators with no form in both, which are refused.
 REFUSED = {"Opaque", "RoiAlign", "RoiResize", "Nv12ToCentredYuv444", "RgbToCentredYuv444"}
-REFUSED_BY_ONNX = (ops.SliceScatter,)
+REFUSED_BY_ONNX: tuple[type, ...] = ()
 
 
 def results(op, operands, roles) -> dict[str, np.ndarray]:

@@ -50,11 +50,6 @@ def test_a_parametrized_layer_that_cannot_be_computed_is_named_with_its_paramete
     from_torch(model, PICTURE)
 
 
-def test_a_projection_of_an_lstm_is_not_a_layer_behind_it():
-    with pytest.raises(ConversionError, match=r"feeds back into the recurrence.*proj_size=0"):
-        from_torch(nn.LSTM(3, 4, proj_size=2, batch_first=True), torch.zeros(2, 5, 3))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Values that the user gave
 

@@ -36,6 +36,23 @@ def test_scatter_is_torchs_where_nothing_is_written_twice() -> None:
     np.testing.assert_array_equal(y, wanted)
 
 
+@pytest.mark.parametrize("reduce", ["none", *REDUCE])
+@pytest.mark.parametrize("shapes", [((2, 4, 1), (2, 4, 6)), ((1, 4, 1), (2, 4, 6)), ((1, 4, 5), (2, 4, 5))])
+def test_an_index_for_whole_rows_and_a_shorter_source(reduce: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """As torch with the index of every element written out, by a loop where elements are written twice."""
+    x, source = draw(2, 5, 6), draw(*shapes[1], seed=1)
+    index = np.random.default_rng(2).integers(0, 5, shapes[0]).astype(np.int32)
+    y = jq.ops.eval_float(ops.Scatter(axis=1, reduce=reduce), *map(jnp.asarray, (x, index, source)))
+    full = torch.from_numpy(index).long().expand(*shapes[1])
+    if reduce != "none":
+        wanted = torch.scatter_reduce(torch.from_numpy(x), 1, full, torch.from_numpy(source), REDUCE[reduce]).numpy()
+    else:
+        wanted = x.copy()
+        for at in np.ndindex(*shapes[1]):
+            wanted[at[0], int(full[at]), at[2]] = source[at]
+    np.testing.assert_allclose(y, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_the_last_one_that_writes_counts() -> None:
     op, x = ops.Scatter(axis=0), jnp.zeros(3)
     y = jq.ops.eval_float(op, x, jnp.asarray([1, 2, 1], jnp.int32), jnp.asarray([5.0, 6.0, 7.0]))
@@ -77,7 +94,9 @@ def test_exact_values_are_written_too() -> None:
 def test_refusals() -> None:
     x = jnp.zeros((2, 3))
     with pytest.raises(jq.GraphError, match="must have one shape"):
-        jq.ops.eval_float(ops.Scatter(axis=1), x, jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3)))
+        jq.ops.eval_float(ops.Scatter(axis=1), x, jnp.zeros((3, 3), jnp.int32), jnp.zeros((3, 3)))
+    with pytest.raises(jq.GraphError, match="must have one shape"):
+        jq.ops.eval_float(ops.Scatter(axis=1), x, jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 3)))
     with pytest.raises(jq.GraphError, match="exact int32"):
         jq.ops.eval_float(ops.BitShift(bits=1), x)
     with pytest.raises(jq.GraphError, match="32 bits"):

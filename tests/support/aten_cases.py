@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.aten_scatter_cases import SCATTER
 from torch import nn
 
 from jquant_converters.torch_functions import grid_sample_absolute
@@ -244,6 +245,7 @@ COMPARE: dict[str, Callable[[Any], Any]] = {
     "aten.to.dtype_layout": lambda v: A.to.dtype_layout(v.m, dtype=torch.float32),
     "aten.to.device": lambda v: A.to.device(v.m, "cpu", torch.float32),
     "aten._to_copy.default": lambda v: A._to_copy.default(v.m, dtype=torch.float32),
+    "aten.type_as.default/known": lambda v: torch.arange(6).type_as(v.x) + v.x,
     "aten.type_as.default": lambda v: A.type_as.default(v.m, v.x),
 }
 
@@ -374,6 +376,10 @@ MOVE: dict[str, Callable[[Any], Any]] = {
     "aten.resolve_conj.default": lambda v: A.resolve_conj.default(v.x) + v.y,
     "aten.resolve_neg.default": lambda v: A.resolve_neg.default(v.x) + v.y,
     "aten.unfold.default": lambda v: A.unfold.default(v.im, 2, 2, 2),
+    "aten.im2col.default": lambda v: A.im2col.default(v.im, [2, 3], [1, 2], [0, 1], [2, 1]),
+    "aten.im2col.default/plain": lambda v: A.im2col.default(v.im, [2, 2], [1, 1], [0, 0], [2, 2]),
+    "aten.col2im.default": lambda v: A.col2im.default(v.s, [3, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
+    "aten.col2im.default/padded": lambda v: A.col2im.default(v.s, [4, 4], [2, 2], [1, 1], [0, 1], [2, 2]),
     "aten.unfold.default/overlap": lambda v: A.unfold.default(v.x, -1, 3, 2),
     "aten.index_select.default": lambda v: A.index_select.default(v.x, 1, torch.tensor([3, 0, 0])),
     "aten.index.Tensor": lambda v: v.x[:, [3, 1]],
@@ -413,7 +419,12 @@ LAYERS: dict[str, Callable[[Any], Any]] = {
     "aten.addmm.default": lambda v: A.addmm.default(v.bl, v.x.flatten(0, 1), v.wl.t(), beta=2, alpha=0.5),
     "aten.addmv.default": lambda v: A.addmv.default(v.b4, v.x.mean(0), v.b6, beta=0),
     "aten.baddbmm.default": lambda v: A.baddbmm.default(v.x[:, :, :4], v.x, v.y.mT),
+    "aten.einsum.default": lambda v: A.einsum.default("nct,ndt->ncd", [v.x, v.y]),
+    "aten.einsum.default/weight": lambda v: A.einsum.default("nct,ot->nco", [v.x, v.wl]),
     "aten.embedding.default": lambda v: A.embedding.default(v.table, v.i, 1),
+    "aten._native_batch_norm_legit_no_training.default": lambda v: A._native_batch_norm_legit_no_training.default(
+        v.s, v.g8, v.b8, v.mean8, v.var8, 0.1, 1e-3
+    )[0],
     "aten.batch_norm.default": lambda v: A.batch_norm.default(
         v.im, v.g8, v.b8, v.mean8, v.var8, False, 0.1, 1e-5, False
     ),
@@ -500,6 +511,14 @@ IMAGES: dict[str, Callable[[Any], Any]] = {
     "aten.upsample_linear1d.default": lambda v: A.upsample_linear1d.default(v.s, [12], True),
     "aten.upsample_bilinear2d.vec": lambda v: A.upsample_bilinear2d.vec(v.im, None, False, [2.0, 1.7]),
     "aten.upsample_bilinear2d.vec/corners": lambda v: A.upsample_bilinear2d.vec(v.im, [9, 3], True, None),
+    "aten.upsample_trilinear3d.vec": lambda v: A.upsample_trilinear3d.vec(v.v, [6, 3, 5], False, None),
+    "aten.upsample_trilinear3d.default": lambda v: A.upsample_trilinear3d.default(v.v, [6, 3, 5], True),
+    "aten.upsample_bicubic2d.vec": lambda v: A.upsample_bicubic2d.vec(v.im, None, False, [1.5, 2.0]),
+    "aten.upsample_bicubic2d.default": lambda v: A.upsample_bicubic2d.default(v.im, [9, 3], True),
+    "aten._upsample_bilinear2d_aa.vec": lambda v: A._upsample_bilinear2d_aa.vec(v.im, [3, 4], False, None),
+    "aten._upsample_bilinear2d_aa.default": lambda v: A._upsample_bilinear2d_aa.default(v.im, [3, 9], False),
+    "aten._upsample_bicubic2d_aa.vec": lambda v: A._upsample_bicubic2d_aa.vec(v.im, None, False, [0.5, 0.7]),
+    "aten._upsample_bicubic2d_aa.default": lambda v: A._upsample_bicubic2d_aa.default(v.im, [3, 9], False),
     "aten.upsample_bilinear2d.default": lambda v: A.upsample_bilinear2d.default(v.im, [9, 3], False),
     "aten.grid_sampler.default": lambda v: A.grid_sampler.default(v.im, grid(v), 0, 0, False),
     "aten.grid_sampler_2d.default": lambda v: A.grid_sampler_2d.default(v.im, grid(v), 1, 1, True),
@@ -522,6 +541,7 @@ GROUPS = {
     "move": MOVE,
     "layers": LAYERS,
     "images": IMAGES,
+    "scatter": SCATTER,
 }
 CASES: dict[str, Callable[[Any], Any]] = {name: f for group in GROUPS.values() for name, f in group.items()}
 

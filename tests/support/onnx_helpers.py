@@ -235,6 +235,10 @@ def _layers() -> dict[str, Case]:
     }
 
 
+def _into(**bounds: Any) -> ops.SliceScatter:
+    return ops.SliceScatter(**{"steps": (1, 1, 1)} | bounds)
+
+
 def _movement() -> dict[str, Case]:
     index = _draw((2, 3, 6), "4")
     return {
@@ -260,6 +264,14 @@ def _movement() -> dict[str, Case]:
         "Gather": (ops.Gather(axis=1), (X, index), {}),
         "Gather of fewer": (ops.Gather(axis=1), (X, index[:, :, :4]), {}),
         "Scatter": (ops.Scatter(axis=1, reduce="add"), (X, index, _draw((2, 3, 6))), {}),
+        "Scatter of rows": (ops.Scatter(axis=1, reduce="max"), (X, index[:, :, :1], _draw((2, 3, 6))), {}),
+        "Scatter of fewer": (ops.Scatter(axis=1, reduce="add"), (X, index[:, :, :4], _draw((2, 3, 4))), {}),
+        "SliceScatter": (_into(starts=(0, 1, 0), stops=(None, 4, None)), (X, _draw((2, 3, 6))), {}),
+        "SliceScatter of two axes": (
+            _into(starts=(0, 1, 2), stops=(None, None, 7), steps=(1, 1, 2)),
+            (X, _draw((2, 3, 2))),
+            {},
+        ),
         "TopK": (ops.TopK(axis=2, k=3), (X,), {}),
         "TopKIndices": (ops.TopKIndices(axis=2, k=3, largest=False), (X,), {}),
         "Sort": (ops.Sort(axis=1), (X,), {}),
@@ -303,6 +315,13 @@ def _images() -> dict[str, Case]:
         "Interpolate, bilinear": (ops.Interpolate(size=(9, 4), mode="bilinear"), (IMAGE,), {}),
         "Interpolate, corners": (ops.Interpolate(size=(9, 4), mode="bilinear", align_corners=True), (IMAGE,), {}),
         "Interpolate by a factor": (ops.Interpolate(scale_factor=(1.5, 2.0), mode="bilinear"), (IMAGE,), {}),
+        "Interpolate, from the start": (
+            ops.Interpolate(size=(9, 4), mode="bilinear", coordinates="asymmetric"),
+            (IMAGE,),
+            {},
+        ),
+        "Resample": (ops.Resample(size=(9, 4)), (IMAGE,), {}),
+        "Resample with antialiasing": (ops.Resample(size=(3, 4), mode="linear", antialias=True), (IMAGE,), {}),
         "GridSample": (ops.GridSample(), (IMAGE, grid * 1.2), {}),
         "GridSample, border": (ops.GridSample(padding="border", align_corners=True), (IMAGE, grid * 1.2), {}),
         "GridSample, pixels": (ops.GridSample(coordinates="absolute"), (IMAGE, 3 + 4 * grid), {}),
