@@ -165,6 +165,7 @@ def open_checkpoints(directory: str | os.PathLike[str], model: Model, *, max_to_
       max_to_keep: older ones are removed; None keeps all.
 
     Raises:
+      FormatError: a damaged checkpoint that hides the others.
       OSError: the folder is used already, by this process or another.
 
     Example:
@@ -181,9 +182,21 @@ def open_checkpoints(directory: str | os.PathLike[str], model: Model, *, max_to_
     try:
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, enable_async_checkpointing=False)
         return Checkpoints(path, model.plan, ocp.CheckpointManager(path, options=options), lock)
-    except BaseException:
+    except OSError:
         lock.release()
         raise
+    except Exception as error:  # of orbax, which looks into every checkpoint
+        lock.release()
+        raise FormatError(_damaged_one(path, error)) from error
+
+
+def _damaged_one(path: Path, error: Exception) -> str:
+    """One of the checkpoints in a folder is damaged, and orbax does not say which."""
+    steps = sorted(int(found.name) for found in path.iterdir() if found.name.isdecimal())
+    which = f"checkpoint {steps[0]}" if len(steps) == 1 else f"one of the checkpoints {', '.join(map(str, steps))}"
+    reason = cut(f"{type(error).__name__}: {error}", 300)
+    way = f"; delete the folder {path / str(steps[-1])} to go on from the step before" if steps else ""
+    return f"{which} in {path} is damaged: {reason}{way}"
 
 
 def _leaves(state: TrainState, key: jax.Array | None) -> dict[str, jax.Array]:
