@@ -170,8 +170,12 @@ def add_step(draft: Draft, step: Step) -> bool:
         draft.kinds = {x: kind for x, kind in draft.kinds.items() if x in names}
         draft.bounds = {x: bound for x, bound in draft.bounds.items() if x in names}
         return False
+    wide = [i for i, fmt in enumerate(case.operands) if fmt == "int16" and draft.kinds[operands[i]][1] == "float32"]
+    policy = jq.Policy(input={case.op.ports[i]: jq.int16() for i in wide if i < len(case.op.ports)}) if wide else None
     if case.output == "int16" and draft.kinds.get(name, ((), ""))[1] == "float32":
-        draft.rules[name] = jq.Policy(output=jq.int16())
+        policy = replace(policy or jq.Policy(), output=jq.int16())
+    if policy is not None:
+        draft.rules[name] = policy
     return True
 
 
