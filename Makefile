@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-models conformance foreign support figures lint format wheel clean
+.PHONY: help venv demo test test-slow test-models conformance foreign support figures fuzz lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ test-models: $(STAMP)  ## install torchvision, timm and transformers, and import
 
 conformance: $(STAMP)  ## compare every operator with the reference in bulk, write tests/conformance/RESULTS.md
 	@$(BIN)/python tests/conformance/run.py
+
+# A run that was stopped goes on; seeds and findings are in out/fuzz, which `make clean` removes.
+fuzz: $(STAMP)  ## damage 10,000 files a reader, draw 2,000 graphs, write docs/reliability.md (hours)
+	@$(BIN)/python tests/fuzz/run.py --count 10000 --write
+	@$(BIN)/python tests/fuzz/graphs.py --count 2000 --write
 
 # Each tool goes into an environment of its own, which is removed in the end.
 foreign: $(STAMP)  ## install other tools and make the files in tests/foreign anew, then docs/other-tools.md

@@ -18,8 +18,10 @@ import onnx
 from jquant.host.whole_files import replacing
 from jquant.numerics.namespace import to_host
 from jquant.plan.scales import scale_of, value_scales
+from jquant.text import cut, short
 from jquant.types import Array, ConversionError, Model, QuantSpec, Target
 
+from .file_names import naming
 from .foreign import ZeroPoint
 from .foreign.pairs import Encoding, with_pairs
 from .onnx_in import load_model
@@ -53,17 +55,19 @@ def model_from_encodings(
     Example:
       model = model_from_encodings("net.onnx", "net.encodings", target=jq.targets.NASH_E)
     """
-    content = _content(encodings)
-    grids = read_encodings(content)
+    with naming(encodings):
+        grids = read_encodings(_content(encodings))
     if isinstance(source, tuple):
         from .onnx_export import to_onnx
 
         source = to_onnx(*source)
-    loaded, folder = load_model(source)
+    with naming(source):
+        loaded, folder = load_model(source)
     if folder is not None and any(t.data_location == onnx.TensorProto.EXTERNAL for t in loaded.graph.initializer):
         onnx.load_external_data_for_model(loaded, str(folder))
-    paired = with_pairs(loaded, grids, "the encodings file")
-    return model_from_onnx(paired, target=target, shapes=shapes, zero_point=zero_point, batches=batches)
+    with naming(encodings):
+        paired = with_pairs(loaded, grids, "the encodings file")
+        return model_from_onnx(paired, target=target, shapes=shapes, zero_point=zero_point, batches=batches)
 
 
 def _content(encodings: Any) -> Mapping[str, Any]:
@@ -88,18 +92,29 @@ def read_encodings(content: Mapping[str, Any]) -> dict[str, Encoding]:
       ConversionError: another form.
     """
     try:
-        if "encodings" in content:
-            return {e["name"]: _of_onnx(e) for e in content["encodings"] if _is_integer(e.get("output_dtype", "uint8"))}
-        if "activation_encodings" in content:
-            both = (content["activation_encodings"], content.get("param_encodings", {}))
-            return {name: grid for part in both for name, grid in _of_bits(part)}
-        if content and all(isinstance(v, dict) and v.get("CLS") == "TensorData" for v in content.values()):
-            return {name: _of_range(name, entry) for name, entry in content.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConversionError(f"the encodings are damaged: {type(error).__name__}: {error}") from error
+        found = _read_form(content)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConversionError(f"the encodings are damaged: {cut(f'{type(error).__name__}: {error}')}") from error
+    for name, grid in found.items():
+        if not isinstance(name, str) or not (grid.axis is None or type(grid.axis) is int):
+            raise ConversionError(
+                f"the encodings are damaged: the tensor {short(name)} has the axis {short(grid.axis)}"
+            )
+    return found
+
+
+def _read_form(content: Mapping[str, Any]) -> dict[str, Encoding]:
+    """The same; raises whatever content of another form brings up."""
+    if "encodings" in content:
+        return {e["name"]: _of_onnx(e) for e in content["encodings"] if _is_integer(e.get("output_dtype", "uint8"))}
+    if "activation_encodings" in content:
+        both = (content["activation_encodings"], content.get("param_encodings", {}))
+        return {name: grid for part in both for name, grid in _of_bits(part)}
+    if content and all(isinstance(v, dict) and v.get("CLS") == "TensorData" for v in content.values()):
+        return {name: _of_range(name, entry) for name, entry in content.items()}
     raise ConversionError(
         f"no encodings of version {', '.join(VERSIONS)} and no calibration table; its entries are "
-        f"{', '.join(map(repr, list(content)[:5]))}"
+        f"{', '.join(map(short, list(content)[:5]))}"
     )
 
 
@@ -137,14 +152,14 @@ def _of_bits(part: Any) -> list[tuple[str, Encoding]]:
             raise ConversionError(f"{entry['name']!r} is {entry['enc_type']}; per tensor and per channel can be read")
         scale = _positive(entry["name"], entry["scale"])
         scale = scale.reshape(()) if entry["enc_type"] == "PER_TENSOR" else scale
-        offset = np.asarray(entry["offset"], np.float64).reshape(scale.shape)
-        found.append((entry["name"], Encoding(scale, -offset.astype(np.int64), int(entry["bw"]))))
+        offset = _offset(entry["offset"]).reshape(scale.shape)
+        found.append((entry["name"], Encoding(scale, -offset, int(entry["bw"]))))
     return found
 
 
 def _of_list(name: str, rows: Sequence[Mapping[str, Any]]) -> Encoding:
     scale = _positive(name, [row["scale"] for row in rows])
-    offset = np.asarray([row["offset"] for row in rows], np.float64).astype(np.int64)
+    offset = _offset([row["offset"] for row in rows])
     if len(rows) == 1:
         scale, offset = scale.reshape(()), offset.reshape(())
     return Encoding(scale, -offset, int(rows[0]["bitwidth"]))
@@ -159,10 +174,18 @@ def _of_range(name: str, entry: Mapping[str, Any]) -> Encoding:
     return Encoding(_positive(name, np.float32(largest) / np.float32(127.0)), np.asarray(128), 8)
 
 
+def _offset(data: Any) -> np.ndarray:
+    found = np.asarray(data, np.float64)
+    if not (np.abs(found) < 2**31).all():
+        raise ValueError("an offset beyond 31 bits")
+    return found.astype(np.int64)
+
+
 def _positive(name: str, scale: Any) -> np.ndarray:
-    found = np.asarray(scale, np.float64).astype(np.float32)
+    with np.errstate(over="ignore"):
+        found = np.asarray(scale, np.float64).astype(np.float32)
     if not found.size or not (np.isfinite(found) & (found > 0)).all():
-        raise ConversionError(f"the scale of {name!r} is not finite and positive")
+        raise ConversionError(f"the scale of {short(name)} is not finite and positive")
     return found
 
 

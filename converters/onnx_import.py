@@ -20,6 +20,7 @@ from jquant.graph.passes import prune
 from jquant.plan.masks import VERY_NEGATIVE
 from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, JQuantError, Node, Op
 
+from .file_names import naming
 from .foreign import MODES, Change, Refusals, ZeroPoint, is_quantized, to_qdq
 from .foreign.branches import without_branches
 from .index_arithmetic import exact_indices
@@ -75,9 +76,10 @@ def from_onnx(
       >>> from_onnx(to_onnx(graph, {}))[0] == graph
       True
     """
-    imported = read(source, shapes, plain=True)
-    fixed = {key for key, array in imported.params.items() if is_constant(array)}
-    graph, params = simplified(imported.graph, imported.params, fixed=fixed)
+    with naming(source):
+        imported = read(source, shapes, plain=True)
+        fixed = {key for key, array in imported.params.items() if is_constant(array)}
+        graph, params = simplified(imported.graph, imported.params, fixed=fixed)
     return graph, dict(params)
 
 

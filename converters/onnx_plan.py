@@ -40,6 +40,7 @@ from jquant.types import (
     Target,
 )
 
+from .file_names import naming
 from .foreign import ZeroPoint
 from .onnx_import import Imported, OnGrid, read
 from .onnx_missing import calibrate_missing, missing_scales
@@ -102,7 +103,8 @@ def model_from_onnx(
     Warns:
       ScaleWarning: weights with scales below 2^-23, and how many.
     """
-    return model_from_imported(read(source, shapes, zero_point), target, batches)
+    with naming(source):
+        return model_from_imported(read(source, shapes, zero_point), target, batches)
 
 
 def model_from_imported(imported: Imported, target: Target, batches: Iterable[Any] | None) -> Model:

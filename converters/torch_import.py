@@ -14,6 +14,7 @@ from .aten.quantized import Pair
 from .batch_sizes import check_batch_sizes
 from .branches import leave_dropout_to_training, same_calls, seen_training_flags, set_branches
 from .export import check_arguments, check_dtypes, check_exported, export, in_float32
+from .file_names import naming
 from .files import read_exported
 from .functional import without_changes_in_place
 from .habits import visible_habits
@@ -84,7 +85,8 @@ def import_with_pairs(
 ) -> tuple[Graph, dict[str, Array]]:
     """As `from_torch`, with a node for each value that the model quantizes."""
     if isinstance(module, str | os.PathLike):
-        module = read_exported(module)
+        with naming(module):
+            return import_with_pairs(read_exported(module), example_inputs, dynamic_batch=dynamic_batch)
     if isinstance(module, torch.export.ExportedProgram):
         if example_inputs is not None:
             raise ConversionError("an exported program has its own example inputs; leave example_inputs out")

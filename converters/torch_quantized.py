@@ -20,6 +20,7 @@ import jquant.ops as ops
 from jquant.types import Array, ConversionError, FrozenMap, Graph, Model, Node, Target
 
 from .aten.quantized import Pair
+from .file_names import naming
 from .files import read_exported
 from .foreign import ZeroPoint
 from .foreign.pairs import Encoding, pairs_at, with_pairs
@@ -61,7 +62,10 @@ def model_from_torch(
       model = model_from_torch(program, target=jq.targets.NASH_E)
     """
     if isinstance(module, str | os.PathLike):
-        module = read_exported(module)
+        with naming(module):
+            program = read_exported(module)
+            options: Any = {"zero_point": zero_point, "batches": batches, "dynamic_batch": dynamic_batch}
+            return model_from_torch(program, example_inputs, target=target, **options)
     weights: Weights = {}
     if isinstance(module, torch.nn.Module):
         module = plain_modules(module, lambda tensor, grid: weights.update({_content(tensor): grid}))

@@ -7,11 +7,29 @@ from typing import Any
 
 import numpy as np
 
+_LONGEST_MESSAGE = 600
+_LONGEST_VALUE = 60
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'a' or 'b'?" for near names, else an empty string."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def cut(text: str, longest: int = _LONGEST_MESSAGE) -> str:
+    """A text that is not longer than that: its beginning and three dots."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def short(value: Any) -> str:
+    """A value of a file for a message."""
+    if isinstance(value, int) and not -(2**64) < value < 2**64:
+        return f"an integer of {math.ceil(abs(value).bit_length() * math.log10(2))} digits"
+    try:
+        return cut(repr(value), _LONGEST_VALUE)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__} that is nested deeply"
 
 
 def near_or_known(pattern: str, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from jquant.text import did_you_mean
+from jquant.text import did_you_mean, short
 from jquant.types import ConversionError
 
 from .edit import PLAIN, Editor
@@ -44,7 +44,7 @@ def with_pairs(model: onnx.ModelProto, grids: Mapping[str, Encoding], what: str)
     names = made | {tensor.name for tensor in copy.graph.initializer}
     if unknown := sorted(set(grids) - names):
         raise ConversionError(
-            f"{what} has {len(unknown)} names that the model does not have, the first {unknown[0]!r}"
+            f"{what} has {len(unknown)} names that the model does not have, the first {short(unknown[0])}"
             f"{did_you_mean(unknown[0], names)}; give the model that it was written beside"
         )
     _Inserter(editor, grids).run()
@@ -99,6 +99,8 @@ class _Inserter:
             source = editor.unique(f"{name}:clipped")
             nodes.append(helper.make_node("Clip", [real, *bounds], [source], f"{name}:clip"))
             bits, point = (8, point - 2 ** (bits - 1) + 128) if bits < 8 else (16, point - 2 ** (bits - 1) + 32768)
+        if not 0 <= point < 2**bits:
+            raise ConversionError(f"value {short(name)} has the zero {point} of {2**bits} integers")
         dtype, middle = _RANGES[bits]
         zero = np.asarray(point - middle, dtype) if point == middle else np.asarray(point, f"u{dtype}")
         steps, zeros = editor.add(f"{name}:scale", step), editor.add(f"{name}:zero", zero)

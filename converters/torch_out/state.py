@@ -19,6 +19,7 @@ from jquant.plan.fold import fold_batch_norm
 from jquant.plan.scales import check_model
 from jquant.types import Array, ConversionError, Graph, Model, Node, Params, Plan
 
+from ..file_names import naming
 from ..keys import is_part, view_of
 from .prefixes import advice, without_prefix
 from .unfold import Folded, unfold, unfold_alone
@@ -182,7 +183,8 @@ def load_state_dict(
     if not isinstance(state, Mapping):
         from ..files import read_state_dict
 
-        state = read_state_dict(state)
+        with naming(state):
+            return load_state_dict(graph, params, read_state_dict(state), strict=strict, prefix=prefix)
     given, state = state, without_prefix(state, prefix) if prefix else state
     loaded, missing, problems = dict(params), [], []
     for key in graph.param_names:

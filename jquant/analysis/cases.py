@@ -3,6 +3,7 @@
 import heapq
 import os
 import struct
+import tokenize
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,13 +24,13 @@ from jquant.host.whole_files import replacing
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.plan.batch_norm import fold_kept
 from jquant.plan.scales import check_model
-from jquant.text import format_table
+from jquant.text import cut, format_table
 from jquant.types import Array, CalibrationError, FormatError, Model
 
 # What zipfile, zlib and numpy raise for a damaged archive.
 _BROKEN = (
     ArithmeticError, BadZipFile, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError,
-    struct.error, zlib.error,
+    SyntaxError, struct.error, tokenize.TokenError, zlib.error,
 )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def load_bad_cases(path: str | os.PathLike[str]) -> BadCases:
         inputs = {key.removeprefix("input:"): v for key, v in found.items() if key.startswith("input:")}
         return BadCases(inputs, found["index"], found["error"], **about)
     except _BROKEN as error:
-        raise FormatError(f"{path}: no bad cases: {error}") from error
+        raise FormatError(f"{path}: no bad cases: {cut(str(error))}") from error
 
 
 def find_bad_cases(

@@ -65,6 +65,13 @@ class LayerError:
     histogram: Histogram = field(repr=False)
 
 
+def check_column(column: str) -> None:
+    """Raises JQuantError for a column that there is not, or that is no number."""
+    numbers = tuple(f for f, kind in LayerError.__annotations__.items() if kind in (float, int, float | None))
+    if column not in numbers:
+        raise JQuantError(f"no column {column!r} to sort by; known: {', '.join(numbers)}")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Rows by value, in graph order, of meaning `b` against meaning `a`; the weights have rows of their own.
@@ -98,9 +105,7 @@ class Comparison:
           JQuantError: a column that there is not, or that is no number.
         """
         rows = self.weights if weights else self.rows
-        numbers = tuple(f for f, kind in LayerError.__annotations__.items() if kind in (float, int, float | None))
-        if column not in numbers:
-            raise JQuantError(f"no column {column!r} to sort by; known: {', '.join(numbers)}")
+        check_column(column)
         sign = 1 if column in ("cosine", "sqnr", "own_sqnr") else -1
 
         def key(row: LayerError) -> float:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from jquant.cli.arguments import check_file, check_folder, check_picture
 from jquant.cli.console import Console, Json, Quiet, UnmetError, UsageError, Verbose, command, plain, replacing
 from jquant.cli.models import load_model
 from jquant.targets import find_target
@@ -54,6 +55,8 @@ def check(
     from jquant.board import compare, read_dumps
 
     console = Console(json, quiet, verbose)
+    check_file(output)
+    check_picture(picture, "--picture", (".png",))
     found = load_model(program)
     if not isinstance(found, Program):
         raise UsageError(f"{program} is no program; make one with jquant quantize")
@@ -93,6 +96,7 @@ def probe(
     from jquant_converters import write_probes
 
     console = Console(json, quiet, verbose)
+    check_folder(output)
     probes = jq_board.probe(family or list(jq_board.FAMILIES))
     readme = write_probes(output, probes)
     separations = jq_board.separation(probes)
@@ -125,6 +129,8 @@ def fit(
     from jquant import board as jq_board
 
     console = Console(json, quiet, verbose)
+    check_file(output)
+    check_file(report, "--report")
     found = jq_board.fit(jq_board.probe(family or list(jq_board.FAMILIES)), dumps, base=find_target(base))
     console.text(found.table())
     found.dump(output, output.stem)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import jquant as jq
+from jquant.cli.arguments import check_file, check_folder, check_packages
 from jquant.cli.console import Console, Json, Quiet, UnmetError, Verbose, command
 from jquant.cli.data import check_data, load_data
 from jquant.cli.models import (
@@ -116,6 +117,7 @@ def calibrate(
     """
     console = Console(json, quiet, verbose)
     check_data(data)
+    check_file(output)
     state, settings = load_state_of(model, config, checkpoint, shape)
     state = _calibrated(state, settings, data, batch, samples)
     save_state(output, state)
@@ -149,13 +151,17 @@ def quantize(
     console = Console(json, quiet, verbose)
     if data is not None:
         check_data(data)
+    check_file(output)
+    if report is not None:
+        if data is None:
+            raise JQuantError("a report compares on data: give --data")
+        check_folder(report, "--report")
+        check_packages("--report", "jinja2", "matplotlib")
     state, settings = load_state_of(model, config, checkpoint, shape)
     if data is not None and state.trained is None:
         state = _calibrated(state, settings, data, batch, samples)
     program = lower(state.calibrated())
-    if report is not None:
-        if data is None:
-            raise JQuantError("a report compares on data: give --data")
+    if report is not None and data is not None:
         from jquant.cli.measure import write_reports
 
         write_reports(console, state, load_data(data, state.graph, settings.image), report, batch, samples)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import jax
 import typer
 
+from jquant.cli.arguments import check_file
 from jquant.cli.console import Console, Json, Quiet, UsageError, Verbose, command, replacing
 from jquant.cli.models import Config, ModelPath, Output, load_model
 from jquant.cli.settings import read_settings
@@ -37,6 +38,7 @@ def export(
     console = Console(json, quiet, verbose)
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
+    check_file(output)
     found = load_model(model)
     state = found if isinstance(found, Program) else found.under(read_settings(config), model)
     if to in ("onnx", "torch"):

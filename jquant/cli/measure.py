@@ -13,6 +13,7 @@ import numpy as np
 import typer
 
 from jquant import targets
+from jquant.cli.arguments import check_choice, check_file, check_folder, check_packages
 from jquant.cli.console import Console, Json, Quiet, UnmetError, UsageError, Verbose, command, plain, replacing
 from jquant.cli.data import Data, check_data, load_data, load_object, read_arrays
 from jquant.cli.models import Batch, Config, DataOption, ModelPath, Output, Samples, load_state_of, load_with_settings
@@ -67,6 +68,8 @@ def evaluate(
     """
     console = Console(json, quiet, verbose)
     check_data(data)
+    for name in mode or ():
+        check_mode(name)
     source, settings = load_with_settings(model, config)
     loaded = load_data(data, source.graph, settings.image)
     what = metric or ("top-1 %" if loaded.labelled else "agreement with float %")
@@ -162,9 +165,8 @@ def run(
     """
     console = Console(json, quiet, verbose)
     check_data(data)
+    check_file(output, suffixes=(".npz",))
     found, settings = load_with_settings(model, config)
-    if output.suffix != ".npz":
-        raise UsageError(f"--output {output}: outputs are written as .npz")
     program = found if isinstance(found, Program) else lower(found.calibrated())
     loaded = load_data(data, program.graph, settings.image)
     host = replace(program, scales=to_host(program.scales))  # real values are made here, without compiling a product
@@ -215,9 +217,18 @@ def compare(
     jquant compare net.jqs --data test.npz -a board_values.npz -b bit_true
     """
     from jquant import analysis
+    from jquant.analysis.comparison import check_column
 
     console = Console(json, quiet, verbose)
     check_data(data)
+    check_file(output)
+    for side in (a, b):
+        if not side.endswith(".npz"):
+            check_mode(side)
+        elif not Path(side).is_file():
+            raise FileNotFoundError(f"no values at {side}")
+    if sort is not None:
+        check_column(sort)
     state, settings = load_state_of(model, config)
     second = None
     if other is not None:
@@ -287,15 +298,22 @@ def sensitivity(
     jquant sensitivity net.jqs --data calibration.npz --metric mse --budget 1.2 -o mixed.toml
     """
     from jquant import analysis
+    from jquant.analysis.metrics import metric_of
 
     console = Console(json, quiet, verbose)
     check_data(data)
     if budget is not None and mode != "one_on":
         raise UsageError("--budget needs --mode one_on")
+    check_file(output)
+    check_choice("--mode", mode, ("one_on", "one_off"))
+    check_choice("--cost", cost, ("macs", "bytes"))
+    for name in kind or ():
+        check_choice("--kind", name, ("activation", "weight"))
+    chosen: Any = load_object(metric) if ":" in metric else metric
+    metric_of(chosen)
     state, settings = load_state_of(model, config)
     calibrated = state.calibrated()
     batches = list(load_data(data, state.graph, settings.image).inputs(batch, samples))
-    chosen: Any = load_object(metric) if ":" in metric else metric
     formats: dict[str, Any] = {}
     if budget is not None:
         formats = {"activations": ("int8", "int16"), "weights": ("int4", "int8")}
@@ -349,6 +367,8 @@ def report(
     """
     console = Console(json, quiet, verbose)
     check_data(data)
+    check_folder(output)
+    check_packages("a report", "jinja2", "matplotlib")
     state, settings = load_state_of(model, config)
     loaded = load_data(data, state.graph, settings.image)
     written = write_reports(console, state, loaded, output, batch, samples)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
+from jquant.cli.arguments import check_file, check_folder, check_picture, check_space
 from jquant.cli.console import Console, Json, Quiet, UsageError, Verbose, command
 from jquant.cli.data import Data, check_data, load_data
 from jquant.cli.losses import Loss, check_labels, loss_of
@@ -39,6 +40,7 @@ from jquant.training.switching import Switches, check_switches, switches
 from jquant.types import Array, InputError, Model
 
 Batch = tuple[tuple[Array, ...], Array]  # inputs, labels
+MOMENTS = 4  # times the parameters: a checkpoint with an optimizer's moments, and one more that is being written
 DIVERGED = 1.5  # times the loss before training and 0.1; an epoch on the way may go further up
 LOOK_EVERY = 20  # steps between looks at the loss, which wait for the device
 
@@ -74,8 +76,14 @@ def train(
     """
     console = Console(json, quiet, verbose)
     check_data(data)
+    check_file(output)
+    check_picture(curves, "--curves")
+    check_folder(checkpoints, "--checkpoints")
     state, settings = load_state_of(model, config)
     calibrated = state.calibrated()
+    size = sum(array.nbytes for array in (*state.params.values(), *calibrated.params.values()))
+    check_space(output, "--output", size)
+    check_space(checkpoints, "--checkpoints", MOMENTS * size)
     loaded = load_data(data, state.graph, settings.image)
     if not loaded.labelled:
         raise UsageError("training needs labels: class folders, or an array 'y'")

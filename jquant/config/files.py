@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from jquant import observers, quantizers
 from jquant.config.qconfig import QConfig, observer_named, quantizer_named
-from jquant.text import did_you_mean
+from jquant.text import cut, did_you_mean, short
 from jquant.types import FLOAT, FormatError, Inherit, JQuantError, Observer, Policy, QConfigError, Quantizer, QuantSpec
 
 SCHEMA = 1
@@ -65,7 +65,7 @@ def qconfig_from_dict(data: Any, own: Own = ()) -> QConfig:
     rules = data["rules"]
     if not isinstance(rules, Mapping):
         raise FormatError(f"rules must be a table of pattern to rule, not {type(rules).__name__}")
-    return QConfig({pattern: _to_policy(f"rule {pattern!r}", rule, own) for pattern, rule in rules.items()})
+    return QConfig({pattern: _to_policy(f"rule {short(pattern)}", rule, own) for pattern, rule in rules.items()})
 
 
 def qconfig_to_json(qconfig: QConfig) -> str:
@@ -100,7 +100,7 @@ def _read(source: str | os.PathLike[str], suffix: str, kind: str, parse: Callabl
     try:
         return qconfig_from_dict(data, own)
     except JQuantError as error:
-        raise type(error)(f"{where}{error}") from error
+        raise type(error)(f"{where}{cut(str(error), 2000)}") from error
 
 
 def qconfig_to_toml(qconfig: QConfig) -> str:
@@ -246,4 +246,6 @@ def _named(where: str, find: Callable[..., Found], name: Any, /, **options: Any)
 def _check_keys(where: str, data: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in data:
         if key not in known:
-            raise FormatError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}; known: {', '.join(known)}")
+            raise FormatError(
+                f"{where}: unknown key {short(key)}{did_you_mean(str(key), known)}; known: {', '.join(known)}"
+            )

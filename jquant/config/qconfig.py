@@ -1,12 +1,14 @@
 """Which tensor is quantized how: an ordered mapping from name patterns to policies."""
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from jquant import observers, quantizers
+from jquant.config.patterns import MODULE, Patterns
+from jquant.config.patterns import matches as matches
 from jquant.text import did_you_mean, near_or_known
 from jquant.types import (
     FLOAT,
@@ -20,8 +22,6 @@ from jquant.types import (
     QuantSpec,
     Requested,
 )
-
-_MODULE = "module:"
 
 
 def _constructor(dtype: str, place: str = "jq") -> Callable[..., QuantSpec]:
@@ -193,14 +193,16 @@ class QConfig:
         `call_of` is that of the node. Rules that match a name in `unless` as well are left out: those that mean a
         composite, not this part of it.
         """
-        asked, unless = base or Requested(), tuple(unless)
-        for rank, (pattern, rule) in enumerate(self.rules.items()):
-            if not matches(pattern, name, operator, call_of) or any(matches(pattern, n, "") for n in unless if n):
-                continue
+        asked = base or Requested()
+        ranks = self._patterns.matching(name, operator, call_of)
+        for other in filter(None, unless):
+            ranks -= self._patterns.matching(other)
+        for rank in sorted(ranks):
+            pattern, rule = self._ordered[rank]
             if not isinstance(rule.output, Inherit):
                 high = rule.output is not None and rule.output.is_high_precision
                 narrow = (asked.narrow or _narrow(asked.output)) if high else None
-                explicit = pattern.removeprefix(_MODULE) in (name, call_of)
+                explicit = pattern.removeprefix(MODULE) in (name, call_of)
                 asked = replace(asked, output=rule.output, explicit=explicit, rank=rank, narrow=narrow)
             asked = asked if isinstance(rule.weight, Inherit) else replace(asked, weight=rule.weight)
             asked = asked if isinstance(rule.input, Inherit) else replace(asked, input=FrozenMap(rule.input))
@@ -210,23 +212,21 @@ class QConfig:
         """Raises QConfigError for a rule that matches nothing in any of the graphs, with near names."""
         named = [(i.name, "Input", "") for graph in graphs for i in graph.inputs]
         named += [(n.name, type(n.op).__name__, n.call_of) for graph in graphs for n in graph.nodes]
-        for pattern in self.rules:
-            if not any(matches(pattern, *value) for value in named):
+        found: set[int] = set()
+        for value in named:
+            found |= self._patterns.matching(*value)
+        for rank, pattern in enumerate(self.rules):
+            if rank not in found:
                 names, operators = [name for name, _, _ in named], {operator for _, operator, _ in named}
                 raise QConfigError(_matches_nothing(pattern, names, operators))
 
+    @cached_property
+    def _patterns(self) -> Patterns:
+        return Patterns(self.rules)
 
-def matches(pattern: str, name: str, operator: str = "", call_of: str = "") -> bool:
-    """Whether a qconfig pattern selects a value: by its own name, or by that of the module of which it is a call."""
-    if pattern.startswith("type:"):
-        return fnmatch.fnmatchcase(operator, pattern[5:])
-    names = (name, call_of) if call_of else (name,)
-    if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], n) is not None for n in names)
-    if pattern.startswith(_MODULE):
-        path = pattern.removeprefix(_MODULE)
-        return any(n == path or n.startswith(f"{path}.") for n in names)
-    return any(fnmatch.fnmatchcase(n, pattern) for n in names)
+    @cached_property
+    def _ordered(self) -> tuple[tuple[str, Policy], ...]:
+        return tuple(self.rules.items())
 
 
 def _narrow(spec: QuantSpec | None) -> QuantSpec | None:
@@ -235,8 +235,8 @@ def _narrow(spec: QuantSpec | None) -> QuantSpec | None:
 
 def _matches_nothing(pattern: str, names: Iterable[str], operators: Iterable[str]) -> str:
     """The text of the error for a pattern that selects nothing, with what may have been meant."""
-    if pattern.startswith(_MODULE):
-        path = pattern.removeprefix(_MODULE)
+    if pattern.startswith(MODULE):
+        path = pattern.removeprefix(MODULE)
         near = near_or_known(path, [n.removesuffix(".*") for n in _with_parents(names)])
         glob = " (a path stands for all that is inside it, and is no glob)" if set("*?[") & set(path) else ""
         return f"qconfig: there is no module {path!r}{near}{glob}"

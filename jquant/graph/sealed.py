@@ -6,7 +6,6 @@ they find all the same.
 """
 
 import json
-import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from jquant.text import cut as cut
+from jquant.text import short as short
 from jquant.types import FormatError, JQuantError
 
 VERSION = 2
@@ -24,8 +25,6 @@ DIGEST = "digest"
 _NONE = "0" * 64
 _PLACE = re.compile(rb'(?:\{\n |.{8}\{"__metadata__":\{)"digest": ?"([0-9a-f]{64})"', re.DOTALL)
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
-_LONGEST_MESSAGE = 600
-_LONGEST_VALUE = 60
 _DTYPES = {"float32": "F32", "int8": "I8", "int16": "I16", "int32": "I32", "uint8": "U8", "bool": "BOOL"}
 
 # What Python raises where content is not what its reader expects.
@@ -197,18 +196,3 @@ def refusing(where: Any) -> Iterator[None]:
         raise FormatError(f"{where}: {cut(str(error))}") from error
     except _BROKEN as error:
         raise FormatError(f"{where}: not well formed: {cut(f'{type(error).__name__}: {error}')}") from error
-
-
-def cut(text: str, longest: int = _LONGEST_MESSAGE) -> str:
-    """A text that is not longer than that: its beginning and three dots."""
-    return text if len(text) <= longest else text[: longest - 3] + "..."
-
-
-def short(value: Any) -> str:
-    """A value of a file for a message."""
-    if isinstance(value, int) and not -(2**64) < value < 2**64:
-        return f"an integer of {math.ceil(abs(value).bit_length() * math.log10(2))} digits"
-    try:
-        return cut(repr(value), _LONGEST_VALUE)
-    except (RecursionError, ValueError):
-        return f"a {type(value).__name__} that is nested deeply"

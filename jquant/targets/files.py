@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jquant.host.whole_files import replacing
-from jquant.text import did_you_mean
+from jquant.text import cut, did_you_mean, short
 from jquant.types import FormatError, QConfigError, Target, field_kinds
 
 
@@ -95,11 +95,13 @@ def from_dict(data: Any) -> Target:
 def _read(cls: Any, data: Any, where: str, problems: list[str]) -> dict[str, Any]:
     """The values of the fields of one dataclass; what is wrong is added to `problems`."""
     if not isinstance(data, Mapping):
-        problems.append(f"{where or 'the file'} is {data!r}, and should be a table of {cls.__name__}")
+        problems.append(f"{where or 'the file'} is {short(data)}, and should be a table of {cls.__name__}")
         return {}
     kinds = field_kinds(cls)
     dot = f"{where}." if where else ""
-    problems += [f"unknown field {dot}{key!s}{did_you_mean(str(key), kinds)}" for key in data if key not in kinds]
+    problems += [
+        f"unknown field {dot}{cut(str(key), 60)}{did_you_mean(str(key), kinds)}" for key in data if key not in kinds
+    ]
     problems += [f"missing field {dot}{name}" for name in kinds if name not in data]
     found = {}
     for name, kind in kinds.items():
@@ -169,4 +171,4 @@ def load(path: str | os.PathLike[str]) -> Target:
     try:
         return from_dict(data)
     except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
+        raise FormatError(f"{path}: {cut(str(error), 2000)}") from error

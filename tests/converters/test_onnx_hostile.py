@@ -7,17 +7,16 @@ from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, helper
 from support import architectures
+from support.mutants import HUGE, in_onnx
 from support.onnx_helpers import draw, model_of, quantized_conv
 
 import jquant as jq
 from jquant.types import JQuantError
 from jquant_converters import from_onnx, from_torch, model_from_onnx, to_onnx
 
-HUGE = 2**40
 SECONDS = 5.0  # for one file of a few kilobytes
 GIGABYTES = 1.5  # that the resident memory of this process may grow by over all of them
 
@@ -60,40 +59,7 @@ def mutated(rng, content, others):
     if kind == 4:
         other = rng.choice(others)
         return bytes(data[: rng.randrange(len(data))]) + other[rng.randrange(len(other)) :]
-    return structured(rng, content)
-
-
-def structured(rng, content):
-    """Damage that still parses: other names, dims, types, attributes and operators."""
-    model = onnx.ModelProto.FromString(content)
-    graph = model.graph
-    for _ in range(rng.randint(1, 3)):
-        node = rng.choice(graph.node)
-        kind = rng.randrange(8)
-        if kind == 0 and node.input:
-            node.input[rng.randrange(len(node.input))] = rng.choice(rng.choice(graph.node).output)  # a cycle, perhaps
-        elif kind == 1 and node.attribute:
-            attribute = rng.choice(node.attribute)
-            attribute.i = rng.choice([-1, 0, 3, HUGE, -(2**62)])
-            for i in range(len(attribute.ints)):
-                attribute.ints[i] = rng.choice([-5, 0, 1, 7, 2**31, HUGE])
-        elif kind == 2:
-            node.op_type = rng.choice(["Reshape", "Conv", "Expand", "Tile", "Gather", "Resize", "Split", "LSTM", "If"])
-        elif kind == 3 and graph.initializer:
-            tensor = rng.choice(graph.initializer)
-            if tensor.dims:
-                tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice([0, -1, 1, 5, HUGE])
-        elif kind == 4 and graph.initializer:
-            rng.choice(graph.initializer).data_type = rng.randrange(30)
-        elif kind == 5:
-            dims = graph.input[0].type.tensor_type.shape.dim
-            if dims:
-                dims[rng.randrange(len(dims))].dim_value = rng.choice([0, -1, 2, 17, HUGE])
-        elif kind == 6:
-            del node.input[rng.randrange(len(node.input) + 1) :]
-        else:
-            node.output[0] = rng.choice(["", "x", rng.choice(graph.node).output[0]])
-    return model.SerializeToString()
+    return in_onnx(content, rng)
 
 
 def check_mutated(count, seed):

@@ -22,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.mutants import HOSTILE, at, damaged, flipped, places
 from support.sealed import arrays_of, from_parts, read_parts, resealed_text, with_arrays
 
 import jquant as jq
@@ -38,12 +39,6 @@ QCONFIG = jq.QConfig(
         "act": jq.Policy(output=jq.int16(scale=2.0**-10)),
     }
 )
-
-HOSTILE: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 2, 3, 255, 2**31, -(2**31), 2**63, 10**400, 0.5, -0.0, 1e-40, 1e308, float("inf"),
-    float("nan"), "", "x", "float32", "int8", "int9", "Relu", "\ud800", "\0", "ä" * 5000, [], [[]], [0], [1, 1],
-    [-1, -1], ["x"], [None], {}, {"": 0}, {"op": "Relu"}, {"op": "Conv"}, {"op": ["Relu"]}, {"x": "x"}, [0] * 3000,
-)  # fmt: skip
 
 
 def nested(depth: int) -> Any:
@@ -164,33 +159,6 @@ def refusal(kind: Format, path: Path, content: bytes) -> str | None:
 # Damage
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
-    """The content with something else in it, taken from it, or cut off it."""
-    at, other = rng.randrange(len(content)), rng.randrange(len(content))
-    few = rng.randrange(1, 9)
-    match rng.choice(("bit", "bit", "bit", "byte", "cut", "out", "in", "swap", "zeros")):
-        case "bit":
-            return flipped(content, rng.randrange(8 * len(content)))
-        case "byte":
-            return content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :]
-        case "cut":
-            return content[:at]
-        case "out":
-            return content[:at] + content[at + few :]
-        case "in":
-            return content[:at] + rng.randbytes(few) + content[at:]
-        case "swap":
-            return content[:at] + content[other : other + few] + content[at + few :]
-        case _:
-            return content[:at] + bytes(len(content[at : at + few])) + content[at + few :]
-
-
-def flipped(content: bytes, bit: int) -> bytes:
-    changed = bytearray(content)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)
-
-
 def check_damaged(kind: Format, path: Path, contents: Iterator[bytes]) -> None:
     for content in contents:
         if content == kind.content:
@@ -231,19 +199,6 @@ def test_what_is_written_is_read(formats: dict[str, Format], tmp_path: Path, nam
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Other values under a digest that fits
-
-
-def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in items:
-        yield from places(value, (*path, key))
-
-
-def at(data: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        data = data[key]
-    return data
 
 
 def spliced(data: dict[str, Any], rng: random.Random) -> dict[str, Any]:

@@ -242,3 +242,21 @@ def test_snap_to_pow2_is_the_smallest_above() -> None:
     np.testing.assert_array_equal(
         snap_to_pow2(scale), np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent))
     )
+
+
+@pytest.mark.parametrize(
+    ("rounding", "wanted"),
+    [
+        ("floor", [-2, -2, -1, -1, 0, 0, 1, 1, -(2**30), 2**30 - 1]),
+        ("toward_zero", [-2, -1, -1, 0, 0, 0, 1, 1, -(2**30), 2**30 - 1]),
+        ("half_up", [-2, -1, -1, 0, 0, 1, 1, 2, -(2**30), 2**30]),
+        ("half_even", [-2, -2, -1, 0, 0, 0, 1, 2, -(2**30), 2**30]),
+        ("half_away", [-2, -2, -1, -1, 0, 1, 1, 2, -(2**30), 2**30]),
+    ],
+)
+def test_shift_right_by_hand(rounding: str, wanted: list[int]) -> None:
+    """Halves of -4 to 3, and of both ends of int32."""
+    v = np.array([-4, -3, -2, -1, 0, 1, 2, 3, -(2**31), 2**31 - 1], np.int32)
+    np.testing.assert_array_equal(shift_right(v, np.int32(1), rounding), wanted)
+    np.testing.assert_array_equal(jax.jit(shift_right, static_argnums=2)(jnp.asarray(v), 1, rounding), wanted)
+    np.testing.assert_array_equal(shift_right(v, np.int32(0), rounding), v)

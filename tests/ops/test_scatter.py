@@ -101,3 +101,16 @@ def test_refusals() -> None:
         jq.ops.eval_float(ops.BitShift(bits=1), x)
     with pytest.raises(jq.GraphError, match="32 bits"):
         jq.ops.eval_float(ops.BitShift(bits=32), jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize(("sign", "end"), [(1.0, 127), (-1.0, -128)])
+def test_a_sum_beyond_the_integers_stays_at_their_end(sign: float, end: int) -> None:
+    """100 + 100 at one place and 0 + 100 at another, by hand: 200 is 127, and -200 is -128."""
+    spec = jq.Policy(output=jq.int8(scale=2.0**-4))
+    node = jq.Node("y", ops.Scatter(axis=1, reduce="add"), ("x", "i", "s"))
+    entries = (jq.Input("x", (None, 3)), jq.Input("i", (None, 2), "int32"), jq.Input("s", (None, 2)))
+    model = jq.prepare(jq.Graph(entries, (node,), ("y",)), {}, jq.QConfig({"*": spec}), target=jq.targets.NASH_E)
+    step = sign * 2.0**-4
+    x, source = jnp.asarray([[100 * step, 0, 3 * step]]), jnp.asarray([[100 * step, 100 * step]])
+    y = jq.run_with_taps(jq.lower(model), x, jnp.asarray([[0, 1]], jnp.int32), source)["y"]
+    np.testing.assert_array_equal(y, [[end, int(100 * sign), int(3 * sign)]])

@@ -1,6 +1,8 @@
 """Checkpoints of training: what was saved comes back, a killed run goes on as if nothing had happened."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,3 +152,66 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     train(Path(sys.argv[1]))
+
+
+def test_a_damaged_checkpoint_names_the_step_before(tmp_path: Path) -> None:
+    """A bit flipped in the largest file of each part; with the folder deleted the run goes on from the step before."""
+    model = prepared()
+    state = fresh(model)
+    checkpoints = training.open_checkpoints(tmp_path / "run", model)
+    checkpoints.save(state, position={"batch": 0})
+    checkpoints.save(dataclasses.replace(state, step=state.step + 4), position={"batch": 4})
+    checkpoints.close()
+    for part in ("arrays", "meta"):
+        files = [path for path in (tmp_path / "run" / "4" / part).rglob("*") if path.is_file()]
+        flip(max(files, key=lambda path: path.stat().st_size))
+        checkpoints = training.open_checkpoints(tmp_path / "run", model)
+        with pytest.raises(jq.FormatError, match=r"checkpoint 4 in .* is damaged: .* to go on from step 0"):
+            checkpoints.restore(state)
+        found = checkpoints.restore(state, step=0)
+        assert found is not None
+        assert found.position == {"batch": 0}
+        checkpoints.close()
+    shutil.rmtree(tmp_path / "run" / "4")
+    flip(tmp_path / "run" / "0" / "meta" / "metadata")
+    checkpoints = training.open_checkpoints(tmp_path / "run", model)
+    with pytest.raises(jq.FormatError, match=r"checkpoint 0 in .* from the beginning, for there is no step before"):
+        checkpoints.restore(state)
+    with pytest.raises(jq.FormatError, match=r"no checkpoint 4 in .* there are 0"):
+        checkpoints.restore(state, step=4)
+    checkpoints.close()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_another_position_is_seen(tmp_path: Path) -> None:
+    """JSON that still reads, with another number in it."""
+    model = prepared()
+    checkpoints = training.open_checkpoints(tmp_path, model)
+    checkpoints.save(fresh(model), position={"batch": 12})
+    meta = tmp_path / "0" / "meta" / "metadata"
+    assert meta.read_text().count('"batch": 12') == 1
+    meta.write_text(meta.read_text().replace('"batch": 12', '"batch": 13'))
+    with pytest.raises(jq.FormatError, match="its content differs from its digest"):
+        checkpoints.restore(fresh(model))
+    checkpoints.close()
+
+
+def test_a_folder_has_one_run(tmp_path: Path) -> None:
+    model = prepared()
+    first = training.open_checkpoints(tmp_path, model)
+    with pytest.raises(OSError, match="used already by this process; close"):
+        training.open_checkpoints(tmp_path, model)
+    take = f"take_lock(Path({str(tmp_path / '.lock')!r}))"
+    script = f"from pathlib import Path; from jquant.host.locks import take_lock; {take}"
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (
+        f"BlockingIOError: {tmp_path} is used already by the process {os.getpid()}; take another folder" in other.stderr
+    )
+    first.close()
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0  # it died with the lock
+    training.open_checkpoints(tmp_path, model).close()

@@ -1,0 +1,59 @@
+"""Random graphs over every operator; `make fuzz` draws thousands, and these few are drawn each time."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from support import any_graphs
+from support.properties import check, check_json, check_split
+
+import jquant as jq
+from jquant.graph.checks import validate
+
+
+def test_every_operator_is_drawn() -> None:
+    """A new operator has a case of conformance, and with it a place here."""
+    assert not any_graphs.missing()
+
+
+def test_each_operator_makes_a_graph() -> None:
+    """Each stands in a graph of its own that is valid, by the first of its cases that fits."""
+    for i, name in enumerate(any_graphs.cases()):
+        made: set[str] = set()
+        for chosen in range(3):
+            draft = any_graphs.Draft()
+            if name not in made and any_graphs.add_step(draft, (i, chosen, 1)):
+                made |= {type(node.op).__name__ for node in draft.nodes}
+                validate(jq.Graph(tuple(draft.inputs), tuple(draft.nodes), (draft.nodes[-1].name,)), draft.params)
+        assert name in made
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+@given(any_graphs.any_networks())
+def test_floats(steps: list[any_graphs.Step]) -> None:
+    drawn = any_graphs.build(steps)
+    if drawn is not None:
+        check_json(drawn)
+        check_split(drawn)
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::jquant.types.OutlierWarning")
+def test_every_property(seed: int) -> None:
+    assert check(any_graphs.steps_of(seed)).endswith("integers")
+
+
+def test_a_failure_is_made_smaller_and_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("fuzz_graphs", Path(__file__).parent / "graphs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def outcome(steps: list) -> tuple[str, str]:
+        return ("failed" if (2, 2, 2) in steps and (4, 4, 4) in steps else "checked"), ""
+
+    monkeypatch.setattr(module, "outcome", outcome)
+    assert module.smaller([(i, i, i) for i in range(5)]) == [(2, 2, 2), (4, 4, 4)]
+    assert compile(module.SCRIPT.format(name="x.py", steps=[(1, 2, 3)]), "x.py", "exec")

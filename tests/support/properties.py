@@ -1,0 +1,156 @@
+"""What holds of every graph: one check a property. An error of jquant that refuses a graph is no failure."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from support.any_graphs import Drawn, Step, build
+
+import jquant as jq
+from jquant.types import JQuantError
+
+REFUSALS = (JQuantError,)
+
+
+def check(steps: list[Step]) -> str:
+    """All properties of a graph; "" where no step fits, else what was checked. Raises Refused or AssertionError."""
+    drawn = build(steps)
+    if drawn is None:
+        return ""
+    checked = []
+    for name, property_of in PROPERTIES.items():
+        property_of(drawn)
+        checked.append(name)
+    return ", ".join([*checked, *check_integers(drawn)])
+
+
+def close(a: Any, b: Any, allowed: Any, what: str) -> None:
+    """Floats that are within what is allowed of each other, where both are finite."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, what
+    both = np.isfinite(a) & np.isfinite(b)
+    np.testing.assert_array_less(np.where(both, np.abs(a - b), 0.0), np.where(both, allowed, 1.0), err_msg=what)
+
+
+def tolerance(drawn: Drawn, x: tuple[Any, ...], outputs: tuple[Any, ...]) -> list[np.ndarray]:
+    """For each output how far rounding may move it: ten times what 2^-20 of the inputs moves it, and 2^-16 of it."""
+    allowed = [np.zeros(np.shape(y)) for y in outputs]
+    for sign in (1.0, -1.0):
+        moved = tuple(a * np.float32(1 + sign * 2.0**-20) if a.dtype == np.float32 else a for a in x)
+        params = {k: v * np.float32(1 + sign * 2.0**-20) for k, v in drawn.params.items()}
+        for i, y in enumerate(jq.graph.evaluate_float(drawn.graph, params, *moved)):
+            difference = np.abs(np.asarray(y, np.float64) - np.asarray(outputs[i], np.float64))
+            allowed[i] = np.maximum(allowed[i], np.where(np.isfinite(difference), difference, np.inf))
+    largest = [np.abs(np.nan_to_num(np.asarray(y, np.float64))).max(initial=0.0) for y in outputs]
+    return [10 * a + 2.0**-16 * (1 + most) for a, most in zip(allowed, largest, strict=True)]
+
+
+def is_smooth(allowed: list[np.ndarray], outputs: tuple[Any, ...]) -> bool:
+    """Whether a small change of the inputs changes the outputs little; not so at ties, jumps and overflows."""
+    return all(
+        np.asarray(y).dtype == np.float32
+        and bool(np.isfinite(np.asarray(y)).all() and (a < 1e-2 * (1 + np.abs(np.asarray(y)).max(initial=0.0))).all())
+        for a, y in zip(allowed, outputs, strict=True)
+    )
+
+
+def check_json(drawn: Drawn) -> None:
+    """A graph comes back from its JSON."""
+    assert jq.graph.graph_from_json(jq.graph.graph_to_json(drawn.graph)) == drawn.graph
+
+
+def check_split(drawn: Drawn) -> None:
+    """An example alone is what it is in its batch."""
+    x = drawn.inputs[0]
+    whole = jq.graph.evaluate_float(drawn.graph, drawn.params, *x)
+    allowed = tolerance(drawn, x, whole)
+    if not is_smooth(allowed, whole):
+        return
+    for i in range(2):
+        alone = jq.graph.evaluate_float(drawn.graph, drawn.params, *(a[i : i + 1] for a in x))
+        for a, b, most in zip(alone, whole, allowed, strict=True):
+            close(a, b[i : i + 1], most[i : i + 1], "an example alone")
+
+
+def check_onnx(drawn: Drawn) -> None:
+    """What ONNX can say comes back from it with the same meaning."""
+    from jquant_converters import from_onnx, to_onnx
+
+    try:
+        content = to_onnx(drawn.graph, drawn.params).SerializeToString()
+    except JQuantError:
+        return
+    graph, params = from_onnx(content)
+    x = drawn.inputs[0]
+    whole = jq.graph.evaluate_float(drawn.graph, drawn.params, *x)
+    allowed = tolerance(drawn, x, whole)
+    if is_smooth(allowed, whole):
+        for a, b, most in zip(jq.graph.evaluate_float(graph, params, *x), whole, allowed, strict=True):
+            close(a, b, most, "through ONNX")
+
+
+PROPERTIES: dict[str, Callable[[Drawn], None]] = {"JSON": check_json, "split": check_split, "ONNX": check_onnx}
+
+
+def check_integers(drawn: Drawn) -> list[str]:
+    """Float of the plan, and every meaning of the integers: jit, reference, batch, vmap, a file."""
+    try:
+        model = jq.prepare(drawn.graph, drawn.params, drawn.qconfig, target=jq.targets.NASH_E, strict=False)
+        model = jq.calibrate(model, list(drawn.inputs[:2])) if model.plan.trained else model
+    except REFUSALS as error:
+        return [f"refused: {error}"]
+    x = drawn.inputs[2]
+    check_plan_in_float(drawn, model, x)
+    try:
+        program = jq.lower(model)
+    except REFUSALS as error:
+        return ["plan", f"refused: {error}"]
+    check_reference(program, x)
+    check_run(model, program, x)
+    return ["plan", "integers"]
+
+
+def check_plan_in_float(drawn: Drawn, model: jq.Model, x: tuple[Any, ...]) -> None:
+    """Fake-quant off is the float model."""
+    whole = jq.graph.evaluate_float(drawn.graph, drawn.params, *x)
+    allowed = tolerance(drawn, x, whole)
+    if is_smooth(allowed, whole):
+        found = jq.apply(model, *x, mode="float")
+        found = found if isinstance(found, tuple) else (found,)
+        for a, b, most in zip(found, whole, allowed, strict=True):
+            close(a, b, most, "fake-quant off")
+
+
+def check_reference(program: jq.Program, x: tuple[Any, ...]) -> None:
+    """Every integer is that of the numpy reference."""
+    fast = jq.run_with_taps(program, *x)
+    _, slow = jq.reference.run(program, *map(np.asarray, x))
+    for name in program.graph.values:
+        np.testing.assert_array_equal(np.asarray(fast[name]), slow[name], err_msg=f"{name}: run and reference")
+
+
+def check_run(model: jq.Model, program: jq.Program, x: tuple[Any, ...]) -> None:
+    """Outputs are the same in bit_true, in jit, for an example alone, under vmap, and from a file."""
+    whole = _tuple(jq.run(program, *x))
+    others = {"bit_true": _tuple(jq.apply(model, *x, mode="bit_true"))}
+    if len(program.graph.nodes) % 2:  # one of the two, for each compiles a program of its own
+        mapped = jax.vmap(lambda *one: jq.run(program, *(a[None] for a in one)))(*x)
+        others["vmap"] = tuple(a[:, 0] for a in _tuple(mapped))
+    else:
+        alone = [_tuple(jq.run(program, *(a[i : i + 1] for a in x))) for i in range(len(x[0]))]
+        others["split"] = tuple(np.concatenate(parts) for parts in zip(*alone, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        jq.save(Path(folder) / "program.jq", program)
+        again = jq.load(Path(folder) / "program.jq")
+    assert str(again) == str(program)
+    others["file"] = _tuple(jq.run(again, *x))
+    for what, found in others.items():
+        for a, b in zip(found, whole, strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=what)
+
+
+def _tuple(outputs: Any) -> tuple[Any, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
