@@ -5,11 +5,12 @@ VENV   := .venv
 DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DOCS   := .venv-docs
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-models conformance foreign support figures fuzz lint format wheel clean
+.PHONY: help venv demo test test-slow test-models conformance foreign support figures fuzz docs lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,20 +62,33 @@ figures: $(STAMP)  ## measure QAT on the checkpoints and pictures in DATA, write
 	@$(BIN)/python benchmarks/qat_cifar.py --data $(DATA)
 	@$(BIN)/python benchmarks/qat_camvid.py --data $(DATA)
 
-lint: $(STAMP)  ## check style, format and types
+# Tools of the site and of releases have an environment of their own: nothing else needs them.
+$(DOCS)/.installed: requirements-docs.txt
+	@echo "installing the tools of the site into $(DOCS)"
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip --quiet --disable-pip-version-check --no-input install -r $<
+	@touch $@
+
+docs: $(DOCS)/.installed  ## build the site into site/, offline; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+lint: $(STAMP)  ## check style, format, types and spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/codespell
 
 format: $(STAMP)  ## fix what of style and format can be fixed without a person
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format .
 
 # build/ goes first: setuptools would ship what an earlier build left there.
-wheel: $(STAMP)  ## build dist/*.whl
-	@rm -rf build
-	@$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+wheel: $(STAMP) $(DOCS)/.installed  ## build and check dist/*.whl and dist/*.tar.gz
+	@rm -rf build dist
+	@$(BIN)/python -m build --no-isolation --outdir dist .
+	@$(DOCS)/bin/twine check --strict dist/*
 
 clean:  ## remove what was built and cached, but not .venv
-	@rm -rf build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist out site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

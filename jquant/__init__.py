@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import jquant.host.interrupts  # noqa: F401  # it answers Ctrl-C while the rest is imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from jquant.api import *  # noqa: F403

@@ -102,8 +102,14 @@ def prepare(
     made = Preparation(graph, graph, to_host(params), qconfig, find_target(target), options)
     for run in PASSES:
         made = run(made)
+    plan = made.plan()
+    if both := sorted(plan.values.keys() & plan.weights.keys()):
+        raise QConfigError(
+            f"{both[0]!r} is the name of a value and of a weight, whose scales would be one; rename the parameter or "
+            "the input in the model"
+        )
     kept = {key: params[key] if value is made.given.get(key) else value for key, value in made.params.items()}
-    return Model(made.plan(), {key: to_device(value) for key, value in kept.items()})
+    return Model(plan, {key: to_device(value) for key, value in kept.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -347,13 +347,13 @@ def test_a_plain_subclass_of_tensor_is_imported():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The README
+# The first hour
 
 
-def test_the_training_loop_of_the_readme_takes_live_batch_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_training_loop_of_the_first_hour_takes_live_batch_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It had no label for batch norm and dropped the statistics."""
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "first-hour.md").read_text(encoding="utf-8")
     first, _, loop = re.findall(r"```python\n(.*?)```", page, flags=re.S)[:3]
     assert "batch_norm" in loop
     setup = first.partition("print(jq.explain(model))")[0].replace("NASH_E)", 'NASH_E, batch_norm="live")')

@@ -44,7 +44,8 @@ class _Builder:
         scope = self.scopes.dotted(draft.scope)
         kind = snake_case(type(draft.op).__name__)
         kind = repr(draft.op.call) if isinstance(draft.op, ops.Opaque) else kind
-        name = unique(module or (f"{scope}.{kind}" if scope else kind), self.taken)
+        name = unique(module or (f"{scope}.{kind}" if scope else kind), self.taken | set(self.leaves))
+        self.taken.add(name)
         self.names[draft] = name
         for role, known in draft.params.items():
             self.key(known, f"{name}.{role}")

@@ -225,3 +225,30 @@ def test_a_parameter_that_is_not_finite_is_named() -> None:
     broken = {"dense": {"kernel": jnp.full((4, 3), jnp.nan), "bias": jnp.zeros(3)}}
     with pytest.raises(jq.CalibrationError, match=re.escape("'dense.kernel'")):
         jq.trace(dense, broken, X)
+
+
+@pytest.mark.parametrize("name", ["conv", "relu"])
+def test_a_parameter_with_the_name_of_an_operator_keeps_a_scale_of_its_own(name):
+    """The node had the name of its weight, and calibration put the scales of one in the place of the other."""
+
+    def fn(params, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, params[name], (1, 1), "SAME", dimension_numbers=layout)
+        return jax.nn.relu(x).mean((1, 2))
+
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(8, 4, 4, 2)), jnp.float32)
+    graph, params = jq.trace(fn, {name: kernel}, x)
+    assert name in params
+    assert name not in graph.by_name
+    model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default(observer="min_max")), target="nash-e")
+    model = jq.calibrate(model, [x])
+    error = jq.run(jq.lower(model), x) - fn({name: kernel}, x)
+    assert float(jnp.abs(error).max()) < 0.05  # 4 LSB of a mean below 1.5, of int8
+
+
+def test_an_input_with_the_name_of_a_parameter_is_refused():
+    graph, params = jq.trace(lambda params, x: x @ params["x"], {"x": jnp.eye(3)}, jnp.ones((2, 3)))
+    with pytest.raises(jq.QConfigError, match=r"'x' is the name of a value and of a weight.*rename"):
+        jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target="nash-e")
