@@ -182,7 +182,11 @@ def _(op: ops.Gather, call: Call) -> None:
 def _(op: ops.Scatter, call: Call) -> None:
     x, index, source = call.inputs
     at = _index(call, index, x.shape[op.axis])
-    call.add("ScatterElements", x, at, source, axis=op.axis, reduction=op.reduce)
+    first = {"none": 13, "add": 16}.get(op.reduce, 18)
+    if call.opset < first:
+        raise Unsupported(f"ScatterElements that reduces by {op.reduce!r} needs opset {first}")
+    reduction = None if call.opset < 16 else op.reduce
+    call.add("ScatterElements", x, at, source, axis=op.axis, reduction=reduction)
 
 
 @emit.register(ops.TopK)
