@@ -48,6 +48,7 @@ Form = Literal["qdq", "float", "qonnx"]
 # The opset of what has no int16 and int4: at opset 21, onnxruntime's default optimizations make files of int8 that it
 # then refuses ("output_dtype INT8 does not match y_zero_point type UINT8").
 PLAIN_OPSET = 19
+MAX_BYTES = 2**31 - 1  # of a protobuf
 METADATA = "jquant.quantization"  # key of the model's metadata: `quantization_table` as JSON
 
 # Operators that keep the scale of their operand and still leave its grid: the smallest integer saturates (Neg, Abs), or
@@ -139,6 +140,7 @@ def to_onnx(
         exported.metadata_props.add(key=METADATA, value=text)
     onnx.checker.check_model(exported, full_check=exported.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF)
     if path is not None:
+        _check_size(exported)
         _write(Path(path), exported.SerializeToString())
         if text is not None:
             _write(Path(path).with_suffix(".json"), text.encode())
@@ -177,6 +179,15 @@ def _entry(spec: QuantSpec, scale: Array | None) -> dict[str, Any]:
     steps = np.asarray(scale, np.float32)
     threshold = steps.astype(np.float64) * -spec.range[0] if spec.range[0] else steps.astype(np.float64) * spec.range[1]
     return {"dtype": spec.dtype, "scale": steps.tolist(), "threshold": threshold.tolist()}
+
+
+def _check_size(model: onnx.ModelProto) -> None:
+    size = model.ByteSize()
+    if size > MAX_BYTES:
+        raise ConversionError(
+            f"the file has {size} bytes, and a protobuf holds {MAX_BYTES} at most: leave out `path`, and "
+            "onnx.save_model(model, path, save_as_external_data=True) writes the weights beside it"
+        )
 
 
 def _write(path: Path, content: bytes) -> None:
