@@ -1,6 +1,7 @@
 """Makes the files in tests/foreign anew: each tool, pinned, in an environment of its own under a temporary folder.
 
-`python tests/foreign/make/make.py [tool ...]`. It takes minutes and some gigabytes, which are removed at the end.
+`python tests/foreign/make/make.py [tool ...]`. It takes minutes and some gigabytes, which are removed at the end. What
+NNCF and torchao compute with kernels that onnxruntime and torch choose may differ in the last bit on another CPU.
 """
 
 import os
