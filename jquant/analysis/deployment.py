@@ -63,16 +63,18 @@ def _support(plan: Plan, node: Node, params: Mapping[str, Any], types: Mapping[s
     everywhere = tuple(row for row in CONSTRAINTS.get(march, ()) if not row.operators)
     for row in (*rows, *everywhere):
         found = _measured(row, plan, node, params, types)
-        if found is not None and not _holds(row, found):
+        if not _holds(row, found):
             shown = " and ".join(sorted(found)) if isinstance(found, set) else str(found)
             reason = f"{WHAT[row.quantity]}: {shown}, documented is {row.limit}"
-            return OperatorSupport(where=node.name, operator=kind, state="beyond", reason=reason, source=row.source)
+            return OperatorSupport(
+                where=node.name, operator=kind, state="beyond", reason=reason, source=row.page.source
+            )
     if not rows:
         return OperatorSupport(
             where=node.name, operator=kind, state="unknown", reason="no public row is known", source=""
         )
     limits = "; ".join(f"{WHAT[row.quantity]} {row.limit}" for row in rows)
-    sources = ", ".join(dict.fromkeys(row.source for row in rows))
+    sources = ", ".join(dict.fromkeys(row.page.source for row in rows))
     return OperatorSupport(where=node.name, operator=kind, state="within", reason=limits, source=sources)
 
 
@@ -82,8 +84,8 @@ def _holds(row: Constraint, found: set[str] | int) -> bool:
 
 def _measured(
     row: Constraint, plan: Plan, node: Node, params: Mapping[str, Any], types: Mapping[str, Any]
-) -> set[str] | int | None:
-    """What a node has of a quantity; None where it has none."""
+) -> set[str] | int:
+    """What a node has of a quantity."""
     op: Any = node.op
 
     def dtype(name: str) -> str:
@@ -106,7 +108,6 @@ def _measured(
             return prod(types[node.inputs[0]].shape[axis] for axis in op.axes)
         case "searched":
             return int(types[node.inputs[0]].shape[op.axis])
-    return None
 
 
 def support_table(entries: Iterable[OperatorSupport]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Quantity = Literal["operands", "result", "kernel", "products", "reduced", "searched", "rank"]
 WHAT: Mapping[Quantity, str] = {
@@ -21,6 +21,13 @@ WHAT: Mapping[Quantity, str] = {
 }
 
 
+class Page(NamedTuple):
+    """Where a row stems from, and the version that the page states."""
+
+    source: str
+    version: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
     """One documented limit of operators.
@@ -29,7 +36,7 @@ class Constraint:
     `quantity`   what is limited, see `WHAT`
     `allowed`    names of dtypes
     `least`, `most`  for a number
-    `source`, `version`  the page, and the version that it states
+    `page`  where it is documented
     """
 
     operators: tuple[str, ...]
@@ -37,8 +44,7 @@ class Constraint:
     allowed: tuple[str, ...] = ()
     least: int = 0
     most: int = 0
-    source: str
-    version: str
+    page: Page
 
     @property
     def limit(self) -> str:
@@ -47,31 +53,31 @@ class Constraint:
 
 _LISTS = "https://toolchain.d-robotics.cc/guide/appendix/supported_op_list/operator_constraints_bpu/"
 # Of this page the public copy that was read has the rows from abs to argmax.
-_TORCH = {"source": f"{_LISTS}torch_operator_constraints_list_j6em.html", "version": "S100, read in 2026, not dated"}
-_ARITHMETIC = {"source": "docs/nash-arithmetic.md, sections 4 and 5", "version": "what is documented there"}
+_TORCH = Page(f"{_LISTS}torch_operator_constraints_list_j6em.html", "S100, read in 2026, not dated")
+_ARITHMETIC = Page("docs/nash-arithmetic.md, sections 4 and 5", "what is marked there as documented")
 _NUMBERS = ("int8", "int16")
 
 S100: tuple[Constraint, ...] = (
-    Constraint(operators=(), quantity="rank", least=0, most=10, **_ARITHMETIC),
-    Constraint(operators=("Abs", "Acos", "Acosh"), quantity="operands", allowed=_NUMBERS, **_TORCH),
-    Constraint(operators=("Abs", "Acos", "Acosh"), quantity="result", allowed=_NUMBERS, **_TORCH),
+    Constraint(operators=(), quantity="rank", least=0, most=10, page=_ARITHMETIC),
+    Constraint(operators=("Abs", "Acos", "Acosh"), quantity="operands", allowed=_NUMBERS, page=_TORCH),
+    Constraint(operators=("Abs", "Acos", "Acosh"), quantity="result", allowed=_NUMBERS, page=_TORCH),
     # int32 too, where the addition is fused into a convolution: such a node is none of its own here.
-    Constraint(operators=("Add",), quantity="operands", allowed=_NUMBERS, **_TORCH),
-    Constraint(operators=("Add",), quantity="result", allowed=_NUMBERS, **_TORCH),
-    Constraint(operators=("ReduceAll", "ReduceAny"), quantity="operands", allowed=("bool",), **_TORCH),
-    Constraint(operators=("ReduceAll", "ReduceAny"), quantity="reduced", least=1, most=65535, **_TORCH),
-    Constraint(operators=("ArgMax", "ArgMin"), quantity="operands", allowed=_NUMBERS, **_TORCH),
-    Constraint(operators=("ArgMax", "ArgMin"), quantity="searched", least=1, most=32767, **_TORCH),
-    Constraint(operators=("ArgMax", "ArgMin"), quantity="result", allowed=("int32", "int64"), **_TORCH),
-    Constraint(operators=("Conv", "ConvTranspose", "Linear"), quantity="operands", allowed=_NUMBERS, **_ARITHMETIC),
+    Constraint(operators=("Add",), quantity="operands", allowed=_NUMBERS, page=_TORCH),
+    Constraint(operators=("Add",), quantity="result", allowed=_NUMBERS, page=_TORCH),
+    Constraint(operators=("ReduceAll", "ReduceAny"), quantity="operands", allowed=("bool",), page=_TORCH),
+    Constraint(operators=("ReduceAll", "ReduceAny"), quantity="reduced", least=1, most=65535, page=_TORCH),
+    Constraint(operators=("ArgMax", "ArgMin"), quantity="operands", allowed=_NUMBERS, page=_TORCH),
+    Constraint(operators=("ArgMax", "ArgMin"), quantity="searched", least=1, most=32767, page=_TORCH),
+    Constraint(operators=("ArgMax", "ArgMin"), quantity="result", allowed=("int32", "int64"), page=_TORCH),
+    Constraint(operators=("Conv", "ConvTranspose", "Linear"), quantity="operands", allowed=_NUMBERS, page=_ARITHMETIC),
     Constraint(
         operators=("Conv", "ConvTranspose", "Linear"),
         quantity="result",
         allowed=("int8", "int16", "int32"),
-        **_ARITHMETIC,
+        page=_ARITHMETIC,
     ),
-    Constraint(operators=("Conv", "ConvTranspose"), quantity="kernel", least=1, most=31, **_ARITHMETIC),
-    Constraint(operators=("Conv", "ConvTranspose"), quantity="products", least=1, most=65535, **_ARITHMETIC),
+    Constraint(operators=("Conv", "ConvTranspose"), quantity="kernel", least=1, most=31, page=_ARITHMETIC),
+    Constraint(operators=("Conv", "ConvTranspose"), quantity="products", least=1, most=65535, page=_ARITHMETIC),
 )
 
 # By the name of a march. The pages speak of S100 and S100P together.

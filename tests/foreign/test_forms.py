@@ -133,6 +133,17 @@ def test_uint8_with_zero_point_128_is_int8():
     assert unsigned.plan.values["conv"].dtype == "int8"
 
 
+def test_uint16_with_zero_point_32768_is_int16():
+    """onnxruntime's symmetric QUInt16."""
+    x = draw(2, 4, 5, 5)
+    signed, unsigned = (relu_net(d, z, 2**-11) for d, z in ((np.int16, 0), (np.uint16, 32768)))
+    found, other = (model_from_onnx(file, target=EXACT) for file in (unsigned, signed))
+    assert str(found.plan.values["conv"]) == "int16"
+    for (a,), (b,) in zip(both(found, x), both(other, x), strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, run_onnxruntime(unsigned, x)[0])
+
+
 @pytest.mark.parametrize(("dtype", "zero"), [(np.uint8, 100), (np.int8, -128)])
 def test_widened_values_are_exact(dtype, zero):
     file, x = relu_net(dtype, zero), draw(2, 4, 5, 5) * 4
