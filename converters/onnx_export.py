@@ -42,12 +42,13 @@ from .onnx_out import (
     framework_layout,
     refuse,
 )
+from .onnx_out.opsets import NARROW_AND_WIDE_OPSET, check_operators, check_opset, ir_version
 
 Form = Literal["qdq", "float", "qonnx"]
-# The first opset whose QuantizeLinear has int16 and int4, and the opset of all else: at opset 21, onnxruntime's default
-# optimizations make files of int8 that it then refuses ("output_dtype INT8 does not match y_zero_point type UINT8").
-NARROW_AND_WIDE_OPSET, PLAIN_OPSET = 21, 19
-IR_VERSIONS = {NARROW_AND_WIDE_OPSET: 10, PLAIN_OPSET: 9}
+# The opset of what has no int16 and int4: at opset 21, onnxruntime's default optimizations make files of int8 that it
+# then refuses ("output_dtype INT8 does not match y_zero_point type UINT8").
+PLAIN_OPSET = 19
+MAX_BYTES = 2**31 - 1  # of a protobuf
 METADATA = "jquant.quantization"  # key of the model's metadata: `quantization_table` as JSON
 
 # Operators that keep the scale of their operand and still leave its grid: the smallest integer saturates (Neg, Abs), or
@@ -65,6 +66,7 @@ def to_onnx(
     *,
     path: str | os.PathLike[str] | None = None,
     form: Form | None = None,
+    opset: int | None = None,
 ) -> onnx.ModelProto:
     """Exports a model or a float graph. Names are jquant's; the layout is the framework's, NCHW; the batch is symbolic.
 
@@ -78,12 +80,14 @@ def to_onnx(
         "qonnx": the same with a Quant node of QONNX in place of each pair; onnxruntime does not run it.
         "float": opset 19, weights on their grids, the rest float; the table is in the metadata too, under
         "jquant.quantization".
+      opset: another opset, 13 to 28, such as that of the file that the model came from; int16 and int4 need 21.
 
     Returns:
       The model, checked by onnx.checker.
 
     Raises:
-      ConversionError: what has no ONNX form, in one error. CalibrationError, GraphError: parameters that do not fit.
+      ConversionError: what has no ONNX form, or none at this opset, in one error. CalibrationError, GraphError:
+        parameters that do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jquant as jq
@@ -122,8 +126,11 @@ def to_onnx(
     numbers: _Numbers = _Float(dict(params))
     if model is not None:
         numbers = (_Snapped if form == "float" else _Qdq)(dict(params), model.plan, dict(model.qparams))
+    check_opset(opset, numbers.needs_opset() >= NARROW_AND_WIDE_OPSET)
+    numbers.wanted_opset = opset
     exporter = _Exporter(graph, params, numbers, numbers.opset())
     exported = exporter.export()
+    check_operators(exported.graph.node, numbers.opset())
     if model is not None and form != "float":
         write_notes(exported, model.plan, exporter.groups)
     if form == "qonnx":
@@ -133,6 +140,7 @@ def to_onnx(
         exported.metadata_props.add(key=METADATA, value=text)
     onnx.checker.check_model(exported, full_check=exported.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF)
     if path is not None:
+        _check_size(exported)
         _write(Path(path), exported.SerializeToString())
         if text is not None:
             _write(Path(path).with_suffix(".json"), text.encode())
@@ -173,6 +181,15 @@ def _entry(spec: QuantSpec, scale: Array | None) -> dict[str, Any]:
     return {"dtype": spec.dtype, "scale": steps.tolist(), "threshold": threshold.tolist()}
 
 
+def _check_size(model: onnx.ModelProto) -> None:
+    size = model.ByteSize()
+    if size > MAX_BYTES:
+        raise ConversionError(
+            f"the file has {size} bytes, and a protobuf holds {MAX_BYTES} at most: leave out `path`, and "
+            "onnx.save_model(model, path, save_as_external_data=True) writes the weights beside it"
+        )
+
+
 def _write(path: Path, content: bytes) -> None:
     """An interrupted write leaves an existing file as it was."""
     with replacing(path) as partial:
@@ -190,6 +207,7 @@ class _Float:
     params: dict[str, Array]
     # {(parameter, whether as a weight): its value in the file}. An embedding may share its table with a linear layer.
     written: dict[tuple[str, bool], str] = field(default_factory=dict)
+    wanted_opset: int | None = None
 
     @property
     def number_rounding(self) -> str:
@@ -223,6 +241,9 @@ class _Float:
         return False
 
     def opset(self) -> int:
+        return self.wanted_opset or self.needs_opset()
+
+    def needs_opset(self) -> int:
         return PLAIN_OPSET
 
 
@@ -318,7 +339,7 @@ class _Qdq(_Snapped):
 
         At opset 21 onnxruntime would put one there itself, and then refuse its own file.
         """
-        return spec is not None and spec.dtype == "int8" and self.opset() == NARROW_AND_WIDE_OPSET
+        return spec is not None and spec.dtype == "int8" and self.opset() >= NARROW_AND_WIDE_OPSET
 
     def snap(self, name: str, value: float) -> float:
         """A bound or a fill as the integers have it: rounded, saturated."""
@@ -336,7 +357,7 @@ class _Qdq(_Snapped):
         spec = self.plan.values[name]
         return "" if spec is None else spec.dtype
 
-    def opset(self) -> int:
+    def needs_opset(self) -> int:
         found = {spec.dtype for spec in (*self.plan.values.values(), *self.plan.weights.values()) if spec is not None}
         return NARROW_AND_WIDE_OPSET if found & {"int4", "int16"} else PLAIN_OPSET
 
@@ -465,7 +486,7 @@ class _Exporter:
         model: onnx.ModelProto = onnx.helper.make_model(
             graph,
             opset_imports=[onnx.helper.make_opsetid("", opset)],
-            ir_version=IR_VERSIONS[opset],
+            ir_version=ir_version(opset),
             producer_name="jquant",
         )
         return model

@@ -23,6 +23,7 @@ from jquant.types import Array, ConversionError, FrozenMap, Graph, Input, JQuant
 from .file_names import naming
 from .foreign import MODES, Change, Refusals, ZeroPoint, is_quantized, to_qdq
 from .foreign.branches import without_branches
+from .foreign.torch_ranges import warn_of_lost_ranges
 from .index_arithmetic import exact_indices
 from .onnx_groups import Group, unchanged
 from .onnx_in import (
@@ -128,6 +129,7 @@ def read(
         raise ConversionError(f"zero_point is {zero_point!r}; it is one of {', '.join(map(repr, MODES))}")
     try:
         notes = read_notes(model)
+        warn_of_lost_ranges(model)
         model = without_branches(model)
         changes: tuple[Change, ...] = ()
         dynamic = False

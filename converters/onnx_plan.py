@@ -102,6 +102,7 @@ def model_from_onnx(
 
     Warns:
       ScaleWarning: weights with scales below 2^-23, and how many.
+      RangeWarning: a range such as -127 to 127, which torch.onnx left out of the file.
     """
     with naming(source):
         return model_from_imported(read(source, shapes, zero_point), target, batches)

@@ -6,6 +6,7 @@
 from typing import TYPE_CHECKING
 
 from jquant import analysis as analysis
+from jquant import board as board
 from jquant import calibration as calibration
 from jquant import config as config
 from jquant import evaluation as evaluation

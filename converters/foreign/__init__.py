@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from . import clips, dynamic, qonnx, qoperator, zero_points
-from .edit import Change, Editor
+from .edit import WIDE, Change, Editor
 from .zero_points import MODES, Refusals, ZeroPoint
 
 _QUANTIZED = (
@@ -40,4 +40,13 @@ def to_qdq(model: onnx.ModelProto, folder: Path | None, zero_point: ZeroPoint = 
         for step in (dynamic, qoperator, qonnx, clips):
             step.rewrite(editor)
         zero_points.rewrite(editor, zero_point)
+    _drop_left_over(copy)
     return editor
+
+
+def _drop_left_over(model: onnx.ModelProto) -> None:
+    """Takes out zero points that nothing reads any more, of dtypes that the reader does not have."""
+    read = {name for node in model.graph.node for name in node.input} | {entry.name for entry in model.graph.output}
+    wide = (onnx.TensorProto.UINT4, *WIDE)
+    for tensor in [t for t in model.graph.initializer if t.data_type in wide and t.name not in read]:
+        model.graph.initializer.remove(tensor)

@@ -69,7 +69,7 @@ def _unequal(op: Any, call: Call, kind: str) -> None:
         for start, stop in bins_of(n, m):
             bounds = [call.integers([v], f"bound_{i}") for v in (start, stop)]
             piece = call.add("Slice", y, *bounds, axis, part=f"slice_{i}")
-            parts.append(call.add(kind, piece, axis, part=f"bin_{i}", keepdims=1))
+            parts.append(call.reduce(kind, piece, [i + 1], f"bin_axis_{i}", part=f"bin_{i}", keepdims=1))
         y = call.add("Concat", *parts, part="" if i == len(op.output_size) else f"axis_{i}_joined", axis=i + 1)
 
 
@@ -101,16 +101,25 @@ def _(op: ops.Interpolate, call: Call) -> None:
     if op.scale_factor is not None and not op.recompute_scale_factor and not op.align_corners:
         sizes, outs = call.static(x.shape[2:]), call.static(call.output.shape[2:])
         each = zip(op.scale_factor, sizes, outs, strict=True)
-        factors = [m / n if factor_is_ignored(op, n, m) else f for f, n, m in each]
-        if any(int(np.float32(n) * np.float32(f)) != m for f, n, m in zip(factors, sizes, outs, strict=True)):
-            raise Unsupported(f"factors {factors}, which give another size of {sizes} in float32; resize to a size")
-        call.add("Resize", x, "", call.constant((1.0, 1.0, *factors), "scales"), **options)
+        _by_factors(call, [m / n if factor_is_ignored(op, n, m) else f for f, n, m in each], options)
+        return
+    sizes, outs = call.static(x.shape[2:]), call.static(call.output.shape[2:])
+    if call.opset < 18:  # which has no axes, so that a size of the batch would be needed too
+        _by_factors(call, [m / n for n, m in zip(sizes, outs, strict=True)], options)
         return
     axes = list(range(2, len(x.shape)))
-    if call.opset < 18:
-        raise Unsupported("Resize to a size with a free batch needs opset 18")
-    wanted = call.integers(call.static(call.output.shape[2:]), "sizes")
-    call.add("Resize", x, "", "", wanted, axes=axes, **options)
+    call.add("Resize", x, "", "", call.integers(outs, "sizes"), axes=axes, **options)
+
+
+def _by_factors(call: Call, factors: list[float], options: dict[str, Any]) -> None:
+    """Sizes times factors, cut to integers, as ONNX has it in float32."""
+    (x,) = call.inputs
+    sizes, outs = call.static(x.shape[2:]), call.static(call.output.shape[2:])
+    if any(int(np.float32(n) * np.float32(f)) != m for f, n, m in zip(factors, sizes, outs, strict=True)):
+        raise Unsupported(
+            f"factors {factors}, which give another size of {sizes} in float32; resize to a size, at opset 18 or later"
+        )
+    call.add("Resize", x, "", call.constant((1.0, 1.0, *factors), "scales"), **options)
 
 
 @emit.register

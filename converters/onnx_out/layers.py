@@ -140,9 +140,8 @@ def _(op: ops.LayerNorm, call: Call) -> None:
 @emit.register
 def _(op: ops.RmsNorm, call: Call) -> None:
     (x,) = call.inputs
-    axes = call.integers(list(range(-op.rank, 0)), "axes")
     square = call.add("Mul", x, x, part="square")
-    mean = call.add("ReduceMean", square, axes, part="mean", keepdims=1)
+    mean = call.reduce("ReduceMean", square, list(range(-op.rank, 0)), "axes", part="mean", keepdims=1)
     shifted = call.add("Add", mean, call.constant(op.epsilon, "epsilon"), part="shifted")
     root = call.add("Sqrt", shifted, part="root")
     if "weight" not in call.params:

@@ -182,9 +182,13 @@ def _(op: ops.Gather, call: Call) -> None:
 def _(op: ops.Scatter, call: Call) -> None:
     x, index, source = call.inputs
     at = _index(call, index, x.shape[op.axis])
+    first = {"none": 13, "add": 16}.get(op.reduce, 18)
+    if call.opset < first:
+        raise Unsupported(f"ScatterElements that reduces by {op.reduce!r} needs opset {first}")
     if index.shape != source.shape:
         at = call.add("Expand", at, call.add("Shape", source, part="shape"), part="places")
-    call.add("ScatterElements", x, at, source, axis=op.axis, reduction=op.reduce)
+    reduction = None if call.opset < 16 else op.reduce
+    call.add("ScatterElements", x, at, source, axis=op.axis, reduction=reduction)
 
 
 @emit.register

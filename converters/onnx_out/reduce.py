@@ -13,8 +13,7 @@ from .writer import Call, Operand, emit
 
 
 def over(op: Any, call: Call, kind: str, x: str | Operand, part: str = "") -> str:
-    axes = call.integers(op.axes, f"{part}_axes" if part else "axes")
-    return call.add(kind, x, axes, part=part, keepdims=int(op.keepdims))
+    return call.reduce(kind, x, op.axes, f"{part}_axes" if part else "axes", part=part, keepdims=int(op.keepdims))
 
 
 def _terms(call: Call) -> str:
@@ -62,7 +61,7 @@ def _(op: ops.CumSum, call: Call) -> None:
 @emit.register
 def _(op: ops.Variance, call: Call) -> None:
     (x,) = call.inputs
-    mean = call.add("ReduceMean", x, call.integers(op.axes, "mean_axes"), part="mean", keepdims=1)
+    mean = call.reduce("ReduceMean", x, op.axes, "mean_axes", part="mean", keepdims=1)
     centred = call.add("Sub", x, mean, part="centred")
     square = call.add("Mul", centred, centred, part="square")
     if not op.correction:

@@ -121,6 +121,12 @@ class Call:
         self.writer.node(kind, names, (result,), title or (result if part else self.name), **attributes)
         return result
 
+    def reduce(self, kind: str, x: str | Operand, axes: Any, title: str, *, part: str, keepdims: int) -> str:
+        """A reduction over axes, which are an operand called `title`, or before opset 18 an attribute of most."""
+        if self.opset < 18 and kind != "ReduceSum":
+            return self.add(kind, x, part=part, axes=list(axes), keepdims=keepdims)
+        return self.add(kind, x, self.integers(axes, title), part=part, keepdims=keepdims)
+
     def constant(self, value: Any, part: str, dtype: Any = np.float32) -> str:
         return self.writer.initializer(f"{self.name}:{part}", np.asarray(value, dtype))
 

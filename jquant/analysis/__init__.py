@@ -5,6 +5,7 @@ from jquant.analysis.cases import BadCases, find_bad_cases, load_bad_cases
 from jquant.analysis.checks import auxiliary_branches, check_model, check_plan, graph_difference
 from jquant.analysis.comparison import Comparison, LayerError, compare
 from jquant.analysis.convergence import judge_losses
+from jquant.analysis.deployment import OperatorSupport, operator_support, support_table
 from jquant.analysis.findings import Finding, findings_table
 from jquant.analysis.mixed_precision import MixedPrecision, search_mixed_precision
 from jquant.analysis.mixing import Mixed, mix_precision
@@ -22,6 +23,7 @@ __all__ = [
     "LayerError",
     "Mixed",
     "MixedPrecision",
+    "OperatorSupport",
     "Ranking",
     "Report",
     "SensitivityRow",
@@ -39,9 +41,11 @@ __all__ = [
     "load_bad_cases",
     "mix_precision",
     "nan_checklist",
+    "operator_support",
     "overfitting_signs",
     "search_mixed_precision",
     "sensitivity",
+    "support_table",
     "table_costs",
     "training_advice",
     "write_report",

@@ -78,18 +78,23 @@ def check(
 ) -> None:
     """Say before anything is trained what cannot be deployed or looks wrong. Exit code 3 if there is such a thing.
 
+    Lists too which operators the public documents of the march's compiler name, and which limits a node is beyond.
+
     \b
     jquant check net.py:make --shape 1,3,224,224 --config q.toml
     """
-    from jquant.analysis import check_model
+    from jquant.analysis import check_model, operator_support, support_table
 
     console = Console(json, quiet, verbose)
     state, _ = load_state_of(model, config, checkpoint, shape)
     findings = check_model(state.graph, state.params, state.qconfig, target=state.target, qparams=state.qparams)
     rows = [vars(f) for f in findings]
     console.rows(rows)
-    console.value({"findings": rows})
     bad = sum(f.level == "error" for f in findings)
+    support = operator_support(state.prepared()) if state.qconfig is not None and not bad else []
+    if support:
+        console.text(support_table(support))
+    console.value({"findings": rows, "operators": [vars(entry) for entry in support]})
     if bad:
         raise UnmetError(f"{bad} of {len(findings)} findings are errors: the model cannot be deployed as it is")
     console.text(f"{len(findings)} findings, none of them an error" if findings else "nothing found")

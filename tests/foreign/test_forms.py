@@ -1,6 +1,7 @@
 """Forms of quantized files, one small net each: where pairs lie, zero points, integer operators, dead channels."""
 
 import itertools
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from support.qdq_nets import Qdq, draw
 
 import jquant as jq
 from jquant_converters import calibrate_missing, from_onnx, model_from_onnx
+from jquant_converters.foreign.torch_ranges import RangeWarning
 from jquant_converters.onnx_plan import ScaleWarning
 
 QONNX = "qonnx.custom_op.general"
@@ -131,6 +133,17 @@ def test_uint8_with_zero_point_128_is_int8():
     assert unsigned.plan.values["conv"].dtype == "int8"
 
 
+def test_uint16_with_zero_point_32768_is_int16():
+    """onnxruntime's symmetric QUInt16."""
+    x = draw(2, 4, 5, 5)
+    signed, unsigned = (relu_net(d, z, 2**-11) for d, z in ((np.int16, 0), (np.uint16, 32768)))
+    found, other = (model_from_onnx(file, target=EXACT) for file in (unsigned, signed))
+    assert str(found.plan.values["conv"]) == "int16"
+    for (a,), (b,) in zip(both(found, x), both(other, x), strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, run_onnxruntime(unsigned, x)[0])
+
+
 @pytest.mark.parametrize(("dtype", "zero"), [(np.uint8, 100), (np.int8, -128)])
 def test_widened_values_are_exact(dtype, zero):
     file, x = relu_net(dtype, zero), draw(2, 4, 5, 5) * 4
@@ -167,6 +180,52 @@ def test_all_zero_points_are_named():
     assert "zero point -5 of int8" in str(error.value)
     with pytest.raises(jq.ConversionError, match="zero_point is 'shift'"):
         model_from_onnx(made.model({y: 4}), target=EXACT, zero_point="shift")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranges
+
+CALLS = {  # what torch.onnx 2.13 writes beside a node, under "pkg.torch.onnx.fx_node"; and what is lost
+    "tensor.default](args = (%x, 0.05, 0, -127, 127, torch.int8), kwargs = {})": "-127 to 127",
+    "channel.default](args = (%w, %s, %z, 0, -8, 7, torch.int8), kwargs = {})": "-8 to 7",
+    "tensor.default](args = (%x, 0.05, 0, -128, 127, torch.int8), kwargs = {})": "",
+    "channel.default](args = (%w, %s, %z, 0, 0, 255, torch.uint8), kwargs = {})": "",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_ranges_that_torch_onnx_left_out(call):
+    file = net("Relu", "x", "", "s")
+    node = next(n for n in file.graph.node if n.op_type == "QuantizeLinear")
+    text = f"%q : [num_users=1] = call_function[target=torch.ops.quantized_decomposed.quantize_per_{call}"
+    node.metadata_props.add(key="pkg.torch.onnx.fx_node", value=text)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", RangeWarning)
+        model_from_onnx(file, target=EXACT)
+    expected = [f"quant_max of 1 values and weights: {node.output[0]!r} {CALLS[call]};"] if CALLS[call] else []
+    assert len(found) == len(expected)
+    assert all(
+        e in str(f.message) and "model_from_torch" in str(f.message) for e, f in zip(expected, found, strict=True)
+    )
+
+
+@pytest.mark.slow
+def test_torch_onnx_itself_leaves_ranges_out():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("torch.ao.quantization.fx._decomposed")  # which defines the operators
+
+    class Rounded(torch.nn.Module):
+        def forward(self, x):
+            part = torch.ops.quantized_decomposed
+            ends = (0.05, 0, -127, 127, torch.int8)
+            return part.dequantize_per_tensor(part.quantize_per_tensor(x, *ends), *ends).relu()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = torch.onnx.export(Rounded(), (torch.randn(2, 3),), dynamo=True, verbose=False).model_proto
+    with pytest.warns(RangeWarning, match="-127 to 127"):
+        model_from_onnx(file, target=EXACT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -147,8 +147,16 @@ def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: x})
+
+
+def run_reference(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+    """The outputs by onnx.reference: onnxruntime's product of uint8 and int8 saturates on a CPU without VNNI."""
+    from onnx.reference import ReferenceEvaluator
+
+    return ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x})
 
 
 def save(folder: object, name: str, model: onnx.ModelProto, x: np.ndarray, outputs: list[np.ndarray]) -> None:

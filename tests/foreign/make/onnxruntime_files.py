@@ -2,10 +2,12 @@
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
-from nets import NETS, run, samples, save
+from nets import NETS, run, run_reference, samples, save
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True}
@@ -52,12 +54,12 @@ def main(folder: Path) -> None:
         for name, net in DYNAMIC.items():
             onnx.save(NETS[net](), source)
             quantize_dynamic(source, made, weight_type=S8, extra_options={"WeightSymmetric": True})
-            write(folder, name, net, made)
+            write(folder, name, net, made, run_reference)
 
 
-def write(folder: Path, name: str, net: str, made: Path) -> None:
+def write(folder: Path, name: str, net: str, made: Path, by: Callable[..., list[np.ndarray]] = run) -> None:
     x, model = samples(net, 3, 9), onnx.load(made)
-    save(folder, name, model, x, run(model, x))
+    save(folder, name, model, x, by(model, x))
 
 
 if __name__ == "__main__":
