@@ -103,7 +103,7 @@ def prepare(
     for run in PASSES:
         made = run(made)
     plan = made.plan()
-    if both := sorted(plan.values.keys() & plan.weights.keys()):
+    if both := sorted(set(plan.owned) & plan.weights.keys()):
         raise QConfigError(
             f"{both[0]!r} is the name of a value and of a weight, whose scales would be one; rename the parameter or "
             "the input in the model"
