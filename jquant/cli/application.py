@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from jquant.cli import board, build, demo, doctor, export, measure, train
+from jquant.cli import board, build, demo, doctor, export, init, measure, train
 from jquant.cli.console import INTERRUPTED_TEXT
 from jquant.host.interrupts import INTERRUPTED, restore
 from jquant.program.cache import use_compilation_cache
@@ -60,6 +60,7 @@ def _root(
 
 for command in (
     demo.demo,
+    init.init,
     build.inspect,
     build.check,
     build.calibrate,

@@ -71,7 +71,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COMMANDS = ("demo", "inspect", "check", "calibrate", "quantize", "train", "eval", "compare", "sensitivity", "report")
+COMMANDS = (
+    "demo",
+    "init",
+    "inspect",
+    "check",
+    "calibrate",
+    "quantize",
+    "train",
+    "eval",
+    "compare",
+    "sensitivity",
+    "report",
+)
 COMMANDS = (*COMMANDS, "export", "run", "doctor")
 
 TEST = "--data d/test.npz"
