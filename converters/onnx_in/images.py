@@ -113,6 +113,9 @@ def resized(call: Call, x: Value, kind: tuple[str, str, str], axes: Any, factors
     exact = sizes is not None or all(n * f == m for n, f, m in zip(spatial, wanted, out, strict=True))
     if kind[1] == "half_pixel_symmetric" and exact:
         kind = (kind[0], "half_pixel", kind[2])
+    if kind[0] != "nearest" and kind[1] == "align_corners" and sizes is None:  # only the reference keeps the fraction
+        whole = all(float(n * f).is_integer() for n, f in zip(spatial, wanted, strict=True))
+        require(whole, "corners aligned to a size with a fraction; give sizes")
     if kind[0] == "cubic" or call.flag("antialias"):
         return resampled(call, x, kind, out, wanted if sizes is None else None)
     require(not call.flag("exclude_outside"), "exclude_outside=1 of a mode that is not cubic, without antialias")
@@ -120,9 +123,6 @@ def resized(call: Call, x: Value, kind: tuple[str, str, str], axes: Any, factors
         return picked(call, x, kind, out, wanted if sizes is None else None)
     mode, align = mode_of(kind, spatial, out, wanted if sizes is None else None)
     option: dict[str, Any] = {"size": out} if sizes is not None or align else {"scale_factor": wanted}
-    if align and sizes is None:
-        whole = all(float(n * f).is_integer() for n, f in zip(spatial, wanted, strict=True))
-        require(whole, "corners aligned to a size with a fraction; give sizes")
     if mode == "bilinear" and len(out) == 3:
         return by_two(call, x, out, align, kind[1] == "asymmetric", wanted if sizes is None and not align else None)
     if mode == "bilinear" and kind[1] == "asymmetric":
