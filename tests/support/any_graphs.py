@@ -32,6 +32,7 @@ INTERNAL = {
     "Opaque": "holds a function of JAX, which no step can be made of",
     "QuantStub": "leaves the rest of the graph in float",
     "DeQuantStub": "leaves the rest of the graph in float",
+    "Resample": "has no integers: a float island, drawn in tests/converters/test_resizes.py",
 }
 NORM = dict.fromkeys(("running_mean", "running_var", "weight", "bias"), (3,))
 OTHERS = (
