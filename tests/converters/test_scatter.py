@@ -48,7 +48,7 @@ def calibrated(graph, params, inputs):
     return jq.calibrate(model, [tuple(inputs)])
 
 
-def check_everywhere(module, inputs, with_gradients=True):
+def check_everywhere(module, inputs, with_gradients=True, meet=0):
     """Float as torch, fake-quant near it, integers equal the reference, ONNX and torch out as they are here."""
     graph, params = from_torch(module, inputs)
     given = arrays(inputs)
@@ -70,7 +70,8 @@ def check_everywhere(module, inputs, with_gradients=True):
         return graph
     with torch.no_grad():
         back = to_torch(model)(*inputs).numpy()
-    assert np.abs(back - fake).max() <= np.abs(fake).max() / 100  # a step of int8
+    # A step of int8; of values that `meet` in a sum, fake-quant rounds each first, as the integers do: half a step.
+    assert np.abs(back - fake).max() <= (1 + meet / 2) * np.abs(fake).max() / 100
     gradients = jax.grad(lambda m: (jq.apply(m, *given) ** 2).sum(), allow_int=True)(model)
     for value in gradients.params.values():
         assert np.isfinite(value).all()
@@ -140,7 +141,8 @@ def test_bev_pooling(known):
         module.pooling = pooling
         check_everywhere(module, (torch.randn(2, 3, 3, 5),), with_gradients=False)
     else:
-        check_everywhere(module, (torch.randn(2, 3, 3, 5), cells))
+        meet = max(np.bincount(row).max() for row in cells.numpy())
+        check_everywhere(module, (torch.randn(2, 3, 3, 5), cells), meet=meet)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
