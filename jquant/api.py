@@ -33,7 +33,6 @@ from jquant.config.qconfig import int3 as int3
 from jquant.config.qconfig import int4 as int4
 from jquant.config.qconfig import int8 as int8
 from jquant.config.qconfig import int16 as int16
-from jquant.config.qconfig import uint8 as uint8
 from jquant.evaluation.loop import evaluate as evaluate
 from jquant.functions.quantized import quantize as quantize
 from jquant.functions.trace import trace as trace

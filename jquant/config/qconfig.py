@@ -99,7 +99,7 @@ def observer_named(name: str, /, **options: Any) -> Observer:
 
 
 int2, int3, int4, int8, int16 = map(_constructor, ("int2", "int3", "int4", "int8", "int16"))
-uint8, uint4 = _constructor("uint8"), _constructor("uint4", "jq.config")
+uint8, uint4 = (_constructor(dtype, "jq.config") for dtype in ("uint8", "uint4"))
 high_precision = QuantSpec(dtype="int32")
 
 

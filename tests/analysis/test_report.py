@@ -250,7 +250,7 @@ def test_unsigned_formats_are_drawn(net: Net, tmp_path) -> None:
     build = graphs.Builder(1)
     build.shapes["x"] = (3, 8, 8)
     graph = build.graph(build.add(jq.ops.Relu(), (build.batch_norm("x"),), (3, 8, 8)), size=8)
-    config = jq.QConfig({"*": jq.Policy(weight=jq.int8(), output=jq.uint8())})
+    config = jq.QConfig({"*": jq.Policy(weight=jq.int8(), output=jq.config.uint8())})
     model = jq.prepare(graph, build.params, config, target=jq.targets.NASH_P, high_precision_outputs=False)
     x = abs(graphs.images(0, graph))
     found = compare(jq.calibrate(model, [x]), x, "float", "fake_quant")

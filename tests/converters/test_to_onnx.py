@@ -328,7 +328,7 @@ def test_missing_scales():
 
 
 def test_a_format_without_an_onnx_one():
-    model = calibrated(*small(), [example()], rules={"x": jq.Policy(output=jq.uint8())})
+    model = calibrated(*small(), [example()], rules={"x": jq.Policy(output=jq.config.uint8())})
     with pytest.raises(jq.ConversionError, match="'x' is uint8"):
         to_onnx(model)
 
