@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import library
 from torch.nn import functional as F
 
 MODES, PADDINGS = ("bilinear", "nearest"), ("zeros", "border")
@@ -55,7 +56,7 @@ def _reference(x: torch.Tensor, grid: torch.Tensor, mode: str, padding_mode: str
     return F.grid_sample(x, (2 * grid + 1) / sides - 1, mode, padding_mode, align_corners=False)
 
 
-@torch.library.custom_op("jquant::grid_sample_absolute", mutates_args=())
+@library.custom_op("jquant::grid_sample_absolute", mutates_args=())
 def _grid_sample_absolute(x: torch.Tensor, grid: torch.Tensor, mode: str, padding_mode: str) -> torch.Tensor:
     return _reference(x, grid, mode, padding_mode)
 
@@ -83,7 +84,7 @@ _grid_sample_absolute.register_autograd(_backward, setup_context=_keep)
 GRID_SAMPLE_ABSOLUTE = torch.ops.jquant.grid_sample_absolute.default
 
 
-@torch.library.custom_op("jquant::kept_dropout", mutates_args=())
+@library.custom_op("jquant::kept_dropout", mutates_args=())
 def _kept_dropout(x: torch.Tensor, rate: float) -> torch.Tensor:
     return x.clone()
 

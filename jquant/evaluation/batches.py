@@ -61,7 +61,7 @@ class Placement:
         Of the `skipped` first ones the very first alone. Of several processes, one that has no more batches goes on
         with padding until the others have none either.
         """
-        size, last = 0, None
+        size, last, number = 0, None, -1
         for number, batch in enumerate(self._in_step(batches)):
             if batch is None and last is None:
                 raise InputError("a process has no batches at all; give each process at least one")
@@ -75,6 +75,10 @@ class Placement:
                 mask = np.arange(size) < samples
                 yield Placed(number, size, self._put(padded), self._put(mask), given, samples, self._total(samples))
             last = jax.tree.map(lambda v: v[:1], given)
+        if number + 1 < skipped:
+            raise InputError(
+                f"the position counts {skipped} batches, and there are {number + 1}; give the same data or another file"
+            )
 
     def _in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, and None for each that only other processes have."""

@@ -26,7 +26,7 @@ class Position:
 
     Attributes:
       of: digest of source, modes and metrics.
-      size: samples of a padded batch; 0 before the first one.
+      size: samples of the first batch, padded; 0 before it.
       batches, samples: how many are counted.
       leaves: the sums [..] in the order of `jax.tree.leaves`, int64 or float64.
       structure: the tree of the sums, {mode: {metric: ...}}; None until a batch shows it.
@@ -55,9 +55,11 @@ class Position:
         """
         leaves, structure = jax.tree.flatten(found)
         if size != self.size:
-            raise FormatError(f"the position counts batches of {self.size} samples, and these have {size}")
+            raise FormatError(
+                f"the position counts batches of {self.size} samples, and the first one here has {size}; name another"
+            )
         if [np.shape(v) for v in leaves] != [v.shape for v in self.leaves]:
-            raise FormatError("the position holds the sums of other metrics")
+            raise FormatError("the position holds the sums of other metrics; name another file")
         return replace(self, structure=structure)
 
     def plus(self, found: Any, samples: int, size: int) -> "Position":
@@ -66,7 +68,7 @@ class Position:
         sums = tuple(a + b for a, b in zip(self.leaves, wide, strict=True)) if self.leaves else tuple(wide)
         return replace(
             self,
-            size=max(size, self.size),
+            size=self.size or size,
             batches=self.batches + 1,
             samples=self.samples + samples,
             leaves=tuple(map(np.asarray, sums)),

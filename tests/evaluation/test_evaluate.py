@@ -185,6 +185,17 @@ def test_a_stopped_run_goes_on_with_the_same_figures(model: jq.Model, tmp_path) 
     assert [p.name for p in tmp_path.iterdir()] == ["position.json"]
 
 
+def test_a_position_goes_on_over_a_larger_batch_and_not_over_fewer(model: jq.Model, tmp_path) -> None:
+    path, metrics = tmp_path / "position.json", {"top-1": Accuracy()}
+    data = [(IMAGES[:4], LABELS[:4]), (IMAGES[4:14], LABELS[4:14]), (IMAGES[14:], LABELS[14:])]
+    whole = jq.evaluate(model, data, metrics)
+    with pytest.raises(StopError):
+        jq.evaluate(model, stopping(data, 2), metrics, position=path, save_every=1)
+    assert jq.evaluate(model, data, metrics, position=path) == whole
+    with pytest.raises(jq.InputError, match="counts 3 batches, and there are 2"):
+        jq.evaluate(model, data[:2], metrics, position=path)
+
+
 def test_a_position_of_something_else_is_refused(model: jq.Model, tmp_path) -> None:
     path, metrics = tmp_path / "position.json", {"top-1": Accuracy()}
     jq.evaluate(model, batches(4), metrics, position=path)
@@ -196,7 +207,7 @@ def test_a_position_of_something_else_is_refused(model: jq.Model, tmp_path) -> N
     ):
         with pytest.raises(jq.FormatError, match="another model, other modes or other metrics"):
             other()
-    with pytest.raises(jq.FormatError, match="batches of 4 samples, and these have 5"):
+    with pytest.raises(jq.FormatError, match="batches of 4 samples, and the first one here has 5"):
         jq.evaluate(model, batches(5), metrics, position=path)
     text = path.read_text()
     for damaged in (text[:-9], text.replace('"batches": 8', '"batches": 7'), "[1]", "{}", "[" * 100_000):
