@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -34,6 +35,8 @@ _COMPARES = (ops.ReduceMax, ops.ReduceMin, ops.Sort, ops.TopK)  # of these, the 
 _FIRST = (ops.Expand, ops.Gather, ops.IndexSelect, ops.Pad, ops.MaskedFill)  # the numbers come from operand 0
 # An index that is out of range fails in torch and ONNX, so the true value of one fits.
 _INDEXED = (ops.Embedding, ops.Gather, ops.IndexSelect, ops.Scatter)
+# What lies between an index that counts from the start and the operator that reads it.
+_OF_AN_INDEX = (ops.Reshape, ops.Flatten, ops.Expand, ops.Permute, ops.Add, ops.Mul)
 _MAX_BATCH = 2**20  # examples that a sum over the batch is taken to have at most
 
 
@@ -92,6 +95,12 @@ def _inside(a: Bounds, outer: Bounds) -> bool:
 _ARITHMETIC = (ops.Add, ops.Sub, ops.Mul, ops.Neg, ops.BitShift, ops.Sum, ops.CumSum)  # right after a wrap
 
 
+def _indices_of(node: Node) -> tuple[str, ...]:
+    if isinstance(node.op, ops.Embedding):
+        return node.inputs
+    return node.inputs[1:2] if isinstance(node.op, _INDEXED) else ()
+
+
 @dataclass
 class _Exact:
     graph: Graph
@@ -128,13 +137,31 @@ class _Exact:
     def is_exact(self, name: str) -> bool:
         return name in self.exact
 
+    @cached_property
+    def signs(self) -> set[str]:
+        """The comparisons with 0 that bring an index to count from the start: an index fits, in torch and in ONNX."""
+        nodes, found = self.graph.by_name, set()
+        indices = [name for node in self.graph.nodes for name in _indices_of(node)]
+        while indices:
+            node = nodes.get(indices.pop())
+            if node is None:
+                continue
+            if isinstance(node.op, _OF_AN_INDEX):
+                indices += node.inputs
+            sign = nodes.get(node.inputs[0]) if isinstance(node.op, ops.Where) else None
+            if sign is not None and sign.op == ops.Less(value=0.0) and sign.inputs == node.inputs[2:]:
+                behind = nodes.get(node.inputs[1])
+                if behind is not None and isinstance(behind.op, ops.Add) and sign.inputs[0] in behind.inputs:
+                    found.add(sign.name)
+        return found
+
     def fits(self, name: str) -> bool:
         return not self.is_exact(name) or _inside(self.bounds[name], _INT32)
 
     def checked(self, node: Node) -> Node:
         """The node, or what stands for it, with the bounds of its value noted."""
         node = self.remainder_of_parts(node)
-        if self.reads_numbers(node.op):
+        if self.reads_numbers(node.op) and node.name not in self.signs:
             for name in node.inputs:
                 if not self.fits(name):
                     raise self.refusal(node, name, f"{type(node.op).__name__} needs it within 32 bits")

@@ -4,7 +4,7 @@ Each step keeps its own scales: the loop takes those of all steps, one after the
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -22,17 +22,22 @@ from jquant.meanings.fake_quant import (
 from jquant.meanings.meaning import meaning_of
 from jquant.plan.batch_norm import fold_kept
 from jquant.plan.scales import Scales
-from jquant.types import Array, Model, Node, Plan, QParams
+from jquant.types import Array, FrozenMap, Model, Node, Plan, QParams
 
 Steps = Callable[[Mapping[str, Any]], tuple[Rule, Tap | None]]  # rule and tap for what differs from step to step
 
 
 @dataclass(frozen=True)
 class _Rolled:
-    """A loop, and what its nodes have of their own in each step: {kind of thing: {name in the body: [steps, ...]}}."""
+    """A loop, and what its nodes have of their own in each step: {kind of thing: {name in the body: [steps, ...]}}.
+
+    `stands_for` {operand of the body that is no value of the graph: the value it is in the first step}. Where a rule
+    reads the format, it is that of every step.
+    """
 
     loop: Loop
     own: Mapping[str, Mapping[str, Array]]
+    stands_for: Mapping[str, str]
 
 
 def output_values(
@@ -48,16 +53,17 @@ def output_values(
     scales = Scales(plan, qparams) if quantized else None
     weights = fake_quant_weights(plan, params, qparams) if quantized else {}
     positions = positions_of(plan.graph)
+    rolled = [r for loop in loops if (r := _rolled(loop, plan, qparams, scales, positions)) is not None]
+    inside = _with_operands(plan, rolled)
 
     def meaning(own: Mapping[str, Any]) -> tuple[Rule, Tap | None]:
         place = {**positions, **own.get("positions", {})}
         if not quantized:
             return float_rule(plan.graph, params, rng, place), None
         at_step = Scales(plan, qparams, given=own.get("scales"))
-        rule = fake_quant_rule(plan, params, qparams, rng, weights=weights, scales=at_step, positions=place)
+        rule = fake_quant_rule(inside, params, qparams, rng, weights=weights, scales=at_step, positions=place)
         return rule, fake_quant_tap(plan, {**qparams, **own.get("qparams", {})}, unrolled=not own)
 
-    rolled = [r for loop in loops if (r := _rolled(loop, plan, qparams, scales, positions)) is not None]
     return _evaluate(plan, inputs, meaning, rolled)
 
 
@@ -65,27 +71,40 @@ def _kind(node: Node, plan: Plan) -> Hashable:
     return node.op, node.params, plan.values.get(node.name), node.name in plan.owned
 
 
+def _with_operands(plan: Plan, rolled: Sequence[_Rolled]) -> Plan:
+    """The plan with the formats of the operands that only the bodies of loops have."""
+    known = {key: name for each in rolled for key, name in each.stands_for.items()}
+
+    def widened(formats: Mapping[str, Any]) -> FrozenMap[Any]:
+        return FrozenMap({**formats, **{key: formats[name] for key, name in known.items() if name in formats}})
+
+    return replace(plan, values=widened(plan.values), exact=widened(plan.exact))
+
+
 def _rolled(
     loop: Loop, plan: Plan, qparams: QParams, scales: Scales | None, positions: Mapping[str, int]
 ) -> _Rolled | None:
-    """None where an operand has a scale in some steps and none in others."""
+    """None where an operand has another format in some steps, or a scale in some and none in others."""
     columns = dict(zip((node.name for node in loop.body), zip(*loop.steps, strict=True), strict=True))
     own: dict[str, dict[str, Any]] = {"qparams": {}, "scales": {}, "positions": {}}
     for name, names in columns.items():
         own["positions"][name] = jnp.asarray([positions[n] for n in names], jnp.int32)
     if scales is None:
-        return _Rolled(loop, own)
+        return _Rolled(loop, own, {})
     for name in columns.keys() & set(plan.trained):
         own["qparams"][name] = jnp.stack([qparams[n] for n in columns[name]])
     carried = {key: (first, *columns[loop.body[i].name][:-1]) for key, (first, i) in loop.carried.items()}
-    operands = {**columns, **loop.given, **carried}
+    outer = {**loop.given, **carried}
+    operands = {**columns, **outer}
     for key in {name for node in loop.body for name in scales_read(node, plan)} & operands.keys():
+        if len({(plan.values.get(name), plan.exact.get(name)) for name in operands[key]}) > 1:
+            return None
         each = [scales[name] for name in operands[key]]
         known = [scale for scale in each if scale is not None]
         if len(known) not in (0, len(each)) or len({scale.shape for scale in known}) > 1:
             return None
         own["scales"][key] = jnp.stack(known) if known else None
-    return _Rolled(loop, own)
+    return _Rolled(loop, own, {key: names[0] for key, names in outer.items()})
 
 
 def _evaluate(plan: Plan, inputs: Mapping[str, Array], meaning: Steps, rolled: Sequence[_Rolled]) -> dict[str, Array]:

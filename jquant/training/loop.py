@@ -116,6 +116,8 @@ def make_step(
             keys = None if key is None else jax.random.split(key, slices)
             given = (state.trainable, context, (_cut(batch, slices), keys))
             total, rest = run_slices(one, *given) if mesh is None else spread_slices(one, *given, mesh, axis, order)
+            # Apart from the sum, so that the update compiles to the same fused arithmetic on one device and on many.
+            total, rest = jax.lax.optimization_barrier((total, rest))
             grads = jax.tree.map(lambda v: v / slices, total)
             moved, metrics = jax.tree.map(partial(_ordered_mean, slices), rest)
         return state.update(grads, moved), metrics

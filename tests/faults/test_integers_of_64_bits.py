@@ -84,8 +84,13 @@ def test_what_fits_is_left_as_it_is():
     assert len(graph.nodes) == 4
     # Sums that wrap are right where an index reads them: the sum itself fits.
     table = torch.arange(12.0).reshape(12, 1)
-    ours, theirs = outcome(lambda ids: table[ids + 5 - 2], np.array([[0, 3, 8]], np.int64))
+    ours, theirs = outcome(lambda ids: table[ids + 5 - 2], np.array([[0, 3, 8, -5]], np.int64))
     np.testing.assert_array_equal(ours, theirs)
+    grid = torch.arange(48.0).reshape(12, 4)  # of several axes, and from the end
+    ours, theirs = outcome(lambda ids: grid[ids + 5 - 2, ids - 1 + 2], np.array([[0, 2, -4]], np.int64))
+    np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(jq.ConversionError, match="32 bits"):  # a sign that more than an index reads
+        outcome(lambda ids: torch.where(ids + 5 < 0, ids + 17, ids + 5) % 3, IDS)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16"])

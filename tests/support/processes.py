@@ -34,3 +34,4 @@ def finish(*processes: subprocess.Popen[str]) -> None:
     finally:
         for process in processes:
             process.kill()
+            process.communicate()  # closes its pipes, whose warning would fall on another test
