@@ -13,6 +13,7 @@ from jquant.analysis.nan import nan_checklist
 from jquant.analysis.ranking import Ranking, SensitivityRow, sensitivity
 from jquant.analysis.report import Report, write_report
 from jquant.analysis.settings import training_advice
+from jquant.analysis.steps import NextStep, next_steps
 from jquant.analysis.tables import TableCost, table_costs
 from jquant.analysis.training import overfitting_signs
 
@@ -23,6 +24,7 @@ __all__ = [
     "LayerError",
     "Mixed",
     "MixedPrecision",
+    "NextStep",
     "OperatorSupport",
     "Ranking",
     "Report",
@@ -41,6 +43,7 @@ __all__ = [
     "load_bad_cases",
     "mix_precision",
     "nan_checklist",
+    "next_steps",
     "operator_support",
     "overfitting_signs",
     "search_mixed_precision",

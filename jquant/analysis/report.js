@@ -3,6 +3,8 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const main = document.getElementById("main"), links = document.getElementById("links");
   const SVG = "http://www.w3.org/2000/svg";
+  // Pictures are drawn at the width of the page, so that their letters keep their size on a phone.
+  const pageWidth = () => Math.max(320, main.clientWidth || 1000);
   function show(v) {
     if (v === null || v === undefined) return "–";
     if (typeof v !== "number" || Number.isInteger(v)) return String(v);
@@ -21,6 +23,7 @@
     if (text !== undefined) made.textContent = text;
     return made;
   }
+  const shortened = (name, most) => name.length > most ? "…" + name.slice(1 - most) : name;
   function tip(shape, text) { shape.append(draw("title", {}, text)); return shape; }
   function section(title) {
     const id = "s" + main.children.length;
@@ -75,14 +78,22 @@
   function alongDepth(rows, {title, marks, scale = v => v, unscale = v => v, label}) {
     const values = rows.flatMap(row => marks.map(mark => mark.value(row))).filter(v => typeof v === "number").map(scale);
     if (!values.length) return;
-    const high = Math.max(...values), low = Math.min(0, ...values), width = 1000, height = 190, left = 70, bottom = 20;
+    const high = Math.max(...values), low = Math.min(0, ...values);
+    const width = pageWidth(), left = 64;
+    const names = 18 + 4.6 * Math.min(20, Math.max(...rows.map(row => row.name.length))), height = 190 + names, bottom = 20 + names;
     const x = i => left + (width - left - 10) * (i + 0.5) / rows.length;
     const y = v => 10 + (height - bottom - 10) * (high - v) / (high - low || 1);
     const picture = draw("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title});
     for (const v of [low, (low + high) / 2, high]) {
       picture.append(draw("line", {x1: left, x2: width - 10, y1: y(v), y2: y(v), class: "axis"}), draw("text", {x: left - 6, y: y(v) + 4, "text-anchor": "end", class: "soft"}, show(unscale(v))));
     }
-    picture.append(draw("text", {x: left, y: height - 4, class: "soft"}, `${label}; values in graph order, ${rows.length}`));
+    const every = Math.ceil(rows.length / Math.max(1, Math.floor((width - left) / 16)));
+    rows.forEach((row, i) => {
+      if (i % every) return;
+      const at = `rotate(-55 ${x(i)} ${height - bottom + 14})`;
+      picture.append(tip(draw("text", {x: x(i), y: height - bottom + 14, transform: at, "text-anchor": "end", class: "name"}, shortened(row.name, 20)), row.name));
+    });
+    picture.append(draw("text", {x: left, y: height - 4, class: "soft"}, `${label}; ${rows.length} values in graph order` + (every > 1 ? `, every ${every}th named` : "")));
     const wide = Math.max(1, Math.min(14, (width - left) / rows.length - 1));
     for (const mark of marks) rows.forEach((row, i) => {
       const v = mark.value(row);
@@ -119,13 +130,13 @@
   }
 
   function histogram(row, a, b) {
-    const picture = draw("svg", {viewBox: "0 0 1000 170", role: "img", "aria-label": `histogram of ${row.name}`});
-    const h = row.histogram, high = Math.max(...h.a, ...h.b, 1), bins = h.a.length, wide = 980 / bins;
+    const width = pageWidth(), picture = draw("svg", {viewBox: `0 0 ${width} 186`, role: "img", "aria-label": `histogram of ${row.name}`});
+    const h = row.histogram, high = Math.max(...h.a, ...h.b, 1), bins = h.a.length, wide = (width - 20) / bins;
     const tall = n => n ? Math.max(2, 130 * Math.log1p(n) / Math.log1p(high)) : 0;
     h.a.forEach((n, i) => picture.append(tip(draw("rect", {x: 10 + i * wide, y: 140 - tall(n), width: wide - 1, height: tall(n), fill: "var(--a)", opacity: 0.55}), `${n} of ${a}`)));
     h.b.forEach((n, i) => picture.append(tip(draw("rect", {x: 10 + i * wide + wide / 4, y: 140 - tall(n), width: wide / 2, height: tall(n), fill: "var(--b)", opacity: 0.75}), `${n} of ${b}`)));
-    picture.append(draw("text", {x: 10, y: 158, class: "soft"}, show(h.low)), draw("text", {x: 990, y: 158, "text-anchor": "end", class: "soft"}, show(h.high)));
-    picture.append(draw("text", {x: 500, y: 158, "text-anchor": "middle", class: "soft"}, `${row.name}: count (log) of ${a} (wide) and ${b} (narrow)`));
+    picture.append(draw("text", {x: 10, y: 158, class: "soft"}, show(h.low)), draw("text", {x: width - 10, y: 158, "text-anchor": "end", class: "soft"}, show(h.high)));
+    picture.append(draw("text", {x: width / 2, y: 178, "text-anchor": "middle", class: "soft"}, `${shortened(row.name, 30)}: count (log), ${a} wide, ${b} narrow`));
     return picture;
   }
 
@@ -157,12 +168,13 @@
 
   function sensitivity(ranking) {
     section("Sensitivity");
-    const rows = ranking.rows.slice(0, 40), picture = draw("svg", {viewBox: `0 0 1000 ${rows.length * 16 + 10}`, role: "img", "aria-label": "sensitivity ranking"});
+    const whole = pageWidth(), side = Math.min(290, 0.45 * whole), letters = Math.floor(side / 6.5) - 9;
+    const rows = ranking.rows.slice(0, 40), picture = draw("svg", {viewBox: `0 0 ${whole} ${rows.length * 16 + 10}`, role: "img", "aria-label": "sensitivity ranking"});
     const high = Math.max(...rows.map(row => row.error), 1e-30);
     rows.forEach((row, i) => {
-      const width = Math.max(1, 640 * Math.max(row.error, 0) / high);
-      picture.append(draw("text", {x: 290, y: i * 16 + 15, "text-anchor": "end"}, `${row.name} · ${row.dtype}`));
-      picture.append(tip(draw("rect", {x: 300, y: i * 16 + 5, width, height: 12, fill: row.kind === "weight" ? "var(--b)" : "var(--a)"}), `${row.kind}, ${ranking.metric} ${show(row.metric)}`));
+      const width = Math.max(1, (whole - side - 20) * Math.max(row.error, 0) / high);
+      picture.append(tip(draw("text", {x: side, y: i * 16 + 15, "text-anchor": "end"}, `${shortened(row.name, letters)} · ${row.dtype}`), row.name));
+      picture.append(tip(draw("rect", {x: side + 10, y: i * 16 + 5, width, height: 12, fill: row.kind === "weight" ? "var(--b)" : "var(--a)"}), `${row.kind}, ${ranking.metric} ${show(row.metric)}`));
     });
     main.append(element("p", {class: "note"}, `One quantizer ${ranking.mode === "one_on" ? "on" : "off"} at a time; ${ranking.metric} at the outputs, ${show(ranking.baseline)} with all on. Bars: error.`), legend([["of values", "var(--a)"], ["of weights", "var(--b)"]]), picture);
     table(ranking.rows, ["name", "kind", "operator", "dtype", "metric", "error", "macs", "bytes"]);
@@ -206,13 +218,41 @@
     main.append(legend(keys, "drag to move, wheel to zoom"), element("div", {class: "wide graph"}, picture));
   }
 
-  if (data.summary.length) { section("Summary"); table(data.summary, Object.keys(data.summary[0])); }
-  if (data.findings.length) { section("Findings"); table(data.findings, ["level", "check", "where", "message", "fix"]); }
-  for (const [title, c] of Object.entries(data.comparisons)) comparison(title, c);
-  if (data.sensitivity) sensitivity(data.sensitivity);
-  if (data.graph) graph(data.graph);
-  document.getElementById("search").addEventListener("input", event => {
-    const wanted = event.target.value.toLowerCase();
+  const sentence = words => words[0].toUpperCase() + words.slice(1) + ".";
+  function nextSteps(steps) {
+    section("What to do next");
+    const list = element("ol", {class: "steps"});
+    for (const step of steps) {
+      const line = element("li", {}, element("b", {}, step.where), ` (${show(step.level)} dB of its own): ${sentence(step.why)} ${sentence(step.do)}`);
+      if (step.rule) line.append(element("pre", {}, step.rule));
+      list.append(line);
+    }
+    main.append(element("p", {class: "note"}, "The worst values first. Put one rule at the end of the settings file, calibrate, and compare again: what it gains is not known before."), list);
+  }
+
+  function search() {
+    const wanted = document.getElementById("search").value.toLowerCase();
     document.querySelectorAll("tbody tr").forEach(line => { line.hidden = !line.dataset.words.includes(wanted); });
+  }
+
+  function render() {
+    main.replaceChildren();
+    links.replaceChildren();
+    if (data.summary.length) { section("Summary"); table(data.summary, Object.keys(data.summary[0])); }
+    if (data.steps.length) nextSteps(data.steps);
+    if (data.findings.length) { section("Findings"); table(data.findings, ["level", "check", "where", "message", "fix"]); }
+    for (const [title, c] of Object.entries(data.comparisons)) comparison(title, c);
+    if (data.sensitivity) sensitivity(data.sensitivity);
+    if (data.graph) graph(data.graph);
+    search();
+    drawn = main.clientWidth;
+  }
+
+  let drawn = 0, waiting = 0;
+  render();
+  window.addEventListener("resize", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => { if (main.clientWidth !== drawn) render(); }, 200);
   });
+  document.getElementById("search").addEventListener("input", search);
 })();

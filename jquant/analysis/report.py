@@ -2,8 +2,11 @@
 
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,11 @@ from jquant.analysis.comparison import Comparison, LayerError
 from jquant.analysis.findings import Finding
 from jquant.analysis.pictures import covered, error_picture, range_picture
 from jquant.analysis.ranking import Ranking
+from jquant.analysis.steps import NextStep
 from jquant.host.whole_files import replacing
 from jquant.types import Plan
 
-SCHEMA = 1  # of report.json; jquant/analysis/report.schema.json describes it
+SCHEMA = 2  # of report.json; jquant/analysis/report.schema.json describes it
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def write_report(
     ranking: Ranking | None = None,
     findings: Sequence[Finding] = (),
     pictures: bool = True,
+    about: Mapping[str, str] | None = None,
+    steps: Sequence[NextStep] = (),
 ) -> Report:
     """Writes `report.html` and `report.json` into a folder, which is made if need be, and pictures beside them.
 
@@ -50,6 +56,8 @@ def write_report(
       plan: draws its graph, coloured by dtype.
       ranking: of `sensitivity`; findings: of `check_model`, `layer_advice` and others.
       pictures: also write ranges and errors of each comparison as PNG.
+      about: lines of the head, such as {"model": "net.jqs"}; march, date and versions are added.
+      steps: of `next_steps`: the changes to try first, above everything else.
 
     Raises:
       ImportError: matplotlib or jinja2 is missing; the message names the extra.
@@ -63,8 +71,10 @@ def write_report(
     data = {
         "schema": SCHEMA,
         "title": title,
+        "about": {**_circumstances(plan), **(about or {})},
+        "steps": [_plain(vars(step)) for step in steps],
         "notes": [*notes, *_islands(comparisons)],
-        "summary": [dict(row) for row in summary],
+        "summary": [_plain(row) for row in summary],
         "findings": [_plain(vars(finding)) for finding in findings],
         "comparisons": {name: _with_ranges(c) for name, c in comparisons.items()},
         "sensitivity": None if ranking is None else _plain(ranking.to_dict()),
@@ -73,6 +83,7 @@ def write_report(
     environment = Environment(loader=PackageLoader("jquant.analysis", "."), autoescape=select_autoescape(default=True))
     page = environment.get_template("report.jinja").render(
         title=title,
+        about=data["about"],
         notes=data["notes"],
         data=_inside_script(data),
         script=files("jquant.analysis").joinpath("report.js").read_text(encoding="utf-8"),
@@ -86,6 +97,14 @@ def write_report(
     _replace(report.html, page.encode())
     _replace(report.json, json.dumps(data, indent=1, allow_nan=False).encode())
     return report
+
+
+def _circumstances(plan: Plan | None) -> dict[str, str]:
+    """When and by which versions a report was made, and for which march."""
+    march = {} if plan is None else {"march": plan.target.name}
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    versions = {"jquant": version("jquant"), "jax": version("jax"), "python": platform.python_version()}
+    return {**march, "date": made, **versions}
 
 
 def _inside_script(data: Any) -> str:

@@ -25,7 +25,7 @@ Step by step:
   jquant calibrate net.py:make --config q.toml --data images/ -o net.jqs
   jquant sensitivity net.jqs --data images/ --top 10
   jquant train net.jqs --config q.toml --data train.npz -o trained.jqs
-  jquant eval trained.jqs --data test.npz --mode integer
+  jquant eval trained.jqs --data test.npz --mode bit_true
 
 Exit codes: 0 done, 1 an error of the model, the data or a file, 2 wrong arguments, 3 a check that did not pass,
 130 interrupted. `jquant demo` makes files to try all of this on.

@@ -1,7 +1,7 @@
 """On data: `eval`, `run`, `compare`, `sensitivity`, `report`."""
 
 import json as json_text
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -28,7 +28,7 @@ from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
 from jquant.program import integers
 from jquant.program.lower import lower
-from jquant.types import Graph, JQuantError, Program
+from jquant.types import Graph, JQuantError, Plan, Program
 
 Run = Callable[..., Any]
 
@@ -356,6 +356,9 @@ def report(
     config: Config = None,
     batch: Batch = 8,
     samples: Annotated[int, typer.Option(min=1, help="Samples to compare on.")] = 8,
+    accuracy: Annotated[
+        bool, typer.Option(help="Measure accuracy on all of the data too; without labels, agreement with float.")
+    ] = True,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -371,14 +374,38 @@ def report(
     check_packages("a report", "jinja2", "matplotlib")
     state, settings = load_state_of(model, config)
     loaded = load_data(data, state.graph, settings.image)
-    written = write_reports(console, state, loaded, output, batch, samples)
+    about = {"model": str(model), "data": str(data), "samples compared": str(samples)}
+    measured = _accuracies(state, loaded, batch) if accuracy else {}
+    written = write_reports(console, state, loaded, output, batch, samples, measured=measured, about=about)
     console.value(written)
 
 
+def _accuracies(state: State, data: Data, batch: int) -> dict[str, dict[str, Any]]:
+    """{mode: {metric: figure, "samples": count}} on all of some data."""
+    what = "top-1 %" if data.labelled else "agreement with float %"
+    measure: Any = Accuracy(output=_flat) if data.labelled else Agreement(output=_flat)
+    found = evaluate_on(
+        _sources(state, None, compared=measure),
+        data.batches(batch, None),
+        {what: measure},
+        inputs=_inputs_of,
+        total=_steps(data, batch, None),
+    )
+    return {mode: {what: float(each[what]), "samples": found.samples} for mode, each in found.modes.items()}
+
+
 def write_reports(
-    console: Console, state: State, data: Data, folder: Path, batch: int, samples: int | None
+    console: Console,
+    state: State,
+    data: Data,
+    folder: Path,
+    batch: int,
+    samples: int | None,
+    *,
+    measured: Mapping[str, Mapping[str, Any]] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> dict[str, Path]:
-    """The report of a calibrated state on the first samples of some data."""
+    """The report of a calibrated state on the first samples of some data, with accuracies that were measured."""
     from jquant import analysis
 
     calibrated = state.calibrated()
@@ -395,7 +422,27 @@ def write_reports(
     notes = [f"{plan.target.name}; {len(x[0])} samples. The integers follow a specification, not a board."]
     ranking = analysis.sensitivity(calibrated, [x])
     written = analysis.write_report(
-        folder, "jquant report", [], found, notes, plan=plan, ranking=ranking, findings=[*checks, *advice]
+        folder,
+        "jquant report",
+        _summary(plan, found, measured or {}),
+        found,
+        notes,
+        plan=plan,
+        ranking=ranking,
+        findings=[*checks, *advice],
+        about=about,
+        steps=analysis.next_steps(found["Quantization"], plan),
     )
     console.wrote(written.html)
     return {"html": written.html, "json": written.json}
+
+
+def _summary(plan: Plan, found: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a mode: what was measured of it, and the noise of the worst output against float."""
+    noise = {c.b: min(row.sqnr for row in c.rows if row.name in plan.graph.outputs) for c in found.values()}
+    modes = list(dict.fromkeys((*measured, *noise)))
+    columns = list(dict.fromkeys(key for row in measured.values() for key in row))
+    return [
+        {"mode": mode, **{key: measured.get(mode, {}).get(key) for key in columns}, "worst output, dB": noise.get(mode)}
+        for mode in modes
+    ]

@@ -1,7 +1,9 @@
 """Mixed precision in one call: against every choice that fits, and against taking the most sensitive values first."""
 
 import itertools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,21 +46,24 @@ def found(request: pytest.FixtureRequest) -> tuple[Mixed, list, tuple[jq.Graph, 
     return mix_precision(*net, QCONFIG, data, target=NASH, share=0.25), data, net
 
 
-def noise_of_choice(models: dict[str, jq.Model], wide: frozenset[str], x: jnp.ndarray) -> float:
-    """Noise over signal of the output with int16 for some values, all quantizers on; without jit or search."""
+def noise_of_choices(models: dict[str, jq.Model], x: jnp.ndarray) -> Callable[[frozenset[str]], float]:
+    """Noise over signal of the output with int16 for some values, all quantizers on; without the search."""
     narrow = models["int8"]
     rule = fake_quant_rule(narrow.plan, narrow.params, narrow.qparams)
-
-    def tap(name: str, value: jnp.ndarray) -> jnp.ndarray:
-        if name not in narrow.plan.owned:
-            return value
-        model = models["int16" if name in wide else "int8"]
-        return jq.fake_quant(value, model.qparams[name], model.plan.spec(name))
-
     (output,) = narrow.plan.graph.outputs
-    got = evaluate(narrow.plan.graph, {"x": x}, rule, tap)[output]
     wanted = meaning_of(narrow, "float").values({"x": x})[output]
-    return float(relative_noise(wanted, got))
+
+    @jax.jit  # one program for all choices
+    def noise(is_wide: dict[str, jnp.ndarray]) -> jnp.ndarray:
+        def tap(name: str, value: jnp.ndarray) -> jnp.ndarray:
+            if name not in narrow.plan.owned:
+                return value
+            each = [jq.fake_quant(value, m.qparams[name], m.plan.spec(name)) for m in (models["int16"], narrow)]
+            return jnp.where(is_wide[name], *each)
+
+        return relative_noise(wanted, evaluate(narrow.plan.graph, {"x": x}, rule, tap)[output])
+
+    return lambda wide: float(noise({name: jnp.asarray(name in wide) for name in narrow.plan.owned}))
 
 
 def calibrated(net: tuple[jq.Graph, dict], data: list, dtype: str) -> jq.Model:
@@ -77,7 +82,8 @@ def every_choice(found: tuple) -> tuple[dict[frozenset[str], float], dict[str, i
     sizes = {row.name: row.bytes for row in mixed.search.ranking.rows if row.dtype == "int8"}
     (x,) = first_samples([(batch,) for batch in data[:-1]], 16)[0]
     choices = (frozenset(c) for k in range(len(names) + 1) for c in itertools.combinations(names, k))
-    return {choice: noise_of_choice(models, choice, x) for choice in choices}, sizes
+    noise = noise_of_choices(models, x)
+    return {choice: noise(choice) for choice in choices}, sizes
 
 
 def test_the_choice_is_near_the_best_of_all(found: tuple, every_choice: tuple) -> None:

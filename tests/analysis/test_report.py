@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -12,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import graphs
-from support.small_nets import Net, small_net
+from support.small_nets import QCONFIG, Net, small_graph, small_net
 
 import jquant as jq
-from jquant.analysis import Comparison, Report, check_plan, compare, layer_advice, sensitivity, write_report
+from jquant.analysis import Comparison, Report, check_plan, compare, layer_advice, next_steps, sensitivity, write_report
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,8 @@ def full_report(net: Net, folder: Path) -> Report:
         plan=model.plan,
         ranking=sensitivity(model, [x]),
         findings=[*layer_advice(broken), *check_plan(model)],
+        about={"model": "<net>"},
+        steps=next_steps(broken, model.plan),
     )
 
 
@@ -153,13 +156,47 @@ def test_a_report_is_one_page_the_same_numbers_as_json_and_pictures(net: Net, wr
     assert {node["name"] for node in data["graph"]} == set(net[0].plan.graph.values)
     places = [(node["depth"], node["column"]) for node in data["graph"]]
     assert len(set(places)) == len(places)
+    assert data["about"]["model"] == "<net>"
+    assert data["about"]["march"] == net[0].plan.target.name
+    assert set(data["about"]) >= {"date", "jquant", "jax", "python"}
     page = written.html.read_text()
     assert "A &amp; B" in page
+    assert "<dd>&lt;net&gt;</dd>" in page
     assert "note &lt;1&gt;" in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)  # self-contained
     inside = re.search(r'id="data">(.*?)</script>', page, re.S)
     assert inside is not None
     assert json.loads(inside.group(1)) == data
+
+
+def test_the_first_step_is_a_rule_that_helps(net: Net) -> None:
+    """The rule of the worst value, put at the end of the settings, applies and mends that value."""
+    model, x = net
+    scales = dict(model.qparams) | {"n3.conv": model.qparams["n3.conv"] / 8}
+    broken = compare(model.replace(qparams=scales), x, "float", "fake_quant")
+    first = next_steps(broken, model.plan, limit=1)[0]
+    assert first.where == "n3.conv"
+    assert "beyond what the scale covers" in first.why
+    settings = jq.config.qconfig_to_toml(QCONFIG) + "\n" + first.rule + "\n"
+    again = jq.prepare(*small_graph(), jq.config.qconfig_from_toml(settings), target=model.plan.target)
+    rows = {row.name: row for row in compare(jq.calibrate(again, [x]), x, "float", "fake_quant").rows}
+    assert again.plan.spec("n3.conv").fixed_scale == pytest.approx(np.abs(rows["n3.conv"].maximum) / 128, rel=0.5)
+    assert rows["n3.conv"].own_sqnr > first.level + 10
+
+
+def test_the_step_of_a_coarse_value_is_a_wider_format(net: Net) -> None:
+    model, x = net
+    scales = dict(model.qparams) | {"n3.conv": model.qparams["n3.conv"] * 40}
+    first = next_steps(compare(model.replace(qparams=scales), x, "float", "fake_quant"), model.plan, limit=1)[0]
+    assert first.where == "n3.conv"
+    rules = tomllib.loads(first.rule)["rules"]
+    assert list(rules.values()) == [{"output": {"dtype": "int16"}}]
+    again = jq.prepare(
+        *small_graph(),
+        jq.QConfig({**QCONFIG.rules, next(iter(rules)): jq.Policy(output=jq.int16())}),
+        target=model.plan.target,
+    )
+    assert again.plan.spec("n3.conv").dtype == "int16"
 
 
 def test_a_report_replaces_the_one_before_and_has_no_infinite_numbers(net: Net, tmp_path: Path) -> None:
@@ -242,7 +279,7 @@ def test_the_page_sorts_searches_and_zooms_in_a_browser(net: Net, written: Repor
     assert found["all"] == 0
     assert found["zoomed"]
     assert found["boxes"] == len(values)
-    assert {"Summary", "Findings", "Sensitivity", "Graph"} < set(found["sections"])
+    assert {"Summary", "What to do next", "Findings", "Sensitivity", "Graph"} < set(found["sections"])
 
 
 def test_unsigned_formats_are_drawn(net: Net, tmp_path) -> None:
