@@ -82,6 +82,7 @@ def check(
 
     \b
     jquant check net.py:make --shape 1,3,224,224 --config q.toml
+    jquant check net.jqs --json
     """
     from jquant.analysis import check_model, operator_support, support_table
 
@@ -98,6 +99,9 @@ def check(
     if bad:
         raise UnmetError(f"{bad} of {len(findings)} findings are errors: the model cannot be deployed as it is")
     console.text(f"{len(findings)} findings, none of them an error" if findings else "nothing found")
+    if state.qparams is None:
+        settings = ("--config", "SETTINGS.toml" if config is None else config)
+        console.next("calibrate", model, *settings, "--data", "DATA", "-o", "net.jqs")
 
 
 @command
@@ -129,6 +133,7 @@ def calibrate(
     calibrated = state.calibrated()
     console.text(describe(calibrated))
     console.wrote(output)
+    console.next("eval", output, "--data", data)
     console.value({"output": output, "scales": calibrated.qparams})
 
 
@@ -173,6 +178,7 @@ def quantize(
     save(output, program, metadata=image_metadata(state))
     console.text(str(program))
     console.wrote(output)
+    console.next("run", output, "--data", "DATA" if data is None else data, "-o", output.with_suffix(".npz"))
     console.value({"output": output, "report": report, "march": program.target.name, "nodes": len(program.formats)})
 
 

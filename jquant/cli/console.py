@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,6 +77,10 @@ class Console:
     def wrote(self, path: Path) -> None:
         if not (self.json or self.quiet):
             print(f"wrote {path}")
+
+    def next(self, *words: object) -> None:
+        """The last line: a command to type now. A word in capitals is for the reader to replace."""
+        self.text(f"next: jquant {shlex.join(map(str, words))}")
 
 
 def cell(value: Any) -> str:

@@ -105,7 +105,7 @@ def init(
         partial.write_text(text, encoding="utf-8")
     console.wrote(output)
     if model is not None:
-        console.text(f"next: jquant calibrate {model} --config {output} --data DATA -o net.jqs")
+        console.next("calibrate", model, "--config", output, "--data", "DATA", "-o", "net.jqs")
     console.value({"output": output})
 
 

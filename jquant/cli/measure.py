@@ -332,6 +332,8 @@ def sensitivity(
         with replacing(output) as path:
             path.write_text(text)
         console.wrote(output)
+        if budget is not None:
+            console.next("calibrate", model, "--config", output, "--data", data, "-o", "mixed.jqs")
     console.value(result)
 
 
@@ -367,6 +369,7 @@ def report(
 
     \b
     jquant report net.jqs --data test.npz -o out/
+    jquant report net.jqs --data images/ -o out/ --samples 32 --no-accuracy
     """
     console = Console(json, quiet, verbose)
     check_data(data)

@@ -110,6 +110,7 @@ def train(
         plot_curves(curves, {name: {"QAT": points} for name, points in history.metrics.items()})
         console.wrote(curves)
     console.wrote(output)
+    console.next("quantize", output, "-o", output.with_suffix(".jq"))
     console.value({"output": output, "float": in_float, "before": before, "after": after, "steps": int(trained.step)})
 
 

@@ -165,6 +165,21 @@ def test_calibrate_and_quantize_equal_the_library(done: dict, folder: Path) -> N
     assert float(program.scales["x"]) == pytest.approx(scales["x"])
     assert "wrote c.jq" in ok(done["quantize"]).out
     assert (folder / "r" / "report.html").stat().st_size > 10_000
+    summary = {row["mode"]: row for row in json.loads((folder / "r2" / "report.json").read_text())["summary"]}
+    ok(done["report"])
+    assert summary["bit_true"]["samples"] == 600
+    assert summary["bit_true"]["top-1 %"] > 35
+
+
+def test_a_command_ends_with_the_next_one_to_type(done: dict, folder: Path) -> None:
+    """What it says is a command that reads its arguments, and the files it names are there."""
+    assert ok(done["quantize"]).out.splitlines()[-1] == "next: jquant run c.jq --data d/test.npz -o c.npz"
+    assert ok(done["torch module"]).out.splitlines()[-1] == "next: jquant eval p.jqs --data pictures"
+    said = {"quantize": done["quantize"], "torch module": done["torch module"]}
+    nexts = {name: result.out.splitlines()[-1].removeprefix("next: jquant ") for name, result in said.items()}
+    for result in run_all(folder, nexts).values():
+        assert result.code == 0, result.err
+    assert "next:" not in done["check"].out  # a state has its scales
 
 
 def test_training_lowers_the_loss_and_keeps_the_state(done: dict, folder: Path) -> None:
