@@ -33,6 +33,8 @@ def held(v: Array, certain: Array) -> Array:
 def computed_once(x: Array) -> Array:
     """A float x, divided by a 1 that XLA takes for data, since it repeats no division.
 
+    The division also keeps a product apart from a sum behind it, which XLA would contract to one rounding.
+
     For values that are read several times and made of long chains: the states of an unrolled recurrence, whose training
     step would take a time that grows with the square of its length, and gradients behind a mask.
     """

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.numerics.fusion import computed_once
 from jquant.types import Array
 
 State = TypeVar("State")
@@ -65,8 +66,11 @@ def real(value: float) -> Array:
 
 
 def barrier(x: Array) -> Array:
-    """x, which the compiler must not join with what follows: each operation is rounded by itself, as in numpy."""
-    return jax.lax.optimization_barrier(x) if array_namespace(x) is jnp else x
+    """x, which the compiler must not join with what follows: each operation is rounded by itself, as in numpy.
+
+    The barrier keeps a rewrite from seeing both sides, `computed_once` a product out of the sum behind it.
+    """
+    return jax.lax.optimization_barrier(computed_once(x)) if array_namespace(x) is jnp else x
 
 
 def constant(x: Array) -> Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jquant.numerics.fusion import computed_once
 from jquant.types import Array
 
 One = Callable[..., tuple[Any, Any, Any]]  # (trainable, context, batch, key) -> gradients, statistics, metrics
@@ -100,5 +101,9 @@ def _ring_sum(total: Array, own: Array, axis: str) -> Array:
 
 
 def _apart(grads: Any) -> Any:
-    """Gradients that are rounded before they are added: a multiplication fused with the addition would not be."""
-    return jax.lax.optimization_barrier(grads)
+    """Gradients that are rounded before they are added.
+
+    XLA contracts a multiplication and the addition behind it to one rounding, on a CPU through a barrier as well, and
+    not through a division.
+    """
+    return jax.lax.optimization_barrier(jax.tree.map(computed_once, grads))
