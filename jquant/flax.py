@@ -1,10 +1,11 @@
 """flax on both sides: modules as functions of params, quantized functions as modules. Imported when used."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
+from jquant.functions.kinds import Freeze, labels
 from jquant.functions.quantized import QuantizedFunction, Variables
 from jquant.types import InputError
 
@@ -66,6 +67,10 @@ def to_nnx(model: Any, params: Any, batch_stats: Any = None) -> Any:
 def module(function: QuantizedFunction, variables: Variables) -> Any:
     """A quantized function as an nnx module, whose leaves are `nnx.Param`, so that `nnx.Optimizer` trains it.
 
+    Its state has the paths of the params, ("params", "conv", "kernel"), and the scales at ("qparams", "conv.kernel",
+    "scale"): no mask by the last key takes one for a kernel. `module.labels(freeze=...)` are those of
+    `jq.functions.labels` in the form of `nnx.state(module, nnx.Param)`, for `optax.multi_transform` and masks.
+
     Running statistics are `nnx.BatchStat`. As in `nnx.BatchNorm`, a call normalizes with the batch and moves them,
     until `module.eval()`. `module.variables()` are its variables again, for `lower` and `fake_quantized`.
 
@@ -75,20 +80,31 @@ def module(function: QuantizedFunction, variables: Variables) -> Any:
     """
     from flax import nnx
 
-    trained = {name: tree for name, tree in variables.items() if name != "batch_stats"}
-    leaves, structure = jax.tree.flatten(trained)
-    own_stats, stats_structure = jax.tree.flatten(variables.get("batch_stats"))
+    stats, has_stats = variables.get("batch_stats"), "batch_stats" in variables
+    scales = {name: {"scale": value} for name, value in variables["qparams"].items()}
+    structures = {name: jax.tree.structure(variables[name]) for name in ("params", "batch_stats") if name in variables}
+    paths = {name: _key_paths(variables[name]) for name in structures}
 
     class Quantized(nnx.Module):
         def __init__(self) -> None:
-            self.leaves = nnx.List([nnx.Param(leaf) for leaf in leaves])
-            self.batch_stats = nnx.List([nnx.BatchStat(leaf) for leaf in own_stats])
+            self.params = nnx.data(_nested(paths["params"], map(nnx.Param, jax.tree.leaves(variables["params"]))))
+            self.qparams = nnx.data(jax.tree.map(nnx.Param, scales))
+            if has_stats:
+                self.batch_stats = nnx.data(_nested(paths["batch_stats"], map(nnx.BatchStat, jax.tree.leaves(stats))))
             self.use_running_average = False
 
         def variables(self) -> Any:
-            found = jax.tree.unflatten(structure, [leaf[...] for leaf in self.leaves])
-            stats = jax.tree.unflatten(stats_structure, [leaf[...] for leaf in self.batch_stats])
-            return found if stats is None else {**found, "batch_stats": stats}
+            found: dict[str, Any] = {
+                name: jax.tree.unflatten(structure, [leaf[...] for leaf in self._leaves(name)])
+                for name, structure in structures.items()
+            }
+            return {**found, "qparams": {name: leaf["scale"][...] for name, leaf in self.qparams.items()}}
+
+        def labels(self, *, freeze: Freeze = ()) -> Any:
+            found = labels(function, self.variables(), freeze=freeze)
+            own = zip(paths["params"], jax.tree.leaves(found["params"]), strict=True)
+            flat = [(("params", *path), kind) for path, kind in own]
+            return nnx.from_flat_state([*flat, *((("qparams", n, "scale"), k) for n, k in found["qparams"].items())])
 
         def __call__(self, *inputs: Any, **options: Any) -> Any:
             if self.use_running_average:
@@ -99,8 +115,43 @@ def module(function: QuantizedFunction, variables: Variables) -> Any:
                     "see the optimizer's step, behind which observed scales are put in place"
                 )
             outputs, batch_stats = function.train(self.variables(), *inputs, **options)
-            for leaf, moved in zip(self.batch_stats, jax.tree.leaves(batch_stats), strict=True):
-                leaf[...] = moved
+            if has_stats:
+                for leaf, moved in zip(self._leaves("batch_stats"), jax.tree.leaves(batch_stats), strict=True):
+                    leaf[...] = moved
             return outputs
 
+        def _leaves(self, name: str) -> list[Any]:
+            return [_at(getattr(self, name), path) for path in paths[name]]
+
     return Quantized()
+
+
+_Path = tuple[str | int, ...]
+
+
+def _key_paths(tree: Any) -> list[_Path]:
+    """The path of every leaf, without the `value` of a Variable of nnx."""
+    from flax import nnx
+
+    found = []
+    for path, _ in jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+        keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
+        found.append(tuple(key if isinstance(key, int) else str(key) for key in keys) or ("params",))
+    return found
+
+
+def _nested(paths: Iterable[_Path], leaves: Iterable[Any]) -> dict[str | int, Any]:
+    """Dictionaries with a leaf at every path."""
+    found: dict[str | int, Any] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        inner = found
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = leaf
+    return found
+
+
+def _at(tree: Any, path: _Path) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree

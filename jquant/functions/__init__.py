@@ -5,6 +5,7 @@ would become many.
 """
 
 from jquant.functions.files import load, save
+from jquant.functions.kinds import labels
 from jquant.functions.quantized import QuantizedFunction
 from jquant.functions.weights import quantize_params, weight_qparams
 from jquant.ops.functional import (
@@ -28,6 +29,7 @@ __all__ = [
     "channel_shuffle",
     "grid_sample",
     "interpolate",
+    "labels",
     "load",
     "nv12_to_centred_yuv444",
     "pixel_shuffle",
