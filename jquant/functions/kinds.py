@@ -26,8 +26,8 @@ def labels(function: QuantizedFunction, variables: Variables, *, freeze: Freeze 
     for running statistics, leaves that are no floating-point numbers, and what `freeze` names.
 
     A label follows from what the graph does with a leaf, not from its name: a mask by names can take a scale for a
-    weight. The name of a scale is that of its weight or value, such as "conv.kernel", in one key. So the scale of a leaf
-    "kernel" at the top of the params has "kernel" as its last key, and a mask of all that is no bias takes every scale.
+    weight. The name of a scale is that of its weight or value, such as "conv.kernel", in one key. A mask of the key
+    "kernel" takes the scale of a leaf "kernel" at the top of the params; one of all but "bias" takes every scale.
 
     Args:
       function, variables: what `quantize` returned; variables without "batch_stats" too, where these are kept apart.

@@ -60,11 +60,12 @@ class QuantizedFunction:
     params_of: "Prepared" = field(repr=False)
     traced: Traced = field(repr=False)
 
-    def __call__(self, variables: Variables, *inputs: Any, mode: Mode = "fake_quant", rngs: Array | None = None) -> Any:
+    def __call__(self, variables: Variables, *inputs: Any, mode: Mode = "fake_quant", rngs: Any = None) -> Any:
         """The function on fake-quantized weights and values; or in another `mode` of `jq.apply_train`.
 
-        Batch norm has its running statistics, folded as they ship: `train` is what takes those of the batch. Works
-        inside jit, grad, vmap over inputs, scan, remat and shard_map, as the function itself does.
+        Batch norm has its running statistics, folded as they ship: `train` is what takes those of the batch. Dropout
+        is off, unless `rngs` has a key, as for `train`. Works inside jit, grad, vmap over inputs, scan, remat and
+        shard_map, as the function itself does.
         """
         return self._apply(self._inference, variables, inputs, mode=mode, rngs=rngs)[0]
 
@@ -73,7 +74,7 @@ class QuantizedFunction:
         variables: Variables,
         *inputs: Any,
         mode: Mode = "fake_quant",
-        rngs: Array | None = None,
+        rngs: Any = None,
         switches: Switches | None = None,
         step: Array | int = 0,
     ) -> tuple[Any, Any]:
@@ -82,7 +83,8 @@ class QuantizedFunction:
         Args:
           variables, *inputs: as for a call; each batch norm needs two values a channel, or more.
           mode: of `jq.apply_train`: "fake_quant", "tables", "bit_true" or "float".
-          rngs: a PRNG key for dropout.
+          rngs: a PRNG key for dropout and stochastic depth, another one in each step; {"dropout": key} too. They draw
+            from it, whatever key the function closes over. None leaves them off, as integers have them.
           switches: what is quantized and observed in which step, of
             `jq.training.switches(qfn.model(variables), ...)`; traced.
           step: of training; read by `switches` alone.
@@ -93,8 +95,8 @@ class QuantizedFunction:
           With `switches`, the outputs and a `Moved`, which has the observed scales as well; `update` takes either.
 
         Raises:
-          InputError: variables of another function. GraphError: a batch of one value. QConfigError: switches of another
-          plan or mode.
+          InputError: variables of another function, or a key where the function was traced without dropout.
+          GraphError: a batch of one value. QConfigError: switches of another plan or mode.
 
         Example:
           def loss(variables, x, y):
@@ -181,7 +183,8 @@ class QuantizedFunction:
             moved[key] = jnp.where(factor == 0, found[key], quantized / jnp.where(factor == 0, 1, factor))
         return _written(lambda params: {key: graph_params(params)[key] for key in weights}, own, moved)
 
-    def _apply(self, plan: Plan, variables: Variables, inputs: Any, **options: Any) -> Any:
+    def _apply(self, plan: Plan, variables: Variables, inputs: Any, *, rngs: Any, **options: Any) -> Any:
+        options["rngs"] = _dropout_key(self.plan, rngs)
         model = Model(plan, self._plan_params(variables), variables["qparams"])
         outputs, moved = apply_train(model, *jax.tree.leaves(inputs), **options)
         return jax.tree.unflatten(self.traced.outputs, jax.tree.leaves(outputs)), moved
@@ -226,6 +229,25 @@ class QuantizedFunction:
         """Weights as they are quantized, and what batch norm multiplies each by: the derivative of a product."""
         ones = {k: jnp.ones_like(v) if k in keys else jnp.zeros_like(v) for k, v in graph_params.items()}
         return jax.jvp(self.params_of.to_quantize, (graph_params,), (ones,))
+
+
+def _dropout_key(plan: Plan, rngs: Any) -> Array | None:
+    """The key for dropout.
+
+    Raises:
+      InputError: a key that nothing would draw from, or several.
+    """
+    if isinstance(rngs, Mapping):
+        if len(rngs) != 1:
+            raise InputError(f"rngs has {', '.join(map(repr, rngs)) or 'no key'}; one key for dropout is wanted")
+        (rngs,) = rngs.values()
+    if rngs is not None and not any(node.op.stochastic for node in plan.graph.nodes):
+        raise InputError(
+            "rngs are for dropout, and the function was traced without any. Trace a model with its dropout on, by "
+            "jq.flax.from_linen(..., dropout=True) or jq.flax.from_nnx(model, dropout=True); or leave rngs out"
+        )
+    key: Array | None = rngs
+    return key
 
 
 def _written(read: Callable[[Any], dict[str, Array]], own: Any, values: Mapping[str, Array]) -> Any:
