@@ -168,12 +168,14 @@ def load(
     if differs:
         raise FormatError(f"{path} belongs to another function: {cut(differs)}")
     collections = {"params": trained, **({} if stats is None else {"batch_stats": stats})}
-    if mismatch := _mismatch(plan, _replanned(prepared, request.qconfig, collections)):
+    with refusing(path):
+        replanned = _replanned(prepared, request.qconfig, collections)
+    if mismatch := _mismatch(plan, replanned):
         raise FormatError(f"{path} has another plan than this release makes: {cut(mismatch)}; call jq.quantize again")
-    function = quantized_function(prepared, plan)
     scales = {name.removeprefix("scale:"): jnp.asarray(v) for name, v in arrays.items() if name.startswith("scale:")}
     found = {"params": trained, "qparams": scales, **collections}
     with refusing(path):
+        function = quantized_function(prepared, plan)
         check_model(function.model(found))
     return function, found
 

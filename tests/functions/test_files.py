@@ -1,5 +1,6 @@
 """`jq.functions.save` and `load`: a run that goes on does not calibrate again, and only with the same function."""
 
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from support import jax_nets
+from support.mutants import in_json
+from support.sealed import arrays_of, from_parts, read_parts, with_arrays
 
 import jquant as jq
 
@@ -232,6 +235,54 @@ def test_damage_is_found_wherever_it_is(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "net.jqf").write_bytes(content[: len(content) // 2])
     with pytest.raises(jq.FormatError, match="its content differs from its digest"):
         jq.functions.load(tmp_path / "net.jqf", fn, OWN["params"], X)
+
+
+def dense(params: Any, x: Any) -> Any:
+    return jnp.tanh(x @ params["w"] + params["b"])
+
+
+def test_a_file_that_was_changed_on_purpose_is_refused_or_means_the_same(tmp_path: Path) -> None:
+    """The digest fits. What is read all the same has the plan of the function that was passed."""
+    params, x = {"w": jax_nets.images(3, 4), "b": jax_nets.images(4)}, jax_nets.images(2, 3)
+    qfn, variables = jq.quantize(dense, params, jq.QConfig(jq.templates.int8_default()), [x])
+    jq.functions.save(tmp_path / "net.jqf", qfn, variables)
+    header, data = read_parts((tmp_path / "net.jqf").read_bytes())
+    static, rng = header["__metadata__"]["function"].encode(), random.Random(0)
+    refused = []
+    for _ in range(120):
+        changed = in_json(static, rng).decode("utf-8", "surrogateescape")
+        other = {**header, "__metadata__": {**header["__metadata__"], "function": changed}}
+        (tmp_path / "other.jqf").write_bytes(from_parts(other, data))
+        try:
+            again, found = jq.functions.load(tmp_path / "other.jqf", dense, params, x)
+        except jq.FormatError as error:
+            refused.append(str(error))
+        else:
+            assert again.plan == qfn.plan
+            same(found, variables)
+    assert len(refused) > 60
+    assert all("other.jqf" in message and len(message) < 2000 for message in refused)
+
+
+def test_arrays_that_were_changed_on_purpose_are_refused(saved: Path, tmp_path: Path) -> None:
+    def load(arrays: Any) -> Any:
+        (tmp_path / "other.jqf").write_bytes(with_arrays(saved.read_bytes(), arrays))
+        return jq.functions.load(tmp_path / "other.jqf", fn, OWN["params"], X)
+
+    arrays = arrays_of(saved.read_bytes())
+    load(arrays)
+    for name, other, says in (
+        ("leaf:conv.kernel", np.float32([1.0]), r"saved as float32\[1\]"),
+        ("scale:x", np.float32(np.nan), "other.jqf: .*'x'"),
+        ("scale:x", np.int32(1), "other.jqf: .*'x'"),
+        ("scale:y", np.float32(1.0), "other.jqf: .*'y'"),
+        ("constant:y", np.float32(1.0), "unexpected array 'constant:y'"),
+    ):
+        with pytest.raises(jq.FormatError, match=says):
+            load({**arrays, name: np.asarray(other)})
+    for name, says in (("scale:x", "no scale for 'x'"), ("leaf:head.bias", "array 'leaf:head.bias' is not there")):
+        with pytest.raises(jq.FormatError, match=says):
+            load({key: array for key, array in arrays.items() if key != name})
 
 
 def test_files_of_other_kinds_say_what_they_are(saved: Path, tmp_path: Path) -> None:
