@@ -4,6 +4,8 @@ The functions here are for code of JAX that is to be traced: each becomes one op
 would become many.
 """
 
+from jquant.functions.files import load, save
+from jquant.functions.kinds import labels
 from jquant.functions.quantized import QuantizedFunction
 from jquant.functions.weights import quantize_params, weight_qparams
 from jquant.ops.functional import (
@@ -27,12 +29,15 @@ __all__ = [
     "channel_shuffle",
     "grid_sample",
     "interpolate",
+    "labels",
+    "load",
     "nv12_to_centred_yuv444",
     "pixel_shuffle",
     "pixel_unshuffle",
     "quantize_params",
     "rgb_to_centred_yuv444",
     "roi_align",
+    "save",
     "warp",
     "weight_qparams",
 ]

@@ -27,7 +27,7 @@ from jquant.plan.batch_norm import (
 from jquant.plan.prepare import prepare
 from jquant.plan.scales import expand_weight, quantizer_of
 from jquant.program.lower import lower
-from jquant.targets import NASH_E
+from jquant.targets import NASH_E, find_target
 from jquant.training.state import apply_train
 from jquant.training.switching import Moved, Switches
 from jquant.types import (
@@ -57,14 +57,15 @@ class QuantizedFunction:
     """
 
     plan: Plan
-    params_of: "_Prepared" = field(repr=False)
+    params_of: "Prepared" = field(repr=False)
     traced: Traced = field(repr=False)
 
-    def __call__(self, variables: Variables, *inputs: Any, mode: Mode = "fake_quant", rngs: Array | None = None) -> Any:
+    def __call__(self, variables: Variables, *inputs: Any, mode: Mode = "fake_quant", rngs: Any = None) -> Any:
         """The function on fake-quantized weights and values; or in another `mode` of `jq.apply_train`.
 
-        Batch norm has its running statistics, folded as they ship: `train` is what takes those of the batch. Works
-        inside jit, grad, vmap over inputs, scan, remat and shard_map, as the function itself does.
+        Batch norm has its running statistics, folded as they ship: `train` is what takes those of the batch. Dropout
+        is off, unless `rngs` has a key, as for `train`. Works inside jit, grad, vmap over inputs, scan, remat and
+        shard_map, as the function itself does.
         """
         return self._apply(self._inference, variables, inputs, mode=mode, rngs=rngs)[0]
 
@@ -73,7 +74,7 @@ class QuantizedFunction:
         variables: Variables,
         *inputs: Any,
         mode: Mode = "fake_quant",
-        rngs: Array | None = None,
+        rngs: Any = None,
         switches: Switches | None = None,
         step: Array | int = 0,
     ) -> tuple[Any, Any]:
@@ -82,7 +83,8 @@ class QuantizedFunction:
         Args:
           variables, *inputs: as for a call; each batch norm needs two values a channel, or more.
           mode: of `jq.apply_train`: "fake_quant", "tables", "bit_true" or "float".
-          rngs: a PRNG key for dropout.
+          rngs: a PRNG key for dropout and stochastic depth, another one in each step; {"dropout": key} too. They draw
+            from it, whatever key the function closes over. None leaves them off, as integers have them.
           switches: what is quantized and observed in which step, of
             `jq.training.switches(qfn.model(variables), ...)`; traced.
           step: of training; read by `switches` alone.
@@ -93,8 +95,8 @@ class QuantizedFunction:
           With `switches`, the outputs and a `Moved`, which has the observed scales as well; `update` takes either.
 
         Raises:
-          InputError: variables of another function. GraphError: a batch of one value. QConfigError: switches of another
-          plan or mode.
+          InputError: variables of another function, or a key where the function was traced without dropout.
+          GraphError: a batch of one value. QConfigError: switches of another plan or mode.
 
         Example:
           def loss(variables, x, y):
@@ -169,7 +171,7 @@ class QuantizedFunction:
                 )
 
         def graph_params(params: Any) -> dict[str, Array]:
-            return self.traced.graph_params(_collections(params, batch_stats))
+            return self.traced.graph_params(collections_of(params, batch_stats))
 
         found = graph_params(own)
         scaled, factors = self._as_quantized(found, weights)
@@ -181,7 +183,8 @@ class QuantizedFunction:
             moved[key] = jnp.where(factor == 0, found[key], quantized / jnp.where(factor == 0, 1, factor))
         return _written(lambda params: {key: graph_params(params)[key] for key in weights}, own, moved)
 
-    def _apply(self, plan: Plan, variables: Variables, inputs: Any, **options: Any) -> Any:
+    def _apply(self, plan: Plan, variables: Variables, inputs: Any, *, rngs: Any, **options: Any) -> Any:
+        options["rngs"] = _dropout_key(self.plan, rngs)
         model = Model(plan, self._plan_params(variables), variables["qparams"])
         outputs, moved = apply_train(model, *jax.tree.leaves(inputs), **options)
         return jax.tree.unflatten(self.traced.outputs, jax.tree.leaves(outputs)), moved
@@ -228,6 +231,25 @@ class QuantizedFunction:
         return jax.jvp(self.params_of.to_quantize, (graph_params,), (ones,))
 
 
+def _dropout_key(plan: Plan, rngs: Any) -> Array | None:
+    """The key for dropout.
+
+    Raises:
+      InputError: a key that nothing would draw from, or several.
+    """
+    if isinstance(rngs, Mapping):
+        if len(rngs) != 1:
+            raise InputError(f"rngs has {', '.join(map(repr, rngs)) or 'no key'}; one key for dropout is wanted")
+        (rngs,) = rngs.values()
+    if rngs is not None and not any(node.op.stochastic for node in plan.graph.nodes):
+        raise InputError(
+            "rngs are for dropout, and the function was traced without any. Trace a model with its dropout on, by "
+            "jq.flax.from_linen(..., dropout=True) or jq.flax.from_nnx(model, dropout=True); or leave rngs out"
+        )
+    key: Array | None = rngs
+    return key
+
+
 def _written(read: Callable[[Any], dict[str, Array]], own: Any, values: Mapping[str, Array]) -> Any:
     """`own` with other values of the elements that `read` takes; of values that share one, all are the same.
 
@@ -244,30 +266,71 @@ def _written(read: Callable[[Any], dict[str, Array]], own: Any, values: Mapping[
     return jax.tree.map(chosen, own, moved, counts)
 
 
-def _collections(params: Any, batch_stats: Any) -> Any:
+def collections_of(params: Any, batch_stats: Any) -> Any:
     """The pytree that is traced: params, beside running statistics if there are any, as flax.linen has them."""
     if batch_stats is None:
         return params
     return {"params": params, "batch_stats": jax.lax.stop_gradient(batch_stats)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `quantize` was asked for, beside the function, its params and data."""
+
+    qconfig: QConfig
+    target: Target
+    batch_norm: BatchNormHandling | Mapping[str, BatchNormHandling]
+    momentum: float
+    dynamic_batch: bool
+
+    def prepare(self, graph: Graph, params: Params) -> Model:
+        return prepare(graph, params, self.qconfig, target=self.target, batch_norm=self.batch_norm)
+
+
 @dataclass(frozen=True, eq=False)
-class _Prepared:
+class Prepared:
     """From the function's params to the plan's: read, then folded by `prepare`; traced by JAX once for each shape."""
 
     traced: Traced
     statistics: tuple[str, ...]  # the names of the leaves of batch_stats
-    prepare: Callable[[Graph, Params], Model]
+    request: Request
 
     def model(self, params: Any, batch_stats: Any) -> Model:
-        return self.prepare(self.traced.graph, self.traced.graph_params(_collections(params, batch_stats)))
+        return self.request.prepare(self.traced.graph, self.traced.graph_params(collections_of(params, batch_stats)))
 
     def to_quantize(self, graph_params: Params) -> dict[str, Array]:
-        model = self.prepare(self.traced.graph, graph_params)
+        model = self.request.prepare(self.traced.graph, graph_params)
         return weights_to_quantize(model.plan, model.params)
 
     def __call__(self, params: Any, batch_stats: Any = None) -> dict[str, Array]:
         return _plan_params(self, params, batch_stats)
+
+
+def read_function(
+    fn: Callable[..., Any], params: Any, inputs: Any, request: Request, *, batch_stats: Any, check: bool = True
+) -> Prepared:
+    """The function as a graph, with the momentum that was asked for. Arguments as for `quantize` and `trace`."""
+    if not 0 <= request.momentum < 1:
+        raise QConfigError(
+            f"momentum {request.momentum}: the share of running statistics to keep is at least 0 and less than 1"
+        )
+    own = collections_of(params, batch_stats)
+    fn = fn if batch_stats is None else _of_collections(fn)
+    traced = read(fn, own, inputs, dynamic_batch=request.dynamic_batch, check=check)
+    traced = replace(traced, graph=_with_momentum(traced.graph, 1 - request.momentum))
+    statistics = traced.leaves[: len(jax.tree.leaves(batch_stats))]  # "batch_stats" sorts before "params"
+    return Prepared(traced, statistics, request)
+
+
+def quantized_function(prepared: Prepared, plan: Plan) -> QuantizedFunction:
+    """The function of a plan that `prepare` made of it.
+
+    Raises:
+      ConversionError: a live batch norm whose statistics are not those of batch_stats.
+    """
+    qfn = QuantizedFunction(replace(plan, turned=_turned(plan, prepared.traced)), prepared, prepared.traced)
+    _ = qfn._moving
+    return qfn
 
 
 def quantize(
@@ -325,20 +388,17 @@ def quantize(
     batches = [tuple(jax.tree.map(partial(host_array, where="a calibration batch"), batch)) for batch in batches]
     if not batches:
         raise InputError("quantize needs at least one calibration batch")
-    if not 0 <= momentum < 1:
-        raise QConfigError(
-            f"momentum {momentum}: the share of running statistics to keep is at least 0 and less than 1"
-        )
-    own = _collections(params, batch_stats)
-    traced = read(fn if batch_stats is None else _of_collections(fn), own, batches[0], dynamic_batch=dynamic_batch)
-    traced = replace(traced, graph=_with_momentum(traced.graph, 1 - momentum))
-    statistics = traced.leaves[: len(jax.tree.leaves(batch_stats))]  # "batch_stats" sorts before "params"
-    prepared = _Prepared(traced, statistics, partial(prepare, qconfig=qconfig, target=target, batch_norm=batch_norm))
+    request = Request(
+        qconfig=qconfig,
+        target=find_target(target),
+        batch_norm=batch_norm,
+        momentum=momentum,
+        dynamic_batch=dynamic_batch,
+    )
+    prepared = read_function(fn, params, batches[0], request, batch_stats=batch_stats)
     model = prepared.model(params, batch_stats)
-    plan = replace(model.plan, turned=_turned(model.plan, traced))
-    qfn = QuantizedFunction(plan, prepared, traced)
-    _ = qfn._moving  # raises before calibration takes its time
-    model = calibrate(model.replace(plan=plan), [tuple(jax.tree.leaves(tuple(batch))) for batch in batches])
+    qfn = quantized_function(prepared, model.plan)  # raises before calibration takes its time
+    model = calibrate(model.replace(plan=qfn.plan), [tuple(jax.tree.leaves(tuple(batch))) for batch in batches])
     collections = {} if batch_stats is None else {"batch_stats": batch_stats}
     return qfn, {"params": params, "qparams": model.qparams, **collections}
 
@@ -367,5 +427,5 @@ def _with_momentum(graph: Graph, momentum: float) -> Graph:
 
 
 @partial(jax.jit, static_argnums=0)
-def _plan_params(prepared: _Prepared, params: Any, batch_stats: Any) -> dict[str, Array]:
+def _plan_params(prepared: Prepared, params: Any, batch_stats: Any) -> dict[str, Array]:
     return dict(prepared.model(params, batch_stats).params)

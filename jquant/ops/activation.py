@@ -11,6 +11,7 @@ from jquant.graph.operator import Lowered, Operand, check_roles, eval_float, eva
 from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.rescale import Rescale, ratio, rescale_of, rescale_unsaturated
 from jquant.numerics.rounding import expand, quantize, saturate, widen
+from jquant.ops.movement import channels_last_axis
 from jquant.types import MIN_SCALE, Array, NodeFormat, Op, Target, bit_width, integer_range
 
 
@@ -43,7 +44,11 @@ class PRelu(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout(Op):
-    """Zeroes a share `rate` in training and scales the rest up; the identity everywhere else."""
+    """Zeroes a share `rate` in training and scales the rest up; the identity everywhere else.
+
+    One draw counts for all elements along `shared_axes`, which count from the start: (1, 2, 3) of [N, H, W, C] keeps or
+    drops whole examples, as stochastic depth does (Huang et al. 2016, arXiv:1603.09382).
+    """
 
     layout: ClassVar = "elementwise"
     scale_rule: ClassVar = "same_as_input"
@@ -51,6 +56,7 @@ class Dropout(Op):
     stochastic: ClassVar = True
 
     rate: float = 0.5
+    shared_axes: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +77,8 @@ def _(op: Relu6, x: Array) -> Array:
 def _(op: Dropout, x: Array, *, rng: Array | None = None) -> Array:
     if rng is None:
         return x
-    keep = jax.random.bernoulli(rng, 1.0 - op.rate, x.shape)
+    shape = tuple(1 if axis in op.shared_axes else n for axis, n in enumerate(x.shape))
+    keep = jax.random.bernoulli(rng, 1.0 - op.rate, shape)
     return jnp.where(keep, x / (1.0 - op.rate), 0.0)
 
 
@@ -140,6 +147,11 @@ def _(op: PRelu, node_format: NodeFormat, target: Target, x: Array, *, slope: Ar
     y = rescale_unsaturated(jnp.maximum(x, 0), positive, target, bits=bits)
     y = y + rescale_unsaturated(factor * jnp.minimum(x, 0), negative, target, bits=bits)
     return saturate(y, node_format.output)
+
+
+@to_channels_last.register
+def _(op: Dropout, rank: int) -> Op:
+    return replace(op, shared_axes=tuple(sorted(channels_last_axis(axis, rank) for axis in op.shared_axes)))
 
 
 @to_channels_last.register

@@ -32,7 +32,8 @@ def channels_last(graph: Graph, shapes: Shapes) -> Graph:
         rank = len(shapes[node.inputs[0]]) if node.inputs else 0
         alike = all(len(shapes[v]) == rank for v in (*node.inputs, node.name))
         follows = any(v in last for v in node.inputs)
-        converted = node.op if node.op.layout == "elementwise" else to_channels_last(node.op, rank)
+        plain = node.op.layout == "elementwise" and not getattr(node.op, "shared_axes", ())
+        converted = node.op if plain else to_channels_last(node.op, rank)
         if getattr(node.op, "channels_last", False):  # in the order of its framework already
             converted = None
         wanted = node.op.layout == "spatial" or (follows and (alike or node.op.layout == "axes"))

@@ -55,7 +55,10 @@ def save(path: str | os.PathLike[str], program: Program, *, metadata: Mapping[st
       True
     """
     if not isinstance(program, Program):
-        raise FormatError(f"save writes a Program, not {type(program).__name__}; call jq.lower first")
+        raise FormatError(
+            f"save writes a Program, not {type(program).__name__}; call jq.lower first. What jq.quantize returned goes "
+            "through jq.functions.save"
+        )
     if "program" in (metadata or {}):
         raise FormatError("the metadata key 'program' is that of the program itself")
     program.check_single()

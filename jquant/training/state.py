@@ -240,12 +240,26 @@ def labels(model: Model, *, freeze: Freeze = ()) -> Model:
     plan = model.plan
     apart, norms = set(untrained(plan)), set(norm_params(plan))
     kinds = {name: "batch_norm" if name in norms else "weight" for name in plan.graph.param_names if name not in apart}
+    params, scales = [*kinds.items()], [(name, "scale") for name in plan.trained]
+    found = frozen_labels([*params, *scales], freeze, KINDS)
+    return Model(
+        plan,
+        {name: found[name, kind] for name, kind in params},  # type: ignore[misc]
+        {name: found[name, kind] for name, kind in scales},  # type: ignore[misc]
+    )
+
+
+def frozen_labels(named: Sequence[tuple[str, str]], freeze: Freeze, known: Sequence[str]) -> dict[tuple[str, str], str]:
+    """{(name, kind): label} of names with their kinds: the kind, or "frozen" where `freeze` names it.
+
+    Raises:
+      QConfigError: a kind that is not `known`, or a pattern that matches nothing of its kind.
+    """
     by_kind = freeze if isinstance(freeze, Mapping) else {"": freeze}
     for kind, patterns in by_kind.items():
-        if kind not in ("", *KINDS):
-            raise QConfigError(f"freeze kind {kind!r}; known: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
-        names = [n for n, own in kinds.items() if kind in ("", own)]
-        names += plan.trained if kind in ("", "scale") else ()
+        if kind not in ("", *known):
+            raise QConfigError(f"freeze kind {kind!r}; known: {', '.join(known)}{did_you_mean(kind, known)}")
+        names = [name for name, own in named if kind in ("", own)]
         for pattern in patterns:
             if not any(matches(pattern, n) for n in names):
                 what = f"freeze pattern {pattern!r} matches no{f' {kind}' if kind else 'thing'}"
@@ -255,11 +269,7 @@ def labels(model: Model, *, freeze: Freeze = ()) -> Model:
         patterns = (*by_kind.get("", ()), *by_kind.get(kind, ()))
         return "frozen" if any(matches(p, name) for p in patterns) else kind
 
-    return Model(
-        plan,
-        {n: label(n, kind) for n, kind in kinds.items()},  # type: ignore[misc]
-        {n: label(n, "scale") for n in plan.trained},  # type: ignore[misc]
-    )
+    return {(name, kind): label(name, kind) for name, kind in named}
 
 
 @jax.tree_util.register_dataclass

@@ -90,6 +90,13 @@ def _cases(path: Path) -> Any:
     return jq.analysis.load_bad_cases(path)
 
 
+def _function(path: Path) -> Any:
+    sys.path.insert(0, str(TESTS / "golden"))
+    import make
+
+    return jq.functions.load(path, make.function, make.function_params(), make.rows())[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a folder, which is carried as an archive
 
@@ -217,6 +224,7 @@ ONNX = (damaged, in_onnx, in_onnx)
 READERS = {
     "program": Reader(suffix=".jq", whole=golden("program.jq"), read=jq.load, sealed=True, content=leaves),
     "state": Reader(suffix=".jqs", whole=golden("state.jqs"), read=_state, sealed=True, content=_state_content),
+    "function": Reader(suffix=".jqf", whole=golden("function.jqf"), read=_function, sealed=True, content=leaves),
     "plan": Reader(
         suffix=".json", whole=golden("plan.json"), read=_named(jq.plan.plan_from_json), mutations=TEXT, sealed=True
     ),

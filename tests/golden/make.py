@@ -76,6 +76,25 @@ def make_model() -> jq.Model:
     return jq.calibrate(model, [images()])
 
 
+def function(params: Any, x: jnp.ndarray) -> jnp.ndarray:
+    """Two layers; of what a file of a quantized function does not have, this is all."""
+    hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"])
+    return hidden @ params["second"]["kernel"]
+
+
+def function_params() -> dict[str, Any]:
+    return {"first": {"kernel": numbers(10, 4, 6), "bias": numbers(11, 6)}, "second": {"kernel": numbers(12, 6, 2)}}
+
+
+def rows() -> jnp.ndarray:
+    return numbers(13, 3, 4)
+
+
+def save_function(path: Path) -> None:
+    qconfig = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out", quantizer=jq.lsq), output=jq.int8())})
+    jq.functions.save(path, *jq.quantize(function, function_params(), qconfig, [rows()]))
+
+
 def fresh_state(model: jq.Model) -> jq.TrainState:
     return jq.TrainState.create(model, tx=training.make_optimizer(model, learning_rate=0.125))
 
@@ -89,6 +108,7 @@ def make(folder: Path) -> None:
     state = State(graph, params, QCONFIG, jq.targets.NASH_E, model.qparams, None, ImageSettings(crop=4))
     jq.save(folder / "program.jq", program, metadata={"note": "golden"})
     save_state(folder / "state.jqs", state)
+    save_function(folder / "function.jqf")
     texts = {
         "graph.json": jq.graph.graph_to_json(graph),
         "plan.json": jq.plan.plan_to_json(model.plan),
@@ -105,13 +125,16 @@ def make(folder: Path) -> None:
     checkpoints = training.open_checkpoints(folder / "checkpoint", model)
     checkpoints.save(fresh_state(model), position={"batch": 3}, key=jax.random.key(5))
     checkpoints.close()
-    (folder / "expected.json").write_text(json.dumps(expected(graph, params, program), indent=1) + "\n")
+    (folder / "expected.json").write_text(json.dumps(expected(folder, graph, params, program), indent=1) + "\n")
 
 
-def expected(graph: jq.Graph, params: dict[str, Any], program: jq.Program) -> dict[str, Any]:
+def expected(folder: Path, graph: jq.Graph, params: dict[str, Any], program: jq.Program) -> dict[str, Any]:
     _, values = jq.reference.run(program, np.asarray(images()))
     (floats,) = jq.graph.evaluate_float(graph, params, images())
+    qfn, variables = jq.functions.load(folder / "function.jqf", function, function_params(), rows())
+    _, of_function = jq.reference.run(qfn.lower(variables), np.asarray(rows()))
     return {
+        "function": {name: np.asarray(value).reshape(-1).tolist() for name, value in of_function.items()},
         "integers": {name: np.asarray(value).reshape(-1).tolist() for name, value in values.items()},
         "floats": np.asarray(floats).tolist(),
         "march": str(jq.targets.NASH_E),

@@ -90,6 +90,17 @@ def test_marches_and_qconfigs_say_what_they_said(folder: Path, make: ModuleType)
     assert jq.config.qconfig_from_toml(folder / "qconfig.toml") == make.QCONFIG
 
 
+def test_a_function_goes_on(folder: Path, make: ModuleType) -> None:
+    qfn, variables = jq.functions.load(folder / "function.jqf", make.function, make.function_params(), make.rows())
+    fast = jq.run_with_taps(qfn.lower(variables), make.rows())
+    wanted = expected(folder)["function"]
+    assert set(wanted) == set(fast)
+    for name, integers in wanted.items():
+        np.testing.assert_array_equal(np.asarray(fast[name]).reshape(-1), integers, err_msg=name)
+    for found, made in zip(jax.tree.leaves(variables["params"]), jax.tree.leaves(make.function_params()), strict=True):
+        np.testing.assert_array_equal(found, made)
+
+
 def test_bad_cases_are_there(folder: Path, make: ModuleType) -> None:
     cases = load_bad_cases(folder / "cases.npz")
     np.testing.assert_array_equal(cases.inputs["x"], make.images())

@@ -20,6 +20,7 @@ from jquant.functions.trace.build import Built, build, evaluate_params
 from jquant.functions.trace.names import input_names, leaf_names
 from jquant.functions.trace.one_example import check_one_example
 from jquant.functions.trace.primitives import TABLE
+from jquant.functions.trace.primitives.dropout import check_scaled, meet
 from jquant.functions.trace.primitives.named import named_operator
 from jquant.functions.trace.reader import Reader
 from jquant.graph.checks import validate
@@ -114,7 +115,7 @@ def read(
     _check_shapes(graph, built, arrays[0].shape[0] if not dynamic_batch else max(arrays[0].shape[0], 2))
     kept = {key: built.params[key] for key in graph.param_names}
     traced = Traced(graph, kept, tuple(leaf_names(params)), tree)
-    if check and dynamic_batch:
+    if check and dynamic_batch and not any(node.op.stochastic for node in graph.nodes):  # which draws in the function
         check_one_example(fn, params, inputs, graph, lambda: traced.graph_params(params))
     return traced
 
@@ -142,8 +143,9 @@ def _read_at(
         Entry(name=name, shape=tuple(e.shape), dtype=np.dtype(e.dtype))
         for name, e in zip(names, jax.tree.leaves(examples), strict=True)
     ]
-    reader = Reader(TABLE, named_operator)
+    reader = Reader(TABLE, named_operator, meet)
     outputs = reader.read_closed(closed, [*known, *entries])
+    check_scaled(reader, evaluation_order(outputs))
     if not outputs:
         raise ConversionError("the function returns no array")
     outputs = simplify(reader, outputs)
@@ -154,6 +156,11 @@ def _read_at(
 def _checked(array: Any) -> Any:
     if not hasattr(array, "dtype") or not hasattr(array, "shape"):
         raise ConversionError(f"an example input is {type(array).__name__}, not an array")
+    if str(array.dtype) == "uint32" or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise ConversionError(
+            f"an example input is {array.dtype}, a key of random numbers; let the function close over any key, such as "
+            "jax.random.key(0): its dropout becomes `Dropout`, which draws from the key that apply_train(rngs=) gets"
+        )
     if str(array.dtype) not in ("float32", *EXACT_DTYPES):
         raise ConversionError(f"an example input is {array.dtype}; use float32, int32, bool or uint8")
     return array

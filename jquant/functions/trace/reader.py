@@ -36,9 +36,14 @@ class UnsupportedError(JQuantError):
 class Reader(Maker):
     """Walks the jaxprs of one function. A handler gets the reader, the equation and the operands."""
 
-    def __init__(self, table: dict[str, Callable[..., Any]], named: Callable[..., Any]) -> None:
+    def __init__(
+        self, table: dict[str, Callable[..., Any]], named: Callable[..., Any], meet: Callable[..., Any]
+    ) -> None:
         super().__init__()
-        self.table, self.named = table, named
+        self.table, self.named, self.meet = table, named, meet
+        self.masks: set[Known] = set()  # the random masks that became dropouts
+        self.unscaled: dict[Draft, float] = {}  # dropouts whose scaling is still to be read, and the factor so far
+        self.random: dict[Known, bool] = {}
 
     # -- jaxprs
 
@@ -75,6 +80,10 @@ class Reader(Maker):
         if all(isinstance(v, Known) for v in operands):
             return self.fold(equation, [cast(Known, v) for v in operands])
         try:
+            if any(isinstance(v, Known) and self.is_random(v) for v in operands):
+                dropped = self.meet(self, equation, operands)
+                if dropped is not None:
+                    return [dropped]
             if name not in self.table:
                 raise UnsupportedError("no operator")
             result = self.table[name](self, equation, *operands)
@@ -83,6 +92,19 @@ class Reader(Maker):
         return result if isinstance(result, list) else [result]
 
     # -- values
+
+    def is_random(self, known: Known) -> bool:
+        """Whether it is computed from random numbers that the function draws."""
+        pending = [known]
+        while pending:  # operands first, each once
+            value = pending[-1]
+            unknown = [v for v in value.operands if v not in self.random]
+            if value.primitive == "random_bits" or not unknown:
+                self.random[value] = value.primitive == "random_bits" or any(self.random[v] for v in value.operands)
+                pending.pop()
+            else:
+                pending += unknown
+        return self.random[known]
 
     def fold(self, equation: Any, operands: list[Known]) -> list[Value]:
         """The results of an equation on known values."""
@@ -161,6 +183,12 @@ def _cond(reader: Reader, equation: Any, operands: list[Value]) -> list[Value]:
     index, *rest = operands
     if not isinstance(index, Known) or index.is_trained:
         return reader.opaque(equation, operands)
+    if reader.is_random(index):
+        raise ConversionError(
+            f"{reader.scope or 'the function'}: a branch is taken by a random number that the function draws, and "
+            "would be the same one in every step. Multiply what it adds by "
+            "jax.random.bernoulli(key, p, (batch, 1, ...)) / p"
+        )
     branches = equation.params["branches"]
     return reader.read_closed(branches[int(np.clip(int(index.number), 0, len(branches) - 1))], rest)
 

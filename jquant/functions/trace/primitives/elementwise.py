@@ -19,6 +19,7 @@ from jquant.functions.trace.primitives.common import (
     require_dtypes,
     unexpanded,
 )
+from jquant.functions.trace.primitives.dropout import scaled_dropout
 from jquant.functions.trace.reader import Reader
 from jquant.ops.names import FUNCTIONS
 from jquant.types import Op
@@ -38,6 +39,8 @@ def binary(reader: Reader, equation: Any, op: Op, *operands: Value) -> Value:
 
 
 def scaled(reader: Reader, x: Value, factor: float) -> Value:
+    if isinstance(x, Draft) and x in reader.unscaled:
+        return scaled_dropout(reader, x, factor)
     return x if factor == 1 else reader.draft(ops.Scale(factor=factor), x, shape=x.shape)
 
 
@@ -211,11 +214,6 @@ def select(reader: Reader, equation: Any, which: Value, *cases: Value) -> Value:
     if (chosen := scalar_of(which)) is not None:
         return cases[int(chosen)]
     if_false, if_true = cases
-    kept = _kept_share(which)
-    if kept is not None and scalar_of(if_false) == 0 and isinstance(if_true, Draft):
-        scale = if_true.op
-        if isinstance(scale, ops.Scale) and abs(scale.factor * kept - 1) < 1e-5:
-            return reader.draft(ops.Dropout(rate=1 - kept), if_true.operands[0], shape=shape)
     if not which.shape and shape:
         which = reader.reshape(which, (1,) * len(shape))
     for x, other, mask in ((if_false, if_true, which), (if_true, if_false, None)):
@@ -226,21 +224,6 @@ def select(reader: Reader, equation: Any, which: Value, *cases: Value) -> Value:
         return reader.draft(ops.MaskedFill(value=fill), *unexpanded((x, mask), shape), shape=shape)
     operands = unexpanded((which, if_true, if_false), shape)
     return reader.draft(ops.Where(), *operands, shape=shape, dtype=out_dtype(equation))
-
-
-def _kept_share(mask: Any) -> float | None:
-    """The probability of a mask that is drawn from a key which depends on no input: that of a dropout."""
-    while isinstance(mask, Known) and mask.primitive in ("broadcast_in_dim", "broadcast", "reshape") and mask.operands:
-        (mask,) = mask.operands
-    if not isinstance(mask, Known) or mask.primitive != "lt":
-        return None
-    pending, share = [mask.operands[0]], scalar_of(mask.operands[1])
-    while pending:
-        value = pending.pop()
-        if value.primitive == "random_bits":
-            return share
-        pending += value.operands
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
