@@ -149,6 +149,8 @@ def fit(
         return _fit_network(network_of(given, inputs), dumps, base, held)
     if inputs or held:
         raise InputError("`inputs` and `held` belong to a network; probes have inputs of their own, and ask all fields")
+    if isinstance(dumps, Dumps):
+        raise InputError("the dumps of probes are those of several networks: {name of the probe: its dumps}")
     return fit_asked([Asked(probe) for probe in given], dumps, base=base or NASH_E)
 
 
@@ -177,7 +179,7 @@ def _behind(found: Searched) -> list[str]:
 
 
 def _matching(patterns: Sequence[str]) -> tuple[str, ...]:
-    found = {}
+    found: dict[str, None] = {}
     for pattern in patterns:
         names = fnmatch.filter(domains(), pattern)
         if not names:

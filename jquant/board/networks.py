@@ -140,7 +140,9 @@ def network_of(given: Model | Program, inputs: Mapping[str, Any] | None) -> Netw
 def _lones_of(program: Program, expected: Mapping[str, Expected]) -> dict[str, Lone]:
     def operand(name: str) -> Operand:
         scale = program.scales.get(name)
-        return Operand(expected[name].dtype, real(1) if scale is None else np.asarray(scale), expected[name].shape)
+        return Operand(
+            expected[name].dtype, real(1) if scale is None else to_host({name: scale})[name], expected[name].shape
+        )
 
     nothing: Any = None  # the model: a program has none
     found: dict[str, Lone] = {i.name: Lone(i.name, nothing, None, (), operand(i.name)) for i in program.graph.inputs}

@@ -71,7 +71,8 @@ class Rescaled:
 
     def good(self, space: Space) -> Boxes | None:
         """The joint values of the fields of the question that make the board's integers; None: too many are near."""
-        found, by_totals, tried = [], {}, 0
+        by_totals: dict[bytes, _Shifts] = {}
+        found, tried = [], 0
         for rows, sums, constants in self._classes(space):
             others = of_rows(self.others, rows)
             for parts in self._solved(space, sums, constants, by_totals):
@@ -88,7 +89,8 @@ class Rescaled:
 
     def _classes(self, space: Space) -> Iterator[tuple[np.ndarray, Sums, Constants]]:
         """The joint values of the other fields, those together that make the same sum; with it and its constants."""
-        rows, groups = space.over(self.others).rows(), {}
+        rows = space.over(self.others).rows()
+        groups: dict[tuple, tuple[Target, Constants, list[np.ndarray]]] = {}
         lowered: dict[tuple, Any] = {}
         reads = [i for i, f in enumerate(self.others) if f not in ONLY_EVALUATED]
         evaluated = [i for i, f in enumerate(self.others) if f not in ONLY_LOWERED]
@@ -197,7 +199,8 @@ class Rescaled:
 
     def _readings(self, space: Space) -> "list[_Reading]":
         """What evaluation can read of section 3, with the joint values for each."""
-        names, found = self.evaluated, {}
+        names = self.evaluated
+        found: dict[tuple, list[np.ndarray]] = {}
         rounding = next(f for f in names if f.endswith("pre_rounding"))
         for row in space.over(names).rows():
             v = {f: space.domains[f][i] for f, i in zip(names, row, strict=True)}
@@ -303,8 +306,8 @@ class _Along:
 
     def at(self, places: np.ndarray) -> "_Along":
         upper = None if self.upper is None else self.upper[places]
-        some = (v[places] for v in (self.acc, self.mantissa, self.pre, self.post, self.wanted))
-        return _Along(*some, upper)
+        acc, mantissa, pre, post = (v[places] for v in (self.acc, self.mantissa, self.pre, self.post))
+        return _Along(acc, mantissa, pre, post, self.wanted[places], upper)
 
     def matching(self, readings: Sequence[_Reading], dtype: str) -> list[_Reading]:
         """The readings that make the board's integers."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -168,6 +168,16 @@ class Sifted:
     def count(self, question: Question) -> int:
         """How many worlds a question is put to."""
         return self.worlds.count(self.free(question))
+
+
+class Left(Protocol):
+    """What questions left, as far as it is needed to say what is wrong with a dump: `Sifted`, and `Searched`."""
+
+    @property
+    def unexplained(self) -> Sequence[Question]: ...
+    def explains(self, question: Question) -> bool: ...
+    def fewest(self, question: Question) -> float: ...
+    def nearest(self, question: Question) -> Row: ...
 
 
 class Tried:
