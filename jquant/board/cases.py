@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jquant.board.sifting import Question, Sifted
+from jquant.board.sifting import Left, Question
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Case:
         )
 
 
-def case_of(question: Question, sifted: Sifted) -> Case:
+def case_of(question: Question, sifted: Left) -> Case:
     """Of the world with the fewest wrong integers, the wrong one with the smallest accumulator or value."""
     row = sifted.nearest(question)
     found = question.answers(row, question.operands)

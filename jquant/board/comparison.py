@@ -159,7 +159,7 @@ def compare(program: Program, dumps: Dumps) -> BoardComparison:
         raise InputError(f"a jq.Program is compared, not {type(program).__name__}; make one with jq.lower")
     program.check_target()
     program.check_single()
-    expected, moved = _expected(program), _moved(program)
+    expected, moved = expected_of_program(program), _moved(program)
     taken = take(dumps, expected, optional=moved)
     if not taken.values:
         known = ", ".join(list(expected)[:6])
@@ -198,7 +198,8 @@ def _moved(program: Program) -> tuple[str, ...]:
     return tuple(node.name for node in program.graph.nodes if node.name.endswith((".to_last", ".to_first")))
 
 
-def _expected(program: Program) -> dict[str, Expected]:
+def expected_of_program(program: Program) -> dict[str, Expected]:
+    """The dtype, shape and order of axes of every value. Raises InputError for one that is float."""
     last, shapes = channels_last(program.graph), shapes_of(program)
     dtypes = {**program.inputs, **{name: entry.output for name, entry in program.formats.items()}}
     if floating := [name for name, dtype in dtypes.items() if dtype in ("float16", "float32")]:

@@ -1,5 +1,6 @@
 """From dumps of probes to a march: which values of each field explain all that a board made."""
 
+import fnmatch
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,16 +10,18 @@ from typing import Any, Literal
 
 from jquant.board.cases import Case, case_of
 from jquant.board.dumps import Dumps, read_dumps
+from jquant.board.networks import Network, network_of
 from jquant.board.noise import Suspect, suspects
 from jquant.board.probes import LIMITS, Probe, domains
 from jquant.board.questions import Asked, questions_of
+from jquant.board.searching import Searched, search
 from jquant.board.sifting import SWITCHES, Exclusion, Question, Sifted, sift
 from jquant.board.worlds import Worlds
 from jquant.targets import NASH_E, dump, fields, value_of
-from jquant.text import format_table
-from jquant.types import InputError, QConfigError, Target
+from jquant.text import did_you_mean, format_table
+from jquant.types import InputError, Model, Program, QConfigError, Target
 
-State = Literal["decided", "undecided", "contradicted", "not asked"]
+State = Literal["decided", "undecided", "contradicted", "not asked", "held"]
 _PATIENCE = 12  # questions that no world explains, before the rest is left
 
 
@@ -27,7 +30,7 @@ class FieldFit:
     """What is known of a field.
 
     `state`     decided: one value is left. undecided: several are, which no dump tells apart. contradicted: no value
-                explains `case`. not asked: no dump depends on it
+                explains `case`. not asked: no dump depends on it. held: it was given, and not asked
     `values`    those that are left; of a field that is contradicted, those that the other dumps leave
     `evidence`  for each value that is left out, a dump that excludes it
     `probes`    the dumps that depend on the field and were too many values together to be tried
@@ -104,27 +107,85 @@ def _why(found: FieldFit) -> str:
 
 
 def fit(
-    probes: Sequence[Probe],
-    dumps: Mapping[str, Dumps] | str | os.PathLike[str],
+    given: Sequence[Probe] | Model | Program,
+    dumps: Mapping[str, Any] | Dumps | str | os.PathLike[str],
     *,
-    base: Target = NASH_E,
+    base: Target | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    held: Sequence[str] = (),
 ) -> Fit:
-    """The values of the fields of a march that explain what a board made of probes.
+    """The values of the fields of a march that explain what a board made of probes, or of a network.
 
-    The worlds are tried together, so that a value is left out only where no values of the others go with it.
+    Joint values are tried, so that a value is left out only where no values of the others go with it. Each node is
+    asked alone, on the operands that the board dumped.
 
     Args:
-      probes: as `probe` made them.
-      dumps: {name of the probe: its dumps}, or a folder with a sub-folder for each probe.
-      base: gives the values that no dump decides, and the limits.
+      given: probes as `probe` made them, or a network. A calibrated model is lowered again for every march that is
+        tried. A program is so only where its scales are enough; of nodes with parameters it has integers, which say
+        nothing of a march for which they would have been others.
+      dumps: of probes, {name of the probe: its dumps}, or a folder with a sub-folder for each probe. Of a network, as
+        `read_dumps` gives them, a folder with a file for each value, or {value: integers}.
+      base: gives the values that no dump decides, and the limits; the march of the network, or `NASH_E`.
+      inputs: of a network, {graph input: real array}; then quantizing them is asked as well.
+      held: of a network, fields whose value in `base` is known to be the board's, or patterns such as "rescale.max_*".
 
     Returns:
       A `Fit`.
 
     Raises:
-      InputError: no dumps of any of the probes. FileNotFoundError: no folder.
+      InputError: no dumps that tell anything; an input that is none; `inputs` or `held` with probes.
+      QConfigError: a field that does not exist. FileNotFoundError: no folder.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, jquant as jq
+      >>> graph, params = jq.trace(lambda p, x: jnp.tanh(x), {}, jnp.zeros((1, 8)))
+      >>> config = jq.QConfig({"*": jq.Policy(output=jq.int8(scale=1 / 64))})
+      >>> model = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
+      >>> _, dumps = jq.reference.run(jq.lower(model), np.linspace(-1, 1, 8, dtype=np.float32)[None])  # the "board"
+      >>> jq.board.fit(model, dumps).fields["tables.entry_rounding"].values
+      ('half_up', 'half_even', 'half_away')
     """
-    return fit_asked([Asked(probe) for probe in probes], dumps, base=base)
+    if isinstance(given, Model | Program):
+        return _fit_network(network_of(given, inputs), dumps, base, held)
+    if inputs or held:
+        raise InputError("`inputs` and `held` belong to a network; probes have inputs of their own, and ask all fields")
+    if isinstance(dumps, Dumps):
+        raise InputError("the dumps of probes are those of several networks: {name of the probe: its dumps}")
+    return fit_asked([Asked(probe) for probe in given], dumps, base=base or NASH_E)
+
+
+def _fit_network(network: Network, dumps: Any, base: Target | None, held: Sequence[str]) -> Fit:
+    base, names = base or network.target, _matching(held)
+    if isinstance(dumps, str | os.PathLike):
+        dumps = read_dumps(dumps, names=list(network.expected))
+    questions, problems = network.questions(dumps)
+    if not questions:
+        raise InputError(f"no dumps that tell anything: {'; '.join(problems[:5]) or 'no node with its operands'}")
+    found = search(questions, base, names)
+    problems += _behind(found)
+    odd = suspects(found, questions) if found.unexplained else []
+    return _assembled([found], [found], odd, tuple(problems), base, names)
+
+
+def _behind(found: Searched) -> list[str]:
+    """Takes away the unexplained values that are made of an unexplained one: it may be the wrong one of the two."""
+    wrong = {question.where[0] for question in found.unexplained}
+    behind = [q for q in found.unexplained if wrong & set(q.answers.lone.operands) - {q.where[0]}]
+    found.unexplained = [question for question in found.unexplained if question not in behind]
+    return [
+        f"{q.where[0]}: nothing explains it, nor its operand {next(v for v in q.answers.lone.operands if v in wrong)}"
+        for q in behind
+    ]
+
+
+def _matching(patterns: Sequence[str]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = fnmatch.filter(domains(), pattern)
+        if not names:
+            raise QConfigError(f"a fit has no field {pattern!r}{did_you_mean(pattern, domains())}")
+        found |= dict.fromkeys(names)
+    return tuple(found)
 
 
 def fit_asked(
@@ -174,7 +235,12 @@ def sift_all(questions: Sequence[Question], *, patience: int = 1) -> list[Sifted
 
 
 def _assembled(
-    alive: Sequence[Sifted], branches: Sequence[Sifted], odd: Sequence[Suspect], problems: tuple[str, ...], base: Target
+    alive: Sequence[Sifted] | Sequence[Searched],
+    branches: Sequence[Sifted] | Sequence[Searched],
+    odd: Sequence[Suspect],
+    problems: tuple[str, ...],
+    base: Target,
+    held: Sequence[str] = (),
 ) -> Fit:
     unnamed = {s.where for s in odd if s.kind == "unexplained"}
     broken = [q for q in alive[0].unexplained if q.where in unnamed]
@@ -183,12 +249,19 @@ def _assembled(
     for field in fields():
         if field not in LIMITS:
             found[field] = _field(field, alive, branches, field in contradicted)
+            if field in held and found[field].state != "not asked":
+                found[field] = FieldFit(field, "held", found[field].values)
     target = _valid(base, _nearest(alive, base), found)
     cases = tuple(case_of(question, alive[0]) for question in alive[0].unexplained)
     return Fit(found, target, base, tuple(odd), cases, problems)
 
 
-def _field(field: str, alive: Sequence[Sifted], branches: Sequence[Sifted], contradicted: bool) -> FieldFit:
+def _field(
+    field: str,
+    alive: Sequence[Sifted] | Sequence[Searched],
+    branches: Sequence[Sifted] | Sequence[Searched],
+    contradicted: bool,
+) -> FieldFit:
     left = [values for branch in alive if (values := branch.values(field))]
     if not left:
         return FieldFit(field, "not asked", ())
@@ -199,10 +272,14 @@ def _field(field: str, alive: Sequence[Sifted], branches: Sequence[Sifted], cont
     return FieldFit(field, state, values, evidence, () if state == "decided" else late)
 
 
-def _evidence(field: str, value: Any, branches: Sequence[Sifted]) -> Exclusion | None:
+def _evidence(field: str, value: Any, branches: Sequence[Sifted] | Sequence[Searched]) -> Exclusion | None:
     """Why no branch has a value: what the last one says that had it."""
     own = [e for branch in branches if (e := branch.exclusions.get((field, value)))]
-    dead = [branch for branch in branches if branch.given.get(field) == value and branch.unexplained]
+    dead = [
+        branch
+        for branch in branches
+        if isinstance(branch, Sifted) and branch.given.get(field) == value and branch.unexplained
+    ]
     return own[-1] if own else dead[0].dead_end(value) if dead else None
 
 
@@ -219,7 +296,7 @@ def _valid(base: Target, values: dict[str, Any], found: Mapping[str, FieldFit]) 
     raise reason
 
 
-def _nearest(alive: Sequence[Sifted], base: Target) -> dict[str, Any]:
+def _nearest(alive: Sequence[Sifted] | Sequence[Searched], base: Target) -> dict[str, Any]:
     """Of all that explain the dumps, the values nearest to a march."""
     wanted = {field: value_of(base, field) for field in domains()}
     worlds = [{**branch.worlds.nearest(wanted), **branch.given} for branch in alive]

@@ -76,7 +76,8 @@ class Lone:
         made = NodeFormat(tuple(x.dtype for x in self.inputs), self.output.dtype)
         graph = Graph((), (self.node,), (self.name,))
         formats = FrozenMap({self.name: made})
-        return Program({self.name: dict(constants)}, {}, {}, graph, formats, FrozenMap(), target, str(target))
+        # `lowered_for` is not said: a fingerprint takes as long as the evaluation, which does not look at it.
+        return Program({self.name: dict(constants)}, {}, {}, graph, formats, FrozenMap(), target, "")
 
 
 def lone_values(model: Model) -> dict[str, Lone]:

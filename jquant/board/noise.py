@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from jquant.board.questions import again
-from jquant.board.sifting import Question, Sifted
+from jquant.board.sifting import Left, Question
 
 _DAMAGED = 0.1  # the share of integers that may be damaged for the rest to speak
 
@@ -30,12 +30,12 @@ class Suspect:
         return f"{'/'.join(self.where)}: {self.says}"
 
 
-def suspects(sifted: Sifted, questions: Sequence[Question]) -> list[Suspect]:
+def suspects(sifted: Left, questions: Sequence[Question]) -> list[Suspect]:
     """Each unexplained dump with what is wrong with it."""
     return [_swapped(q, sifted, questions) or _laid_out(q, sifted) or _damaged(q, sifted) for q in sifted.unexplained]
 
 
-def _swapped(question: Question, sifted: Sifted, questions: Sequence[Question]) -> Suspect | None:
+def _swapped(question: Question, sifted: Left, questions: Sequence[Question]) -> Suspect | None:
     for other in questions:
         alike = other is not question and other.wanted.shape == question.wanted.shape
         if alike and sifted.explains(again(question, other.wanted)) and sifted.explains(again(other, question.wanted)):
@@ -44,7 +44,7 @@ def _swapped(question: Question, sifted: Sifted, questions: Sequence[Question]) 
     return None
 
 
-def _laid_out(question: Question, sifted: Sifted) -> Suspect | None:
+def _laid_out(question: Question, sifted: Left) -> Suspect | None:
     for order, array in _other_orders(question.wanted):
         if sifted.explains(again(question, array)):
             says = f"its axes lie in another order: the file has those of the value in the order {list(order)}"
@@ -61,7 +61,7 @@ def _other_orders(array: np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarr
                 yield order, moved
 
 
-def _damaged(question: Question, sifted: Sifted) -> Suspect:
+def _damaged(question: Question, sifted: Left) -> Suspect:
     count, size = sifted.fewest(question), question.wanted.size
     if count <= _DAMAGED * size:
         says = f"damaged, or an exception of the board: {int(count)} of {size} integers, the rest is explained"

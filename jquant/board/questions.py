@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from jquant.board.answers import Answers, Operands
+from jquant.board.answers import NEUTRAL, Answers, Operands
 from jquant.board.dumps import Dumps
 from jquant.board.lone import Lone, lone_values
 from jquant.board.probes import Probe
@@ -82,8 +82,7 @@ def with_moved(values: Mapping[str, np.ndarray], lones: Mapping[str, Lone]) -> d
     found = dict(values)
     for name, lone in lones.items():
         if name.endswith(_MOVED) and name not in found and lone.operands[0] in found:
-            target = lone.model.plan.target
-            found[name] = lone.evaluate(target, lone.constants(target), [found[lone.operands[0]]])
+            found[name] = lone.evaluate(NEUTRAL, lone.constants(NEUTRAL), [found[lone.operands[0]]])
     return found
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -126,7 +126,7 @@ class Sifted:
         self.answered.append(question)
         for name, values in before.items():
             for value in set(values) - set(self.worlds.values(name)):
-                self.exclusions[name, value] = _exclusion(question, value, *tried.nearest(name, value))
+                self.exclusions[name, value] = exclusion_of(question, value, *tried.nearest(name, value))
 
     def values(self, field: str) -> tuple[Any, ...]:
         """What a field can still be; nothing where no question depends on it."""
@@ -149,7 +149,7 @@ class Sifted:
     def dead_end(self, value: Any) -> Exclusion:
         """Why nothing is left: the first question that no world explains."""
         question = self.unexplained[0]
-        return _exclusion(question, value, *self._tried(question).nearest())
+        return exclusion_of(question, value, *self._tried(question).nearest())
 
     def _tried(self, question: Question) -> "Tried":
         tried = Tried(question, self)
@@ -168,6 +168,16 @@ class Sifted:
     def count(self, question: Question) -> int:
         """How many worlds a question is put to."""
         return self.worlds.count(self.free(question))
+
+
+class Left(Protocol):
+    """What questions left, as far as it is needed to say what is wrong with a dump: `Sifted`, and `Searched`."""
+
+    @property
+    def unexplained(self) -> Sequence[Question]: ...
+    def explains(self, question: Question) -> bool: ...
+    def fewest(self, question: Question) -> float: ...
+    def nearest(self, question: Question) -> Row: ...
 
 
 class Tried:
@@ -195,7 +205,7 @@ class Tried:
         return float(counts[best]), tuple(d[i] for d, i in zip(self.domains, self.rows[best], strict=True))
 
 
-def _exclusion(question: Question, value: Any, count: float, row: Row) -> Exclusion:
+def exclusion_of(question: Question, value: Any, count: float, row: Row) -> Exclusion:
     size = question.wanted.size
     if math.isinf(count):
         return Exclusion(value, question.where, None, size)

@@ -30,6 +30,7 @@ class Worlds:
 
     def __init__(self, domains: Mapping[str, Sequence[Any]]) -> None:
         self.domains = {field: tuple(values) for field, values in domains.items()}
+        self._sizes: dict[tuple[int, tuple[str, ...]], tuple[Table, int]] = {}  # that of a table, by its identity
         self._tables = [Table((f,), np.arange(len(values))[:, None]) for f, values in self.domains.items()]
 
     def values(self, field: str) -> tuple[Any, ...]:
@@ -52,7 +53,7 @@ class Worlds:
 
     def count(self, fields: Sequence[str]) -> int:
         """How many joint values the fields have."""
-        return prod(len(table.rows) for table in self._projected(fields))
+        return prod(self._size(table, fields) for table in self._tables if set(table.fields) & set(fields))
 
     def over(self, fields: Sequence[str]) -> np.ndarray:
         """The joint values of the fields, [n, fields] positions in their order."""
@@ -92,6 +93,15 @@ class Worlds:
 
     def _table_of(self, field: str) -> Table:
         return next(table for table in self._tables if field in table.fields)
+
+    def _size(self, table: Table, fields: Sequence[str]) -> int:
+        """How many joint values a table has for some fields: asked again and again while the table stays."""
+        asked = tuple(f for f in table.fields if f in fields)
+        known = self._sizes.get((id(table), asked))
+        if known is None or known[0] is not table:
+            known = table, len(table.project(asked).rows)
+            self._sizes[id(table), asked] = known
+        return known[1]
 
     def _projected(self, fields: Sequence[str]) -> list[Table]:
         each = ((table, [f for f in table.fields if f in fields]) for table in self._tables)

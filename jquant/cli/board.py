@@ -32,6 +32,7 @@ def _root() -> None:
     jquant board check net.jq dumps/
     jquant board probe -o probes/
     jquant board fit dumps/ -o mine.toml
+    jquant board fit net.jq dumps_of_net/ -o mine.toml
     """
 
 
@@ -112,26 +113,54 @@ def probe(
 @board.command()
 @command
 def fit(
-    dumps: Annotated[Path, typer.Argument(metavar="DUMPS", help="A folder with a folder of dumps for each probe.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="DUMPS|MODEL", help="Dumps of the probes, a folder each; or a network (.jqs, .jq)."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The march to write (.toml).")],
+    dumps: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DUMPS]", help="The dumps of the network: a folder with a file for each value."),
+    ] = None,
     family: Family = None,
-    base: Annotated[str, typer.Option(help="The march whose values stand where the dumps decide nothing.")] = "nash-e",
+    base: Annotated[
+        str | None,
+        typer.Option(help="The march whose values stand where the dumps decide nothing; the network's own, or nash-e."),
+    ] = None,
+    held: Annotated[
+        list[str] | None,
+        typer.Option(help="With a network: a field, or rescale.max_*, whose value in the base is the board's."),
+    ] = None,
+    declaration: Declared = None,
     report: Annotated[Path | None, typer.Option(help="Also write fields, evidence and cases as JSON.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Fit a march to a board's dumps of probes. Exit code 3 if a dump is left that no march explains.
+    """Fit a march to a board's dumps of probes, or of a network. Exit code 3 if a dump is left that no march explains.
 
     \b
     jquant board fit dumps/ -o mine.toml --report fit.json
+    jquant board fit net.jqs dumps_of_net/ -o mine.toml --held "rescale.max_*"
     """
     from jquant import board as jq_board
 
     console = Console(json, quiet, verbose)
     check_file(output)
     check_file(report, "--report")
-    found = jq_board.fit(jq_board.probe(family or list(jq_board.FAMILIES)), dumps, base=find_target(base))
+    march = None if base is None else find_target(base)
+    if dumps is None:
+        if held or declaration is not None:
+            raise UsageError("--held and --declaration belong to a network: jquant board fit MODEL DUMPS -o MARCH")
+        found = jq_board.fit(jq_board.probe(family or list(jq_board.FAMILIES)), source, base=march)
+    else:
+        if family:
+            raise UsageError("--family chooses probes; with a network there are none")
+        loaded = load_model(source)
+        network = loaded if isinstance(loaded, Program) else loaded.calibrated()
+        graph = network.graph if isinstance(network, Program) else network.plan.graph
+        values = jq_board.read_dumps(dumps, declaration, names=graph.values)
+        found = jq_board.fit(network, values, base=march, held=held or ())
     console.text(found.table())
     found.dump(output, output.stem)
     console.wrote(output)

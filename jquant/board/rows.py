@@ -1,0 +1,411 @@
+"""The rescale of a node, solved: which joint values of the fields of section 3 make a board's integers of a sum.
+
+They are too many to be tried one by one. But a row of constants is a mantissa and two shifts, so that few rows are
+distinct; and a row makes real numbers that no rounding moves by more than its steps, so that fewer still are near.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from jquant.board.answers import NEUTRAL, ONLY_EVALUATED, ONLY_LOWERED, digest_of
+from jquant.board.boxes import Boxes, Space, of_rows, product
+from jquant.board.lone import Constants, Lone
+from jquant.board.sifting import Question
+from jquant.reference.arithmetic import round_shift, saturate
+from jquant.types import JQuantError, QConfigError, Target, integer_range
+
+ROW = ("mantissa", "pre", "post")
+_MANTISSA = ("rescale.mantissa_bits", "rescale.mantissa_rounding", "rescale.mantissa_overflow", "rescale.ratio_bits")
+_OPEN = {"rescale.max_pre_shift": 31, "rescale.max_post_shift": 31}
+_WIDEST = {"rescale.post_shift_int8": 31, "rescale.post_shift_int16": 31}
+_FINEST = dict(zip(_MANTISSA, (15, "floor", "clamp", 15), strict=True))
+_ALIKE = {"half_away": "half_up", "toward_zero": "floor"}  # of a mantissa, which is positive
+MOST_ROWS = 5_000  # of constants that are tried on the sums of a node; beyond, the question is left
+MOST_LOWERED = 3_000  # times that a node is lowered for one question
+_SAMPLE = 96  # integers that each row is tried on before all of them
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """What a node rescales, for some values of its other fields: `acc`, and the most that its result can be."""
+
+    acc: np.ndarray
+    target: Target
+    upper: np.ndarray | None
+
+
+@dataclass(eq=False)
+class Rescaled:
+    """A question whose node rescales a sum. Its fields are those of section 3 and others, which make the sum."""
+
+    question: Question
+    _lowered: dict[tuple, Any] = field(default_factory=dict)
+    _boxed: dict[tuple, Boxes] = field(default_factory=dict)
+
+    def again(self, question: Question) -> "Rescaled":
+        """The same for other integers of the board."""
+        return replace(self, question=question)
+
+    @property
+    def lone(self) -> Lone:
+        return self.question.answers.lone
+
+    def own(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f for f in self.question.asks if f in names)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        return tuple(f for f in self.question.asks if not f.startswith("rescale."))
+
+    @property
+    def shifts(self) -> tuple[str, ...]:
+        return self.own((*_OPEN, *_WIDEST))
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        return tuple(f for f in self.question.asks if f.startswith("rescale.") and f in ONLY_EVALUATED)
+
+    def good(self, space: Space) -> Boxes | None:
+        """The joint values of the fields of the question that make the board's integers; None: too many are near."""
+        by_totals: dict[bytes, _Shifts] = {}
+        found, tried = [], 0
+        for rows, sums, constants in self._classes(space):
+            others = of_rows(self.others, rows)
+            for parts in self._solved(space, sums, constants, by_totals):
+                tried += 1
+                if tried > MOST_ROWS or len(self._lowered) > MOST_LOWERED:
+                    return None
+                if parts is None:
+                    continue
+                whole = product([others, *parts])
+                found.append(whole.masks[:, [whole.fields.index(f) for f in self.question.asks]])
+        if not found:
+            return Boxes(self.question.asks, np.zeros((0, len(self.question.asks)), np.uint64))
+        return Boxes(self.question.asks, np.concatenate(found)).merged()
+
+    def _classes(self, space: Space) -> Iterator[tuple[np.ndarray, Sums, Constants]]:
+        """The joint values of the other fields, those together that make the same sum; with it and its constants."""
+        rows = space.over(self.others).rows()
+        groups: dict[tuple, tuple[Target, Constants, list[np.ndarray]]] = {}
+        lowered: dict[tuple, Any] = {}
+        reads = [i for i, f in enumerate(self.others) if f not in ONLY_EVALUATED]
+        evaluated = [i for i, f in enumerate(self.others) if f not in ONLY_LOWERED]
+        for row in rows:
+            target = self._target(space, self.others, row, {**_OPEN, **_WIDEST, **_FINEST})
+            if target is None:
+                continue
+            key = tuple(row[reads])
+            if key not in lowered:
+                constants = self._constants(target)
+                digest = constants and digest_of([np.asarray(constants[role]) for role in sorted(constants)])
+                lowered[key] = constants, digest
+            constants, digest = lowered[key]
+            if constants is not None:
+                of = groups.setdefault((digest, *row[evaluated]), (target, constants, []))
+                of[2].append(row)
+        for target, constants, same in groups.values():
+            sums = self._sums(target, constants)
+            if sums is not None:
+                yield np.array(same), sums, constants
+
+    def _sums(self, target: Target, constants: Constants) -> Sums | None:
+        plain = {role: np.full_like(constants[role], int(role == "mantissa")) for role in ROW}
+        upper = constants.get("upper")
+        if upper is not None:
+            plain["upper"] = np.full_like(upper, 2**31 - 1)
+        whole = _in_acc(self.lone)
+        march = target.with_fields({"rescale.high_precision": True, "rescale.post_rounding": "floor"})
+        try:
+            acc = whole.evaluate(march, {**constants, **plain}, self.question.operands.arrays)
+        except JQuantError:
+            return None
+        return Sums(acc, target, None if upper is None else np.asarray(upper, np.int64))
+
+    def _solved(
+        self, space: Space, sums: Sums, constants: Constants, by_totals: "dict[bytes, _Shifts]"
+    ) -> Iterator[tuple[Boxes, Boxes, Boxes] | None]:
+        """For each row of constants that is near: boxes of mantissa, shifts and the rest that make the integers."""
+        wanted, acc = self.question.wanted.ravel(), sums.acc.ravel()
+        if wanted.shape != acc.shape or sums.acc.shape != self.question.wanted.shape:
+            return
+        at = _sample(acc, wanted)
+        shifts, readings = space.over(self.shifts).rows(), self._readings(space)
+        upper = None if sums.upper is None else np.broadcast_to(sums.upper, sums.acc.shape).ravel()
+        narrow = self._is_narrow(sums.target)
+        every = tuple(space.domains[f] for f in self.shifts)
+        given = np.stack([np.array(d)[c] for d, c in zip(every, shifts.T, strict=True)], axis=1)
+        for rows, mantissa, total in self._of_mantissas(space, sums, constants):
+            m, t = (np.broadcast_to(v, sums.acc.shape).ravel().astype(np.int64) for v in (mantissa, total))
+            totals = np.unique(t)
+            if (key := totals.tobytes()) not in by_totals:
+                by_totals[key] = _Shifts.of(self.shifts, shifts, given, totals, narrow)
+            made = by_totals[key]
+            yield None
+            column = np.searchsorted(totals, t)
+            top = None if upper is None else upper[at]
+            near = made.near(acc[at], m[at], column[at], wanted[at], self.lone.output.dtype, top)
+            for d in np.flatnonzero(near):
+                pre, post = made.pre[d][column], made.post[d][column]
+                row = _Along(acc, m, pre, post, wanted, upper)
+                good = self._explaining(readings, sums, row, row.at(at))
+                if not len(good):
+                    yield None
+                    continue
+                yield self._boxes(_MANTISSA, rows), made.boxes(int(d)), self._boxes(self.evaluated, good)
+
+    def _boxes(self, names: Sequence[str], rows: np.ndarray) -> Boxes:
+        """Joint values of some fields as boxes; the same ones come again and again."""
+        key = tuple(names), rows.tobytes()
+        if key not in self._boxed:
+            self._boxed[key] = of_rows(self.own(names), rows)
+        return self._boxed[key]
+
+    def _of_mantissas(self, space: Space, sums: Sums, constants: Constants) -> Any:
+        """(joint values of the fields of a mantissa, mantissas, shifts in all), those together that are the same."""
+        names = self.own(_MANTISSA)
+        rows = space.over(names).rows()
+        key = digest_of([np.asarray(constants[role]) for role in ROW])
+        largest = 15 - int((np.asarray(constants["pre"]) + np.asarray(constants["post"])).min())  # exponent of a ratio
+        groups: dict[bytes, tuple[list[np.ndarray], np.ndarray, np.ndarray]] = {}
+        for row in rows:
+            values = {f: space.domains[f][i] for f, i in zip(names, row, strict=True)}
+            values["rescale.mantissa_rounding"] = _ALIKE.get(
+                values["rescale.mantissa_rounding"], values["rescale.mantissa_rounding"]
+            )
+            if largest < 8:
+                values["rescale.ratio_bits"] = 15  # below 2^7 nothing is clamped
+            own = key, tuple(values.values())
+            if own not in self._lowered:
+                found = self._constants(sums.target.with_fields(values))
+                assert found is not None
+                m, t = np.asarray(found["mantissa"]), np.asarray(found["pre"]) + np.asarray(found["post"])
+                self._lowered[own] = m, t, digest_of([m, t])
+            m, t, digest = self._lowered[own]
+            groups.setdefault(digest, ([], m, t))[0].append(row)
+        for same, m, t in groups.values():
+            yield np.array(same), m, t
+
+    def _is_narrow(self, target: Target) -> bool:
+        """Whether the node has no pre-shift, whatever the march."""
+        if ("narrow",) not in self._lowered:
+            found = self._constants(target.with_fields(dict.fromkeys(_WIDEST, 0)))
+            assert found is not None
+            self._lowered["narrow",] = not np.asarray(found["pre"]).any() and bool(np.asarray(found["post"]).any())
+        return bool(self._lowered["narrow",])
+
+    def _readings(self, space: Space) -> "list[_Reading]":
+        """What evaluation can read of section 3, with the joint values for each."""
+        names = self.evaluated
+        found: dict[tuple, list[np.ndarray]] = {}
+        rounding = next(f for f in names if f.endswith("pre_rounding"))
+        for row in space.over(names).rows():
+            v = {f: space.domains[f][i] for f, i in zip(names, row, strict=True)}
+            wide = v["rescale.high_precision"]
+            first = None if wide else (v[rounding], v["rescale.inner_bits"])
+            found.setdefault((first, v["rescale.post_rounding"]), []).append(row)
+        return [_Reading(first, last, tuple(rows)) for (first, last), rows in found.items()]
+
+    def _explaining(self, readings: "list[_Reading]", sums: Sums, row: "_Along", some: "_Along") -> np.ndarray:
+        """The joint values of what evaluation reads that make the board's integers with a row of constants."""
+        dtype = self.lone.output.dtype
+        few = some.matching(readings, dtype)
+        few = few if len(some.acc) == len(row.acc) or not few else row.matching(few, dtype)
+        return np.array([values for reading in few for values in reading.rows])
+
+    def _constants(self, target: Target) -> Constants | None:
+        try:
+            return self.lone.constants(target)
+        except JQuantError:
+            return None
+
+    def _target(self, space: Space, names: Sequence[str], row: np.ndarray, more: Mapping[str, Any]) -> Target | None:
+        try:
+            return NEUTRAL.with_fields({**more, **{f: space.domains[f][i] for f, i in zip(names, row, strict=True)}})
+        except QConfigError:
+            return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Shifts:
+    """The distinct shifts that limits make of some totals. `pre`, `post`: [n, totals]."""
+
+    names: tuple[str, ...]
+    rows: np.ndarray
+    which: np.ndarray
+    pre: np.ndarray
+    post: np.ndarray
+    _boxed: dict[int, Boxes] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, names: tuple[str, ...], rows: np.ndarray, given: np.ndarray, totals: np.ndarray, narrow: bool
+    ) -> "_Shifts":
+        """rows: [n, names] positions; given: the values of them; totals: distinct shifts in all, of some mantissas."""
+        limit = {name: given[:, i : i + 1] for i, name in enumerate(names)}
+        after = next(limit[name] for name in names if name in _WIDEST)
+        pre = np.clip(totals - after, 0, limit["rescale.max_pre_shift"]) * (0 if narrow else 1)
+        post = np.clip(totals - pre, 0, limit["rescale.max_post_shift"])
+        code = np.zeros(len(rows), np.int64)
+        for column in (*pre.T, *post.T):
+            code = np.unique(code * 64 + column, return_inverse=True)[1].ravel()
+        first = np.unique(code, return_index=True)[1]
+        return cls(names, rows, code, pre[first], post[first])
+
+    def boxes(self, d: int) -> Boxes:
+        if d not in self._boxed:
+            self._boxed[d] = of_rows(self.names, self.rows[self.which == d])
+        return self._boxed[d]
+
+    def near(
+        self, acc: np.ndarray, m: np.ndarray, column: np.ndarray, wanted: np.ndarray, dtype: str, top: np.ndarray | None
+    ) -> np.ndarray:
+        """Which shifts make numbers within a rounding of each shift; a sum that may be cut says nothing."""
+        pre, post = self.pre[:, column], self.post[:, column]
+        real = acc * m.astype(np.float64) / 2.0 ** (pre + post)
+        slack = 1.001 + m / 2.0**post
+        low, high = integer_range(dtype)
+        most, least = np.clip(real + slack, low, high), np.clip(real - slack, low, high)
+        if top is not None:
+            most, least = np.minimum(most, top), np.minimum(least, top)
+        cut = np.abs(acc) / 2.0**pre > 2**15 - 2
+        return (cut | ((least <= wanted) & (wanted <= most))).all(1)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One way to evaluate a row. `first`: rounding and bits before the product, None without; `rows`: as positions."""
+
+    first: tuple[str, int] | None
+    last: str
+    rows: tuple[np.ndarray, ...]
+
+    @cached_property
+    def bits(self) -> int:
+        return 0 if self.first is None else self.first[1]
+
+    @cached_property
+    def at(self) -> tuple[int, ...]:
+        """Where it is among all roundings."""
+        return (_ORDER[self.last],) if self.first is None else (_ORDER[self.last], _ORDER[self.first[0]])
+
+
+@dataclass(frozen=True, eq=False)
+class _Along:
+    """A sum, its row of constants and the board's integers, place by place: [n] each."""
+
+    acc: np.ndarray
+    mantissa: np.ndarray
+    pre: np.ndarray
+    post: np.ndarray
+    wanted: np.ndarray
+    upper: np.ndarray | None
+
+    def at(self, places: np.ndarray) -> "_Along":
+        upper = None if self.upper is None else self.upper[places]
+        acc, mantissa, pre, post = (v[places] for v in (self.acc, self.mantissa, self.pre, self.post))
+        return _Along(acc, mantissa, pre, post, self.wanted[places], upper)
+
+    def matching(self, readings: Sequence[_Reading], dtype: str) -> list[_Reading]:
+        """The readings that make the board's integers."""
+        heads = rounded_all(self.acc, self.pre)
+        enough = int(max(heads.max(), -1 - heads.min())).bit_length() + 1  # more bits cut nothing
+        made = {}
+        for bits in dict.fromkeys(min(reading.bits, enough) for reading in self._by_bits(readings)):
+            limit = 2 ** max(bits - 1, 0)
+            head = np.clip(heads, -limit, limit - 1) if bits else self.acc
+            made[bits] = self._equal(head, self.post if bits else self.pre + self.post, dtype)
+        if not any(equal.any() for equal in made.values()):
+            return []
+        return [reading for reading in readings if made[min(reading.bits, enough)][reading.at]]
+
+    @staticmethod
+    def _by_bits(readings: Sequence[_Reading]) -> Iterator[_Reading]:
+        """One of each number of bits."""
+        return iter({reading.bits: reading for reading in readings}.values())
+
+    def _equal(self, head: np.ndarray, shift: np.ndarray, dtype: str) -> np.ndarray:
+        """By the last rounding, whether a head of shape [..., n] becomes the board's integers: [5, ...]."""
+        low, high = integer_range(dtype)
+        y = np.clip(rounded_all(head * self.mantissa, shift), low, high)
+        y = y if self.upper is None else np.minimum(y, self.upper)
+        return (y == self.wanted).all(-1)
+
+
+_ORDER = {rounding: i for i, rounding in enumerate(("floor", "half_up", "half_even", "half_away", "toward_zero"))}
+
+
+def rounded_all(v: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """v / 2^shift by every rounding, [5, *v.shape] in the order of `_ORDER`; as `round_shift`, which has one."""
+    floor = v >> shift
+    rest, half = v - (floor << shift), (np.int64(1) << shift) >> 1
+    more, tie = 2 * rest > np.int64(1) << shift, (rest == half) & (shift > 0)
+    up = (
+        np.zeros_like(more),
+        more | tie,
+        more | (tie & (floor % 2 == 1)),
+        more | (tie & (v >= 0)),
+        (v < 0) & (rest > 0),
+    )
+    return floor + np.stack(up)
+
+
+def _sample(acc: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Some places, of all magnitudes."""
+    if len(acc) <= _SAMPLE:
+        return np.arange(len(acc))
+    order = np.argsort(np.abs(wanted), kind="stable")
+    return np.sort(order[np.linspace(0, len(order) - 1, _SAMPLE).astype(int)])
+
+
+def _in_acc(lone: Lone) -> Lone:
+    return replace(lone, output=replace(lone.output, dtype="int32"))
+
+
+def is_rescaled(question: Question) -> bool:
+    """Whether the node is a sum and its rescale, as two marches that have all fields at random show."""
+    lone, operands = question.answers.lone, question.operands.arrays
+    asks = question.asks
+    if lone.node is None or not {"rescale.post_rounding", "rescale.max_post_shift"} <= set(asks):
+        return False
+    return all(_is_sum(question, march, operands) for march in _tests())
+
+
+def _tests() -> list[Target]:
+    wide = NEUTRAL.with_fields({"rescale.pre_rounding": "half_even", "rescale.average_pre_rounding": "half_even"})
+    other = {"rescale.post_rounding": "half_away", "rescale.post_shift_int8": 12, "rescale.post_shift_int16": 9}
+    return [wide, wide.with_fields(other), wide.with_fields({**other, "rescale.high_precision": True})]
+
+
+def _is_sum(question: Question, march: Target, operands: Sequence[np.ndarray]) -> bool:
+    lone = question.answers.lone
+    try:
+        constants = lone.constants(march)
+        if not set(ROW) <= set(constants) or any(role.endswith(("_mantissa", "_post")) for role in constants):
+            return False
+        found = Rescaled(question)
+        sums = found._sums(march, constants)
+        y = lone.evaluate(march, constants, operands)
+    except JQuantError:
+        return False
+    if sums is None or sums.acc.shape != y.shape:
+        return False
+    m, pre, post = (np.asarray(constants[role], np.int64) for role in ROW)
+    form = march.rescale
+    average = "rescale.average_pre_rounding" in question.asks
+    try:
+        if form.high_precision:
+            made = round_shift(sums.acc * m, pre + post, form.post_rounding)
+        else:
+            limit = 2 ** (form.inner_bits - 1)
+            rounding = form.average_pre_rounding if average else form.pre_rounding
+            made = round_shift(
+                np.clip(round_shift(sums.acc, pre, rounding), -limit, limit - 1) * m, post, form.post_rounding
+            )
+    except ValueError:  # a row that does not lie along the result
+        return False
+    made = saturate(saturate(made, "int32"), lone.output.dtype)
+    return np.array_equal(made if sums.upper is None else np.minimum(made, sums.upper), y)
