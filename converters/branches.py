@@ -71,7 +71,8 @@ def set_branches(module: nn.Module, training: bool) -> None:
 
 def leave_dropout_to_training(program: Any) -> None:
     """Dropout that its caller makes active as the operator that `apply_train` makes active, as in eval mode."""
-    targets = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
+    aten = torch.ops.aten
+    targets = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
     for node in program.graph.nodes:
         if node.target in targets and len(node.args) == 3:
             node.args = (*node.args[:2], False)

@@ -27,7 +27,7 @@ FLOORS = {
     "program": {"numerics", "targets", "graph", "ops", "plan"},
     "meanings": {"numerics", "graph", "quantizers", "config", "ops", "plan", "program"},
     "evaluation": {"graph", "plan", "program", "meanings"},
-    "training": {"calibration", "config", "graph", "ops", "plan", "meanings"},
+    "training": {"numerics", "calibration", "config", "graph", "ops", "plan", "meanings"},
     "ptq": {"numerics", "graph", "quantizers", "observers", "ops", "plan", "calibration", "meanings"},
     "functions": {"targets", "graph", "drafts", "config", "ops", "plan"}
     | {"calibration", "program", "meanings", "training"},

@@ -23,6 +23,7 @@ from .call import (
     mask_constant,
     number,
     one_like,
+    rank_of,
     require,
     scalar_of,
     scaled,
@@ -192,9 +193,15 @@ def dropout(out: Shape, x: Node, rate: float, train: bool) -> Call:
     return Call(ops.Dropout(rate=rate), (x,))
 
 
+def feature_dropout(out: Shape, x: Node, rate: float, train: bool) -> Call:
+    """Dropout of whole channels: one draw for all positions of a channel of an example."""
+    require(not train, "it drops values in eval mode as well; pass training=self.training")
+    return Call(ops.Dropout(rate=rate, shared_axes=tuple(range(2, rank_of(x)))), (x,))
+
+
 def refused_dropout(out: Shape, x: Node, rate: float, train: bool) -> Node:
-    """Dropout of whole channels, or alpha dropout: passing it through would lose it in training without a word."""
-    require(rate == 0, "dropout of whole channels and alpha dropout have no operator; use nn.Dropout, or rate 0")
+    """Alpha dropout: passing it through would lose it in training without a word."""
+    require(rate == 0, "alpha dropout has no operator; use nn.Dropout, or rate 0")
     return x
 
 
@@ -305,7 +312,7 @@ TABLE: dict[Any, Handler] = {
     # dropout
     aten.dropout.default: dropout,
     aten.dropout_.default: dropout,
-    aten.feature_dropout.default: refused_dropout,
+    aten.feature_dropout.default: feature_dropout,
     aten.alpha_dropout.default: refused_dropout,
     aten.feature_alpha_dropout.default: refused_dropout,
 }

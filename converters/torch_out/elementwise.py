@@ -41,7 +41,6 @@ _ONE: Mapping[type[Op], Rule] = MappingProxyType(
         ops.Celu: lambda op, x: F.celu(x, op.alpha),
         ops.CentrePixels: lambda op, x: (x.float() - 128.0) * op.unit,
         ops.Clamp: lambda op, x: torch.clamp(x, _number(op.minimum), _number(op.maximum)),
-        ops.Dropout: lambda op, x: F.dropout(x, op.rate, False),
         ops.Elu: lambda op, x: F.elu(x, op.alpha),
         ops.Gelu: lambda op, x: F.gelu(x, approximate=op.approximate),
         ops.LeakyRelu: lambda op, x: F.leaky_relu(x, op.negative_slope),
@@ -84,6 +83,14 @@ _COMPARE: Mapping[type[Op], Rule] = MappingProxyType(
         ops.NotEqual: torch.ne,
     }
 )
+
+
+@torch_rule.register
+def _(op: ops.Dropout, site: Site, x: Any) -> Any:
+    """As in evaluation; torch shares a draw along all axes behind the channels, and along no others."""
+    if not op.shared_axes:
+        return F.dropout(x, op.rate, False)
+    return torch.feature_dropout(x, op.rate, False) if op.shared_axes == tuple(range(2, len(site.output))) else x
 
 
 def _one(op: Op, site: Site, x: Any) -> Any:

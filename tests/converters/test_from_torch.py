@@ -3,6 +3,7 @@
 import copy
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ import jquant as jq
 import jquant.ops as ops
 from jquant.graph.float import evaluate_float
 from jquant.types import ConversionError, Graph
-from jquant_converters import from_torch
+from jquant_converters import from_torch, to_torch
 from jquant_converters.drafts import Param
 from jquant_converters.reader import Reader
 
@@ -447,6 +448,25 @@ def test_fixed_batch():
     assert graph.by_name["view"].op == ops.Reshape(shape=(1, 20))
 
 
+def test_dropout_of_channels_drops_whole_channels():
+    """As torch's Dropout2d: in training a channel of an example is zero or scaled up as a whole, as in torch."""
+    module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout2d(0.25)).eval()
+    graph, params = check(module, (3, 4, 4))
+    assert graph.by_name["1"].op == ops.Dropout(rate=0.25, shared_axes=(2, 3))
+    back = to_torch(graph, params)
+    assert "aten.feature_dropout.default" in {
+        str(node.target) for node in torch.export.export(back, (torch.ones(2, 3, 4, 4),)).graph.nodes
+    }
+    model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target=jq.targets.NASH_E)
+    x = torch.ones(64, 3, 4, 4)
+    y, _ = jq.apply_train(model, jnp.asarray(x), rngs=jax.random.key(0), mode="float")
+    ratio = np.asarray(y) / module(x).detach().numpy()
+    assert (ratio == ratio[:, :, :1, :1]).all()
+    drops = np.isclose(ratio[:, :, 0, 0], 0)
+    np.testing.assert_allclose(ratio[:, :, 0, 0][~drops], 1 / 0.75, rtol=1e-4)
+    assert abs(drops.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / drops.size)
+
+
 def test_training_flags_are_restored_and_params_are_copies():
     module = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
     module[1].eval()
@@ -497,7 +517,8 @@ def test_unknown_operators_are_listed_at_once():
         (lambda m, x: x * 0, "factor is 0"),
         (lambda m, x: F.conv2d(x, m.w * x.mean()), "weight is computed"),
         (lambda m, x: F.dropout(x, 0.5, True), "eval mode"),
-        (lambda m, x: F.dropout2d(x, 0.5, False), "whole channels"),
+        (lambda m, x: F.dropout2d(x, 0.5, True), "eval mode"),
+        (lambda m, x: F.alpha_dropout(x, 0.5, False), "alpha dropout"),
         (lambda m, x: F.batch_norm(x, None, None, training=True), "statistics of the batch"),
         (lambda m, x: x.mean((0, 1)) * x[:1], "aten.slice.*examples of the batch"),
         (lambda m, x: m.w.relu_().sum() + x, "in place"),

@@ -187,7 +187,7 @@ ELEMENTWISE: dict[str, Callable[[Any], Any]] = {
     "aten.threshold.default": lambda v: A.threshold.default(v.x, 0.1, -0.5),
     "aten.dropout.default": lambda v: A.dropout.default(v.x, 0.5, False),
     "aten.dropout_.default": lambda v: A.dropout_.default(v.x * 2.0, 0.3, False),
-    "aten.feature_dropout.default": lambda v: A.feature_dropout.default(v.x, 0.0, False) + v.y,
+    "aten.feature_dropout.default": lambda v: A.feature_dropout.default(v.x, 0.4, False) + v.y,
     "aten.alpha_dropout.default": lambda v: A.alpha_dropout.default(v.x, 0.0, False) + v.y,
     "aten.feature_alpha_dropout.default": lambda v: A.feature_alpha_dropout.default(v.x, 0.0, False) + v.y,
 }
