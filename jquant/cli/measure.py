@@ -19,6 +19,7 @@ from jquant.cli.data import Data, check_data, load_data, load_object, read_array
 from jquant.cli.models import Batch, Config, DataOption, ModelPath, Output, Samples, load_state_of, load_with_settings
 from jquant.cli.settings import image_to_toml, joined_image
 from jquant.cli.state import State
+from jquant.evaluation.loop import Evaluation
 from jquant.evaluation.loop import evaluate as evaluate_on
 from jquant.evaluation.metrics import Accuracy, Agreement, HostMean, first_output
 from jquant.evaluation.sources import Source, sources_of
@@ -72,20 +73,9 @@ def evaluate(
         check_mode(name)
     source, settings = load_with_settings(model, config)
     loaded = load_data(data, source.graph, settings.image)
-    what = metric or ("top-1 %" if loaded.labelled else "agreement with float %")
     if metric is not None and not loaded.labelled:
         raise UsageError("--metric needs labels, and the data has none")
-    measure: Any = HostMean(load_object(metric)) if metric else Accuracy(output=_flat)
-    if metric is None and not loaded.labelled:
-        measure = Agreement(output=_flat)
-    found = evaluate_on(
-        _sources(source, mode, compared=measure),
-        loaded.batches(batch, samples),
-        {what: measure},
-        inputs=_inputs_of,
-        total=_steps(loaded, batch, samples),
-        position=position,
-    )
+    what, found = _evaluated(source, mode, loaded, batch, samples, metric=metric, position=position)
     figures = {name: float(each[what]) for name, each in found.modes.items()}
     rows = [{"mode": name, what: figure, "samples": found.samples} for name, figure in figures.items()]
     console.rows(rows)
@@ -93,6 +83,31 @@ def evaluate(
     last = list(figures.values())[-1]
     if at_least is not None and not last >= at_least:
         raise UnmetError(f"{what} is {last:.4g}, below {at_least:g}")
+
+
+def _evaluated(
+    source: State | Program,
+    modes: Sequence[str] | None,
+    data: Data,
+    batch: int,
+    samples: int | None,
+    *,
+    metric: str | None = None,
+    position: Path | None = None,
+) -> tuple[str, Evaluation]:
+    """The metric (`module:function`, top-1, or agreement where labels are missing) and its figures."""
+    what = metric or ("top-1 %" if data.labelled else "agreement with float %")
+    measure: Any = Accuracy(output=_flat) if data.labelled else Agreement(output=_flat)
+    if metric is not None:
+        measure = HostMean(load_object(metric))
+    return what, evaluate_on(
+        _sources(source, modes, compared=measure),
+        data.batches(batch, samples),
+        {what: measure},
+        inputs=_inputs_of,
+        total=_steps(data, batch, samples),
+        position=position,
+    )
 
 
 def _sources(source: State | Program, modes: Sequence[str] | None, compared: Any) -> dict[str, Source]:
@@ -385,15 +400,10 @@ def report(
 
 def _accuracies(state: State, data: Data, batch: int) -> dict[str, dict[str, Any]]:
     """{mode: {metric: figure, "samples": count}} on all of some data."""
-    what = "top-1 %" if data.labelled else "agreement with float %"
-    measure: Any = Accuracy(output=_flat) if data.labelled else Agreement(output=_flat)
-    found = evaluate_on(
-        _sources(state, None, compared=measure),
-        data.batches(batch, None),
-        {what: measure},
-        inputs=_inputs_of,
-        total=_steps(data, batch, None),
-    )
+    try:
+        what, found = _evaluated(state, None, data, batch, None)
+    except JQuantError as error:
+        raise type(error)(f"{error}. --no-accuracy writes the report without top-1") from error
     return {mode: {what: float(each[what]), "samples": found.samples} for mode, each in found.modes.items()}
 
 

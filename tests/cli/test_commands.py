@@ -29,6 +29,9 @@ def make():
 def batches():
     for i in range(2):
         yield {"x": np.full((2, 1, 16, 16), i / 2, np.float32), "y": np.zeros(2, np.int32)}
+def maps():
+    for batch in batches():
+        yield {"x": batch["x"], "y": np.zeros((2, 4, 4), np.float32)}
 def error(outputs, labels):
     return np.abs(outputs).max()
 def l2(a, b):
@@ -325,6 +328,7 @@ def test_bad_arguments_are_named_in_one_line(folder: Path, done: dict) -> None:
         "quantize d/float.jqs -o x.jq": (2, "no qconfig yet"),
         f"calibrate d/float.jqs {TEST} -o x.jqs": (2, "no qconfig yet"),
         f"report d/float.jqs {TEST} -o x": (2, "no qconfig yet"),
+        "report d/net.jqs -d net.py:maps -o x": (1, "--no-accuracy writes the report"),
     }
     before = {p.name for p in folder.iterdir()}
     results = run_all(folder, {line: line for line in cases})
