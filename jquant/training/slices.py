@@ -106,4 +106,5 @@ def _apart(grads: Any) -> Any:
     XLA contracts a multiplication and the addition behind it to one rounding, on a CPU through a barrier as well, and
     not through a division.
     """
-    return jax.lax.optimization_barrier(jax.tree.map(computed_once, grads))
+    # The barrier in front: without it XLA computes the quotients into arrays of their own.
+    return jax.tree.map(computed_once, jax.lax.optimization_barrier(grads))
