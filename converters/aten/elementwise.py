@@ -193,8 +193,10 @@ def dropout(out: Shape, x: Node, rate: float, train: bool) -> Call:
     return Call(ops.Dropout(rate=rate), (x,))
 
 
-def feature_dropout(out: Shape, x: Node, rate: float, train: bool) -> Call:
+def feature_dropout(out: Shape, x: Node, rate: float, train: bool) -> Node | Call:
     """Dropout of whole channels: one draw for all positions of a channel of an example."""
+    if rate == 0:
+        return x
     require(not train, "it drops values in eval mode as well; pass training=self.training")
     return Call(ops.Dropout(rate=rate, shared_axes=tuple(range(2, rank_of(x)))), (x,))
 
