@@ -8,7 +8,7 @@ import numpy as np
 from jquant.analysis.comparison import Comparison, LayerError
 from jquant.analysis.findings import Finding
 from jquant.ops.table import TABLE_FUNCTIONS
-from jquant.types import JQuantError
+from jquant.types import JQuantError, integer_range
 
 TABLE_LSB = 3.0  # one, and half a step of rounding in a line, its index, the entries and between them
 _TABLES = {function.__name__ for function in TABLE_FUNCTIONS}
@@ -147,17 +147,34 @@ def _level(row: LayerError) -> float:
     return row.sqnr if row.own_sqnr is None else row.own_sqnr
 
 
+def covering_scale(row: LayerError) -> float:
+    """The scale (real per LSB) at which the format of a value covers the largest that was seen."""
+    return _peak(row) / _steps(row.dtype)
+
+
+def _peak(row: LayerError) -> float:
+    return max(abs(row.minimum), abs(row.maximum))
+
+
+def _steps(dtype: str) -> int:
+    """From zero to the end of a format."""
+    return integer_range(dtype)[1] + 1
+
+
 def _clamped(row: LayerError) -> Finding:
-    peak = max(abs(row.minimum), abs(row.maximum))
-    bits = 15 if row.dtype == "int16" else 7
     assert row.scale is not None
     return Finding(
         level="warning",
         check="clamp error",
         where=row.name,
         message=f"{100 * (row.saturated or 0):.2f} % of the values lie beyond what the scale covers",
-        fix=f"calibrate on more samples (50 to 100), or fix the scale: jq.{row.dtype}(scale={peak / 2**bits:.4g})",
-        numbers={"seen": peak, "covered": row.scale * 2**bits, "saturated": row.saturated, "dB": _level(row)},
+        fix=f"calibrate on more samples (50 to 100), or fix the scale: jq.{row.dtype}(scale={covering_scale(row):.4g})",
+        numbers={
+            "seen": _peak(row),
+            "covered": row.scale * _steps(row.dtype),
+            "saturated": row.saturated,
+            "dB": _level(row),
+        },
     )
 
 
@@ -200,7 +217,7 @@ def _beyond(row: LayerError) -> Finding | None:
 
 def _rounded(row: LayerError) -> Finding:
     rms = np.sqrt(max(row.mse, 1e-30)) * 10 ** (min(row.sqnr, 300) / 20)
-    peak = max(abs(row.minimum), abs(row.maximum))
+    peak = _peak(row)
     wide = peak > 30 * rms
     split = "; its range is wide for its typical size: split it in two, or clip it" if wide else ""
     more = "split the tensor in two parts of unlike range" if row.dtype == "int16" else "give it int16"

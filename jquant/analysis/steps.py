@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jquant.analysis.advice import layer_advice
+from jquant.analysis.advice import covering_scale, layer_advice
 from jquant.analysis.comparison import Comparison, LayerError
 from jquant.analysis.findings import Finding
 from jquant.analysis.ranking import rule_names
@@ -55,25 +55,20 @@ def next_steps(comparison: Comparison, plan: Plan, *, limit: int = 3) -> list[Ne
     """
     rows = {row.name: row for row in comparison.rows}
     names = rule_names(plan)
-    advice = sorted(layer_advice(comparison), key=lambda finding: _level(rows[finding.where]))
-    return [_step(finding, rows[finding.where], names.get(finding.where), plan) for finding in advice[:limit]]
-
-
-def _level(row: LayerError) -> float:
-    return row.sqnr if row.own_sqnr is None else row.own_sqnr
+    worst = layer_advice(comparison)[:limit]
+    return [_step(finding, rows[finding.where], names.get(finding.where), plan) for finding in worst]
 
 
 def _step(finding: Finding, row: LayerError, name: str | None, plan: Plan) -> NextStep:
     rule = "" if name is None else _rule(finding, row, name, plan)
-    return NextStep(where=row.name, level=_level(row), why=finding.message, do=finding.fix, rule=rule)
+    return NextStep(where=row.name, level=finding.numbers["dB"], why=finding.message, do=finding.fix, rule=rule)
 
 
 def _rule(finding: Finding, row: LayerError, name: str, plan: Plan) -> str:
     if finding.check == "rounding error" and row.dtype == "int8":
         return _table(name, "output", 'dtype = "int16"')
     if finding.check == "clamp error":
-        steps = 2**15 if row.dtype == "int16" else 2**7
-        scale = np.format_float_positional(np.float32(finding.numbers["seen"] / steps), trim="0")
+        scale = np.format_float_positional(np.float32(covering_scale(row)), trim="0")
         return _table(name, "output", f'dtype = "{row.dtype}"\nfixed_scale = {scale}')
     node = plan.graph.by_name.get(row.name)
     weights = [key for key in node.params.values() if key in plan.weights] if node is not None else []
