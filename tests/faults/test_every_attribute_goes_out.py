@@ -95,7 +95,7 @@ CHANGED: list[tuple[jq.types.Op, tuple[np.ndarray, ...], dict[str, np.ndarray]]]
 # Attributes that no result in these two forms depends on, and why.
 WITHOUT_RESULT = {
     ("BatchNorm", "momentum"), ("BatchNorm", "unbiased"), ("BatchNorm", "running"),  # training only
-    ("Dropout", "rate"),  # training only
+    ("Dropout", "rate"), ("Dropout", "shared_axes"),  # training only
     ("Embedding", "padding_index"),  # the gradient of a row
     ("ConvTranspose", "addend"), ("Linear", "addend"),  # set by `prepare`: an operand more
 }  # fmt: skip
