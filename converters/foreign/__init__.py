@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from . import clips, dynamic, qonnx, qoperator, zero_points
-from .edit import WIDE, Change, Editor
+from .edit import PLAIN, WIDE, Change, Editor
 from .zero_points import MODES, Refusals, ZeroPoint
 
 _QUANTIZED = (
@@ -37,11 +37,40 @@ def to_qdq(model: onnx.ModelProto, folder: Path | None, zero_point: ZeroPoint = 
     copy.CopyFrom(model)
     editor = Editor(copy, folder)
     with np.errstate(all="ignore"):  # numbers of a damaged file; what is not finite is refused where it is read
+        _name_constants_once(editor)
         for step in (dynamic, qoperator, qonnx, clips):
             step.rewrite(editor)
         zero_points.rewrite(editor, zero_point)
     _drop_left_over(copy)
     return editor
+
+
+def _name_constants_once(editor: Editor) -> None:
+    """Reads a constant under its own name. torch's older exporter stores equal scales and zero points once, and gives
+    them other names by Identity."""
+    constants = {name: name for name in editor.tensors}
+    for node in editor.nodes:
+        if node.op_type == "Identity" and node.domain in PLAIN and len(node.input) == len(node.output) == 1:
+            if node.input[0] in constants:
+                constants[node.output[0]] = constants[node.input[0]]
+            continue
+        for i, name in enumerate(node.input):
+            node.input[i] = constants.get(name, name)
+    kept = editor.outputs() | _read_by_branches(editor)
+    editor.rewrite(
+        lambda node: [] if node.op_type == "Identity" and node.output[0] in constants.keys() - kept else None
+    )
+
+
+def _read_by_branches(editor: Editor) -> set[str]:
+    """Names that graphs inside nodes read, at any depth."""
+    inner = [a.g for node in editor.nodes for a in node.attribute if a.HasField("g")]
+    found: set[str] = set()
+    while inner:
+        nodes = inner.pop().node
+        found |= {name for node in nodes for name in node.input}
+        inner += [a.g for node in nodes for a in node.attribute if a.HasField("g")]
+    return found
 
 
 def _drop_left_over(model: onnx.ModelProto) -> None:

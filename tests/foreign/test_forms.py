@@ -182,6 +182,31 @@ def test_all_zero_points_are_named():
         model_from_onnx(made.model({y: 4}), target=EXACT, zero_point="shift")
 
 
+def twin(dtype, zero):
+    made = Qdq()
+    x = made.pair("x", 2**-5, dtype, zero)
+    return made.model({made.pair(made.conv(x, "conv", 2**-5), 2**-4, dtype, zero): 4})
+
+
+def test_constants_under_other_names():
+    """torch's older exporter stores equal scales and zero points once, and names them again by Identity."""
+    expected, file, x = model_from_onnx(twin(np.int8, 0), target=EXACT), twin(np.uint8, 128), draw(2, 4, 5, 5)
+    nodes = list(file.graph.node)
+    del file.graph.node[:]
+    for node in nodes:
+        for i in (1, 2) if node.op_type in ("QuantizeLinear", "DequantizeLinear") else ():
+            if i < len(node.input):
+                names = [node.input[i], f"{node.output[0]}:{i}:first", f"{node.output[0]}:{i}"]
+                file.graph.node.extend(helper.make_node("Identity", [a], [b]) for a, b in itertools.pairwise(names))
+                node.input[i] = names[-1]
+        file.graph.node.append(node)
+    model = model_from_onnx(file, target=EXACT)
+    assert model.qparams.keys() == expected.qparams.keys()
+    for key, scale in expected.qparams.items():
+        np.testing.assert_array_equal(model.qparams[key], scale)
+    np.testing.assert_array_equal(jq.run(jq.lower(model), jnp.asarray(x)), run_onnxruntime(file, x)[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranges
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from support import torch_rows
 
 import jquant as jq
 from jquant.plan.scales import value_scales
@@ -39,7 +40,7 @@ class Row:
 
     tool: str
     form: str
-    name: str  # of the file in tests/foreign, without its suffix
+    name: str  # of the file in tests/foreign, without its suffix; "torch/...": made by `torch_rows`
     options: tuple[tuple[str, str], ...] = ()
     encodings: str = ""  # version of the JSON beside a float model
     batches: bool = False
@@ -54,7 +55,7 @@ class Row:
 
 def _rows() -> list[Row]:
     ort, nncf, aimet = "onnxruntime 1.32.0", "NNCF 3.4.0", "AIMET (aimet-onnx 2.42.0)"
-    brevitas, ao = "Brevitas 0.13.4", "torchao 0.18.0, torch 2.13.0"
+    brevitas, ao, torch = "Brevitas 0.13.4", "torchao 0.18.0, torch 2.13.0", "torch 2.13.0"
     widen, again = (("zero_point", "widen"),), (("zero_point", "requantize"),)
     part = "onnxruntime/"
     rows = [
@@ -99,6 +100,11 @@ def _rows() -> list[Row]:
         Row(ao, "PT2E, symmetric", "torchao/pt2e_symmetric_inverted", lsb=1, exact=False),
         Row(ao, "PT2E, symmetric", "torchao/pt2e_symmetric_heads", lsb=1.1, exact=False),
         Row(ao, "PT2E, XNNPACK", "torchao/pt2e_xnnpack_residual", widen, lsb=1.1, exact=False),
+        Row(torch, "torch.ao, fx", "torch/fx", lsb=1.1, exact=False),
+        Row(torch, "torch.ao, fx, reference", "torch/fx_reference", lsb=1.1, exact=False),
+        Row(torch, "torch.ao, eager", "torch/eager", lsb=1.1, exact=False),
+        Row(torch, "FakeQuantize, after QAT", "torch/fake_quant", widen, lsb=1.1, exact=False),
+        Row(torch, "torch.onnx of FakeQuantize", "torch/fake_quant_exported", widen, lsb=1.1),
     ]
     return rows
 
@@ -108,6 +114,9 @@ ROWS = _rows()
 
 def arrays(row: Row) -> tuple[jax.Array, list[np.ndarray]]:
     """The inputs of a file, and the tool's own outputs."""
+    if row.name in torch_rows.SOURCES:
+        _, x, expected = torch_rows.made(row.name)
+        return jnp.asarray(x), expected
     with np.load(FOLDER / f"{row.name}.npz") as data:
         return jnp.asarray(data["x"]), [data[f"y{i}"] for i in range(len(data.files) - 1)]
 
@@ -122,7 +131,18 @@ def read(row: Row, target: Any = jq.targets.NASH_E, source: Any = None) -> jq.Mo
         return model_from_encodings(source or FOLDER / f"{row.name}.onnx", beside, **options)
     if row.name.startswith("torchao"):
         return model_from_torch(FOLDER / f"{row.name}.pt2", **options)
+    if row.name in torch_rows.SOURCES:
+        module, x, _ = torch_rows.made(row.name)
+        if not isinstance(module, onnx.ModelProto):
+            return model_from_torch(module, (torch_rows.tensor(x),), **options)
+        return model_from_onnx(source or module, **options)
     return model_from_onnx(source or FOLDER / f"{row.name}.onnx", **options)
+
+
+def file_of(row: Row) -> onnx.ModelProto:
+    if row.name in torch_rows.SOURCES:
+        return torch_rows.made(row.name)[0]
+    return onnx.load(FOLDER / f"{row.name}.onnx")
 
 
 def outputs(found: Any) -> list[np.ndarray]:
@@ -201,7 +221,7 @@ def equal_integers(row: Row) -> float:
     """
     if row.encodings:
         raise ValueError("the scales of an encodings file are those of its QDQ twin")
-    model = with_powers_of_two(onnx.load(FOLDER / f"{row.name}.onnx"))
+    model = with_powers_of_two(file_of(row))
     found = read(row, EXACT, model)
     runs = to_onnx(found) if row.form.startswith("QONNX") else model
     x, _ = arrays(row)
@@ -212,7 +232,7 @@ def equal_integers(row: Row) -> float:
 def tables_alone(row: Row) -> bool:
     """Whether it is the tables of functions that put the integers apart: fake-quant has the file's numbers without
     them, and with them those of the program, in every bit."""
-    model = with_powers_of_two(onnx.load(FOLDER / f"{row.name}.onnx"))
+    model = with_powers_of_two(file_of(row))
     found = read(row, EXACT, model)
     x, _ = arrays(row)
     plain = apart(found, jq.apply(found, x), run_float(model, np.asarray(x)))
@@ -248,9 +268,9 @@ def trains(row: Row, model: jq.Model) -> bool:
 
 def opset_back(row: Row, model: jq.Model) -> int:
     """The opset of the file; 21 where the model has integers that QuantizeLinear has from there on."""
-    if row.name.startswith("torchao"):
+    if row.name.startswith(("torchao", "torch/")):
         return 21
-    file = next(e.version for e in onnx.load(FOLDER / f"{row.name}.onnx").opset_import if not e.domain)
+    file = next(e.version for e in file_of(row).opset_import if not e.domain)
     specs = [s for s in (*model.plan.values.values(), *model.plan.weights.values()) if s is not None]
     wide = row.back != "encodings" and any(s.dtype in ("int4", "int16") for s in specs)
     return max(file, 21) if wide else file
