@@ -10,6 +10,7 @@ from jquant.analysis.findings import Finding, findings_table
 from jquant.analysis.mixed_precision import MixedPrecision, search_mixed_precision
 from jquant.analysis.mixing import Mixed, mix_precision
 from jquant.analysis.nan import nan_checklist
+from jquant.analysis.plots import plot_graph, plot_observers, plot_table
 from jquant.analysis.ranking import Ranking, SensitivityRow, sensitivity
 from jquant.analysis.report import Report, write_report
 from jquant.analysis.settings import training_advice
@@ -46,6 +47,9 @@ __all__ = [
     "next_steps",
     "operator_support",
     "overfitting_signs",
+    "plot_graph",
+    "plot_observers",
+    "plot_table",
     "search_mixed_precision",
     "sensitivity",
     "support_table",
