@@ -256,10 +256,10 @@ def plot_table(path: str | os.PathLike[str], model: Model, node: str) -> float:
     plan, op = model.plan, _table_op(model.plan, node)
     operand = plan.graph.by_name[node].inputs[0]
     scales, x_dtype, y_dtype = value_scales(plan, model.qparams), plan.spec(operand).dtype, plan.spec(node).dtype
-    x_scale, y_scale = (np.float32(np.asarray(scales[name])) for name in (operand, node))
+    x_scale, y_scale = (jnp.asarray(scales[name], jnp.float32) for name in (operand, node))
     low, high = integer_range(x_dtype)
     integers = np.arange(low, high + 1)
-    x = (integers * x_scale).astype(np.float32)
+    x = (integers * np.asarray(x_scale)).astype(np.float32)
     exact = eval_float64(op, x) if has_float64(op) else np.asarray(evaluate_function(op, jnp.asarray(x)), np.float64)
     ends = integer_range(y_dtype)
     wanted = np.clip(exact, ends[0] * float(y_scale), ends[1] * float(y_scale))
@@ -271,7 +271,7 @@ def plot_table(path: str | os.PathLike[str], model: Model, node: str) -> float:
     top.plot(x, found, color=_ACCENT, linewidth=0.9, label=f"integers, {y_dtype}")
     top.set_ylim(found.min() - 0.05 * np.ptp(found), found.max() + 0.05 * np.ptp(found))
     top.legend(fontsize=8, frameon=False)
-    top.set_title(f"{node}: {x_dtype} with {x_scale:.3g} to {y_dtype} with {y_scale:.3g}", fontsize=9)
+    top.set_title(f"{node}: {x_dtype} with {float(x_scale):.3g} to {y_dtype} with {float(y_scale):.3g}", fontsize=9)
     bottom.plot(x, error, color=_WARM, linewidth=0.7)
     bottom.axhspan(-0.5, 0.5, color="#d9e2ec", alpha=0.6, linewidth=0)
     bottom.set_ylabel("error, LSB", fontsize=8)
