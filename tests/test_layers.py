@@ -32,8 +32,8 @@ FLOORS = {
     "functions": {"targets", "graph", "drafts", "config", "ops", "plan"}
     | {"calibration", "program", "meanings", "training"},
     "flax": {"functions"},
-    "analysis": {"numerics", "targets", "graph", "quantizers", "config", "ops", "plan", "program", "meanings"}
-    | {"calibration", "training", "ptq"},
+    "analysis": {"numerics", "targets", "graph", "quantizers", "observers", "config", "ops", "plan", "program"}
+    | {"meanings", "calibration", "training", "ptq"},
     "reference": set(),
     "board": {"numerics", "targets", "graph", "config", "ops", "plan", "program", "reference"},
     "cli": {"numerics", "targets", "graph", "images", "config", "ops", "plan", "calibration", "program", "meanings"}
