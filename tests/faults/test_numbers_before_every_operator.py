@@ -71,7 +71,11 @@ def check(name: str, way: str, times: float) -> None:
             jq.calibrate(model, [batch])
         return
     model = jq.calibrate(model, [batch])
-    program = jq.lower(model)
+    try:
+        program = jq.lower(model)
+    except jq.LoweringError as error:
+        assert "has no integers" in str(error)
+        pytest.skip(f"float only: {str(error)[:200]}")
     whole = [np.asarray(v) for v in jq.run(program, *batch)]
     slow, _ = jq.reference.run(program, *batch)
     for fast, exact in zip(whole, slow, strict=True):
@@ -90,7 +94,8 @@ def check(name: str, way: str, times: float) -> None:
     # What enters is rounded on its own grid, which is the coarser one where the number covers the largest value.
     own = max(float(program.scales[v]) for v in model.plan.graph.by_name["filled"].inputs if v in program.scales)
     assert np.abs(whole[0] - wanted).max() <= 0.5 * max(own, step) + (0.51 + off) * step
-    largest = max(np.abs(given[0]).max(), abs(value))
+    own_number = float(getattr(graph.by_name["layer"].op, "value", 0.0) or 0.0)  # a fill keeps the scale of its operand
+    largest = max(np.abs(given[0]).max(), abs(value), abs(own_number))
     assert step * 2 ** (int(dtype[3:]) - 1) <= 1.05 * largest  # and no range is wasted
 
 
