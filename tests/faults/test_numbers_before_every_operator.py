@@ -74,7 +74,8 @@ def check(name: str, way: str, times: float) -> None:
     try:
         program = jq.lower(model)
     except jq.LoweringError as error:
-        assert "has no integers" in str(error)
+        if "has no integers" not in str(error):
+            raise
         pytest.skip(f"float only: {str(error)[:200]}")
     whole = [np.asarray(v) for v in jq.run(program, *batch)]
     slow, _ = jq.reference.run(program, *batch)
