@@ -7,6 +7,7 @@ a test, becomes the path of that file.
 import ast
 import posixpath
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ class Doctests(griffe.Extension):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pages
+
+
+def on_config(config: Any) -> Any:
+    """Names the version on each page: the tests ran the code of the pages with it."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    config["copyright"] = f"jquant {version}, with whose tests the code of these pages runs"
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:

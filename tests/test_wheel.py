@@ -1,9 +1,11 @@
-"""The wheel holds every file of the packages, and imports where the checkout is out of sight."""
+"""The wheel holds every file of the packages, imports where the checkout is out of sight, and installs by pip alone."""
 
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -73,3 +75,58 @@ def test_wheel_imports_away_from_the_checkout(wheel: Path, tmp_path: Path) -> No
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [str(installed / module.replace(".", "/") / "__init__.py") for module in modules]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fresh environments
+
+
+def installed(folder: Path, *requirements: str) -> Path:
+    """The Python of a new environment with what pip installs."""
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return python
+
+
+def output(python: Path, *arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        [python, "-I", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def readme(*sections: str) -> str:
+    """The code blocks of sections of the README, in order."""
+    parts = re.split(r"^## (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    texts = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return "\n".join(
+        block for name in sections for block in re.findall(r"^```python\n(.*?)^```", texts[name], flags=re.S | re.M)
+    )
+
+
+@pytest.mark.slow
+def test_a_minimal_install_runs_the_example_for_jax(wheel: Path, tmp_path: Path) -> None:
+    """jax, numpy and chex come with it, and neither torch nor onnx."""
+    python = installed(tmp_path / "env", str(wheel))
+    head = "import jax.numpy as jnp\nimport jquant as jq\nint8 = jq.QConfig(jq.templates.int8_default())\n"
+    tail = "\nimport sys\nprint({'torch', 'onnx', 'flax'} & set(sys.modules), y.shape)"
+    code = head + readme("From JAX, flax or equinox") + tail
+    assert output(python, "-c", code, folder=tmp_path).split("\n")[-2] == "set() (32, 4)"
+    assert (tmp_path / "net.jq").is_file()
+    without = "from jquant_converters import from_torch"
+    done = subprocess.run([python, "-I", "-c", without], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "pip install 'jquant[torch]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_install_with_all_extras_runs_the_readme_and_the_commands(wheel: Path, tmp_path: Path) -> None:
+    pinned = re.findall(r"^torch==\S+", (ROOT / "requirements-dev.txt").read_text(encoding="utf-8"), flags=re.M)
+    python = installed(tmp_path / "env", f"jquant[all] @ {wheel.as_uri()}", *pinned)
+    code = readme("From PyTorch", "From JAX, flax or equinox") + "\nprint(y.shape)"
+    assert "(32, 4)" in output(python, "-c", code, folder=tmp_path)
+    assert "0.2.0" in output(python, "-m", "jquant", "doctor", folder=tmp_path)
+    assert "next: jquant" in output(python, "-m", "jquant", "demo", folder=tmp_path)

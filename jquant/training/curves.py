@@ -29,6 +29,7 @@ def plot_curves(
 
     Raises:
       InputError: nothing to draw, or curves that are no sequences of numbers.
+      ImportError: matplotlib is missing; the message names the extra.
 
     Example:
       jq.training.plot_curves("out/curves.png", {"loss": {"float": float_losses, "QAT": qat_losses}})
@@ -36,7 +37,10 @@ def plot_curves(
     panels = {name: {run: _points(name, run, curve) for run, curve in runs.items()} for name, runs in metrics.items()}
     if not panels or not all(panels.values()):
         raise InputError("plot_curves needs at least one metric, each with at least one curve")
-    import matplotlib.figure
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'jquant[report]'") from error
 
     figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (name, runs) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

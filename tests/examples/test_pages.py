@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -69,6 +70,32 @@ def test_the_readme_runs_and_fits(tmp_path: Path) -> None:
 def test_the_first_hour_runs(tmp_path: Path) -> None:
     run_page((DOCS / "first-hour.md").read_text(encoding="utf-8"), "first-hour.md", tmp_path)
     assert (tmp_path / "model.jq").is_file()
+
+
+@pytest.mark.parametrize("page", ["onnx.md", "other-tools.md", "targets.md"])
+def test_a_page_of_calls_runs(page: str, tmp_path: Path) -> None:
+    """The lines of a reader who has a model and files: every call is one that there is, and takes the arguments."""
+    foreign = ROOT / "tests" / "foreign"
+    for name, source in {
+        "net.onnx": "onnxruntime/qdq_residual.onnx", "net.pt2": "torchao/pt2e_symmetric_residual.pt2",
+        "float.onnx": "aimet/float_residual.onnx", "float.encodings": "aimet/float_residual_1.0.0.json",
+    }.items():  # fmt: skip
+        shutil.copy(foreign / source, tmp_path / name)
+    text = (DOCS / page).read_text(encoding="utf-8")
+    if page == "other-tools.md":  # that tool's values are asymmetric
+        text = text.replace('"float.encodings", ', '"float.encodings", zero_point="widen", ')
+    run_page(f"```python\n{READER}```\n{text}", page, tmp_path)
+    written = {"onnx.md": "ptq.json", "other-tools.md": "back.encodings", "targets.md": "mine.toml"}
+    assert (tmp_path / written[page]).stat().st_size > 0
+
+
+READER = """
+import jax.numpy as jnp
+import jquant as jq
+qconfig = jq.QConfig(jq.templates.int8_default())
+graph, params = jq.trace(lambda p, x: x @ p["w"], {"w": jnp.eye(3)}, jnp.ones((2, 3)))
+model = jq.calibrate(jq.prepare(graph, params, qconfig, target="nash-e"), [jnp.ones((2, 3))])
+"""
 
 
 def test_a_difference_is_seen() -> None:
