@@ -1,5 +1,7 @@
 """Evaluation of models and programs on data: `jq.evaluate` and its metrics."""
 
+from jquant.evaluation.detection import COCO as COCO
+from jquant.evaluation.detection import MeanAveragePrecision as MeanAveragePrecision
 from jquant.evaluation.loop import Evaluation as Evaluation
 from jquant.evaluation.loop import evaluate as evaluate
 from jquant.evaluation.metrics import Accuracy as Accuracy
