@@ -1,6 +1,7 @@
 """Checks graphs and their parameters."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -175,11 +176,31 @@ def deployed(graph: Graph, outputs: Sequence[str] | str | None) -> Graph:
     return replace(graph, outputs=deployed_outputs(graph, outputs), gives=None)
 
 
+# {id: array of JAX that was found finite}. Such an array never changes, so that one look is enough: parameters and
+# scales are looked at once, and not in each call.
+_FINITE: dict[int, weakref.ref[Any]] = {}
+
+
 def is_finite(array: Any) -> bool:
     """Whether all values are finite; True for a traced array, whose values are not known yet."""
     if isinstance(array, jax.core.Tracer):
         return True
-    if isinstance(array, np.ndarray | np.generic) or is_on_host(array):
-        return bool(np.isfinite(np.asarray(array)).all())
-    with jax.ensure_compile_time_eval():  # the array may be a constant of somebody's jit
-        return bool(jnp.isfinite(array).all())
+    if isinstance(array, np.ndarray | np.generic):
+        return bool(np.isfinite(array).all())
+    key = id(array)
+    known = _FINITE.get(key)
+    if known is not None and known() is array:
+        return True
+    if is_on_host(array):
+        finite = bool(np.isfinite(np.asarray(array)).all())
+    else:
+        with jax.ensure_compile_time_eval():  # the array may be a constant of somebody's jit
+            finite = bool(jnp.isfinite(array).all())
+    if finite:
+        _FINITE[key] = weakref.ref(array, lambda gone: _forget(key, gone))
+    return finite
+
+
+def _forget(key: int, gone: weakref.ref[Any]) -> None:
+    if _FINITE.get(key) is gone:  # another array may have the id by now
+        del _FINITE[key]

@@ -1,5 +1,7 @@
 """A model is one value: a pytree with a static plan. Every verb takes it; gradients and labels have its form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,3 +117,30 @@ def test_every_mode_folds_a_kept_batch_norm_by_itself(mode: str, handling: str) 
     np.testing.assert_array_equal(found, want)
     (row,) = [row for row in jq.analysis.compare(model, x, "float", mode).rows if row.name == graph.outputs[0]]
     assert row.b_maximum == want.max()
+
+
+def test_parameters_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array of JAX never changes: a second call looks at its inputs alone. What is gone is forgotten."""
+    import gc
+
+    from jquant.graph import checks
+
+    graph, params = jq.trace(lambda p, x: x @ p["w"], {"w": jnp.eye(3)}, jnp.ones((2, 3)))
+    model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target="nash-e")
+    model = jq.calibrate(model, [jnp.ones((2, 3))])
+    before = jq.apply(model, np.ones((2, 3), np.float32))
+    looked = []
+    isfinite = np.isfinite
+    monkeypatch.setattr(checks.np, "isfinite", lambda array: looked.append(array.shape) or isfinite(array))
+    np.testing.assert_array_equal(jq.apply(model, np.ones((2, 3), np.float32)), before)
+    assert set(looked) <= {(2, 3)}
+    broken = dict(model.params) | {key: array.at[0].set(jnp.nan) for key, array in model.params.items()}
+    with pytest.raises(jq.CalibrationError, match="contains NaN"):
+        jq.apply(dataclasses.replace(model, params=broken), np.ones((2, 3), np.float32))
+    array = jnp.arange(3.0)
+    assert checks.is_finite(array)
+    key = id(array)
+    assert key in checks._FINITE
+    del array
+    gc.collect()
+    assert key not in checks._FINITE
