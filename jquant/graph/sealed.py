@@ -113,7 +113,8 @@ def read_sealed_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray
         metadata = json.loads(content[8 : 8 + size])["__metadata__"]
     except (SafetensorError, *_BROKEN) as error:
         raise FormatError(f"no safetensors: {error}") from error
-    return {key: value for key, value in metadata.items() if key != DIGEST}, arrays
+    # safetensors gives the arrays in another order each time; what is read of one file is printed in one order.
+    return {key: value for key, value in metadata.items() if key != DIGEST}, dict(sorted(arrays.items()))
 
 
 def _sealed(content: bytes) -> bytes:
