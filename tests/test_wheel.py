@@ -129,4 +129,4 @@ def test_an_install_with_all_extras_runs_the_readme_and_the_commands(wheel: Path
     code = readme("From PyTorch", "From JAX, flax or equinox") + "\nprint(y.shape)"
     assert "(32, 4)" in output(python, "-c", code, folder=tmp_path)
     assert "0.2.0" in output(python, "-m", "jquant", "doctor", folder=tmp_path)
-    assert "next: jquant" in output(python, "-m", "jquant", "demo", folder=tmp_path)
+    assert "jquant report jquant-demo" in output(python, "-m", "jquant", "demo", folder=tmp_path)
