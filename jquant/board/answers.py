@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jquant.board.lone import Constants, Lone
+from jquant.board.mapped import Mapped, is_mapped
 from jquant.board.neutral import NEUTRAL
 from jquant.board.noting import Noting
 from jquant.board.tabled import Tabled, is_tabled
@@ -126,9 +127,11 @@ class Answers:
         self._bytes = 0
 
     @cached_property
-    def tabled(self) -> Tabled | None:
-        """What solves the value where it is a table of many fields."""
-        return Tabled(self.lone, self.asks) if is_tabled(self.lone, self.asks) else None
+    def solver(self) -> Tabled | Mapped | None:
+        """What finds the joint values of a value of many fields together."""
+        if is_tabled(self.lone, self.asks):
+            return Tabled(self.lone, self.asks)
+        return Mapped(self.lone, self.asks) if is_mapped(self.lone, self.asks) else None
 
     def is_march(self, row: Row) -> bool:
         """Whether the values go together."""

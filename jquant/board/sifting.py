@@ -12,7 +12,7 @@ from jquant.board.worlds import Worlds, distinct
 from jquant.targets import fields
 
 LIMIT = 40_000  # worlds of one question; more are left to other dumps, which make them fewer
-LISTED = 200  # worlds of a table; more are solved together
+LISTED = 200  # worlds of a question that can be solved; more are solved together
 SOLVED = 5_000  # what a question costs that is solved, in worlds
 SAMPLED = 500  # worlds that are tried to find the nearest of more than LIMIT
 
@@ -155,16 +155,16 @@ class Sifted:
 
     def is_solved(self, question: Question) -> bool:
         """Whether all joint values are tried together, since one by one they are many."""
-        tabled = question.answers.tabled
-        if tabled is None or self.worlds.count(question.asks) <= LISTED:
+        solver = question.answers.solver
+        if solver is None or self.worlds.count(question.asks) <= LISTED:
             return False
-        return tabled.is_within({f: self.worlds.values(f) for f in question.asks})
+        return solver.is_within({f: self.worlds.values(f) for f in question.asks})
 
     def _solved(self, question: Question) -> np.ndarray | None:
         """The joint values that explain a question, as positions; None: they are too many."""
-        tabled, left = question.answers.tabled, {f: self.worlds.values(f) for f in question.asks}
-        assert tabled is not None
-        rows = tabled.good(question.operands.arrays[0], question.wanted, left)
+        solver, left = question.answers.solver, {f: self.worlds.values(f) for f in question.asks}
+        assert solver is not None
+        rows = solver.good(question.operands.arrays, question.wanted, left)
         if rows is None:
             return None
         positions = [np.array([self.worlds.domains[f].index(v) for v in left[f]]) for f in question.asks]

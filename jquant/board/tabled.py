@@ -76,15 +76,17 @@ class Tabled:
     _constants: dict[tuple[Any, ...], Constants | None] = field(default_factory=dict)
     _lines_of: dict[tuple[Any, ...], Lines] = field(default_factory=dict)
 
-    def good(self, x: np.ndarray, wanted: np.ndarray, left: Mapping[str, Sequence[Any]]) -> np.ndarray | None:
-        """The joint values that make `wanted` of `x`, [n, asks] positions in `left`; None: they are too many.
+    def good(
+        self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]]
+    ) -> np.ndarray | None:
+        """The joint values that make `wanted`, [n, asks] positions in `left`; None: they are too many.
 
         Args:
           left: for each field that is asked, the values that are tried.
         """
         values = {f: tuple(left[f]) if f in self.asks else (value_of(NEUTRAL, f),) for f in READ}
         found = [np.zeros((0, len(READ)), np.int64)]
-        for laid, good in self._explaining(x.ravel(), wanted.ravel(), values):
+        for laid, good in self._explaining(operands[0].ravel(), wanted.ravel(), values):
             inner = np.argwhere(good)
             found.append(np.concatenate([np.tile(laid, (len(inner), 1)), inner], axis=1))
             if sum(map(len, found)) > MOST_ROWS:
