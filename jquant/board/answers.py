@@ -12,6 +12,7 @@ from jquant.board.lone import Constants, Lone
 from jquant.board.mapped import Mapped, is_mapped
 from jquant.board.neutral import NEUTRAL
 from jquant.board.noting import Noting
+from jquant.board.regioned import Regioned, is_regioned
 from jquant.board.tabled import Tabled, is_tabled
 from jquant.types import JQuantError, QConfigError, Target
 
@@ -77,6 +78,7 @@ ONLY_EVALUATED = frozenset(
 )
 
 
+_TIED = ("tables", "resize")  # groups some of whose values do not go together; of the others all do
 _MISSING = object()
 _KEPT = 16 * 2**20  # bytes of integers that the answers of a value keep
 
@@ -121,21 +123,24 @@ class Answers:
         self._groups: dict[str, list[int]] = {}
         for i, field in enumerate(asks):
             self._groups.setdefault(field.rpartition(".")[0], []).append(i)
+        self._checked = [group for group in self._groups if group in _TIED]
         self._formats: dict[tuple[str, Row], dict[str, Any] | None] = {}
         self._lowered = Tree()
         self._found: dict[tuple[bytes, bytes], Tree] = {}
         self._bytes = 0
 
     @cached_property
-    def solver(self) -> Tabled | Mapped | None:
+    def solver(self) -> Tabled | Mapped | Regioned | None:
         """What finds the joint values of a value of many fields together."""
         if is_tabled(self.lone, self.asks):
             return Tabled(self.lone, self.asks)
-        return Mapped(self.lone, self.asks) if is_mapped(self.lone, self.asks) else None
+        if is_mapped(self.lone, self.asks):
+            return Mapped(self.lone, self.asks)
+        return Regioned(self.lone, self.asks) if is_regioned(self.lone, self.asks) else None
 
     def is_march(self, row: Row) -> bool:
         """Whether the values go together."""
-        return all(self._format(group, row) is not None for group in self._groups)
+        return all(self._format(group, row) is not None for group in self._checked)
 
     def digest(self, row: Row) -> bytes | None:
         """That of the constants; None where there are none."""
@@ -174,7 +179,7 @@ class Answers:
     def _noted(self, tree: Tree, row: Row, compute: Callable[[Target], Any]) -> Any:
         """Computes for a march of these values, and adds the result by what was read of them."""
         read: dict[str, None] = {}
-        march: Any = Noting(self._march(row), read)
+        march: Any = Noting(NEUTRAL, read, instead=self._instead(row))
         try:
             result = compute(march)
         except JQuantError:  # no form on this march, or a line that leaves int32
@@ -182,11 +187,12 @@ class Answers:
         tree.add([self.asks.index(field) for field in read if field in self.asks], row, result)
         return result
 
-    def _march(self, row: Row) -> Target:
-        changes: dict[str, Any] = {}
+    def _instead(self, row: Row) -> dict[str, Any]:
+        """What a march of these values has in place of that of `NEUTRAL`."""
+        found: dict[str, Any] = {}
         for group in self._groups:
-            changes |= self._format(group, row) or {}
-        return replace(NEUTRAL, **changes)
+            found |= self._format(group, row) or {}
+        return found
 
     def _format(self, group: str, row: Row) -> dict[str, Any] | None:
         """The changes of a march that are one of its groups; None for values that do not go together."""

@@ -47,11 +47,11 @@ class Mapped:
     asks: tuple[str, ...]
     _exact: dict[int, list[Any]] = field(default_factory=dict)
 
-    def is_within(self, left: Mapping[str, Sequence[Any]]) -> bool:
+    def is_within(self, left: Mapping[str, Sequence[Any]], count: Any = None) -> bool:
         return prod(len(left[f]) for f in _LINE) <= 10_000
 
     def good(
-        self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]]
+        self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]], over: Any = None
     ) -> np.ndarray | None:
         """The joint values that make `wanted`, [n, asks] positions in `left`; None: they are too many.
 

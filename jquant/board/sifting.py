@@ -150,25 +150,40 @@ class Sifted:
         for name, values in before.items():
             for value in set(values) - set(self.worlds.values(name)):
                 world = worlds.nearest(near, name, value)
-                row = tuple(world[f] for f in question.asks)
+                row = tuple(world[f] if f in free else self.fixed(f) for f in question.asks)
                 self.exclusions[name, value] = exclusion_of(question, value, question.wrong(row), row)
 
     def is_solved(self, question: Question) -> bool:
         """Whether all joint values are tried together, since one by one they are many."""
         solver = question.answers.solver
-        if solver is None or self.worlds.count(question.asks) <= LISTED:
+        if solver is None or self.worlds.count(self.free(question)) <= LISTED:
             return False
-        return solver.is_within({f: self.worlds.values(f) for f in question.asks})
+        return solver.is_within(self._left(question), self.worlds.count)
+
+    def _left(self, question: Question) -> dict[str, tuple[Any, ...]]:
+        free = self.free(question)
+        return {f: self.worlds.values(f) if f in free else (self.fixed(f),) for f in question.asks}
+
+    def _over(self, names: Sequence[str]) -> np.ndarray:
+        """The joint values that are left of some fields, as positions among those that each has left."""
+        return self._in_left(names, self.worlds.over(names)) if names else np.zeros((1, 0), np.int64)
+
+    def _in_left(self, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        columns = [np.searchsorted(self._positions(f), column) for f, column in zip(names, rows.T, strict=True)]
+        return np.stack(columns, axis=1)
+
+    def _positions(self, field: str) -> np.ndarray:
+        return np.array(sorted(self.worlds.domains[field].index(v) for v in self.worlds.values(field)))
 
     def _solved(self, question: Question) -> np.ndarray | None:
-        """The joint values that explain a question, as positions; None: they are too many."""
-        solver, left = question.answers.solver, {f: self.worlds.values(f) for f in question.asks}
+        """The joint values of its free fields that explain a question, as positions; None: they are too many."""
+        solver, free = question.answers.solver, self.free(question)
         assert solver is not None
-        rows = solver.good(question.operands.arrays, question.wanted, left)
+        rows = solver.good(question.operands.arrays, question.wanted, self._left(question), self._over)
         if rows is None:
             return None
-        positions = [np.array([self.worlds.domains[f].index(v) for v in left[f]]) for f in question.asks]
-        return np.stack([p[column] for p, column in zip(positions, rows.T, strict=True)], axis=1)
+        columns = [self._positions(f)[rows[:, question.asks.index(f)]] for f in free]
+        return np.stack(columns, axis=1)
 
     def values(self, field: str) -> tuple[Any, ...]:
         """What a field can still be; nothing where no question depends on it."""
@@ -180,7 +195,7 @@ class Sifted:
         """Whether a world that is left explains a question."""
         if self.is_solved(question):
             good = self._solved(question)
-            return good is not None and self.worlds.copy().keep_rows(question.asks, good)
+            return good is not None and self.worlds.copy().keep_rows(self.free(question), good)
         return self.fewest(question) == 0
 
     def fewest(self, question: Question) -> float:

@@ -77,7 +77,7 @@ class Tabled:
     _lines_of: dict[tuple[Any, ...], Lines] = field(default_factory=dict)
 
     def good(
-        self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]]
+        self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]], over: Any = None
     ) -> np.ndarray | None:
         """The joint values that make `wanted`, [n, asks] positions in `left`; None: they are too many.
 
@@ -93,7 +93,7 @@ class Tabled:
                 return None
         return np.concatenate(found)[:, [READ.index(f) for f in self.asks]]
 
-    def is_within(self, left: Mapping[str, Sequence[Any]]) -> bool:
+    def is_within(self, left: Mapping[str, Sequence[Any]], count: Any = None) -> bool:
         """Whether the lines of so many values can be kept."""
         count = max(left["tables.count"]) if "tables.count" in self.asks else 6
         return count * prod(len(left[f]) for f in (*_LAID[2:], *_LINE) if f in self.asks) <= MOST_LINES
