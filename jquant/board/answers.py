@@ -153,7 +153,9 @@ class Answers:
             return None
         tree = self._found.setdefault((lowered[0], operands.digest), Tree())
         if (found := tree.find(row)) is _MISSING:
-            found = self._noted(tree, row, lambda march: compact(self.lone.evaluate(march, lowered[1], operands.arrays)))
+            found = self._noted(
+                tree, row, lambda march: compact(self.lone.evaluate(march, lowered[1], operands.arrays))
+            )
             self._bytes += 0 if found is None else found.nbytes
             if self._bytes > _KEPT:
                 self._found, self._bytes = {}, 0
@@ -209,7 +211,9 @@ class Answers:
 def compact(integers: np.ndarray) -> np.ndarray:
     """The same integers in the smallest dtype that holds them."""
     low, high = integers.min(initial=0), integers.max(initial=0)
-    kind = next(k for k in (np.int8, np.int16, np.int32, np.int64) if np.iinfo(k).min <= low and high <= np.iinfo(k).max)
+    kind = next(
+        k for k in (np.int8, np.int16, np.int32, np.int64) if np.iinfo(k).min <= low and high <= np.iinfo(k).max
+    )
     return integers.astype(kind)
 
 

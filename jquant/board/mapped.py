@@ -77,9 +77,7 @@ class Mapped:
             found += [np.concatenate([np.tile(pair, (len(good), 1)), good], axis=1) for pair in pairs]
         return np.concatenate(found)[:, [READ.index(f) for f in self.asks]]
 
-    def _explaining(
-        self, given: tuple[np.ndarray, np.ndarray, np.ndarray], bits: int, values: Values
-    ) -> np.ndarray:
+    def _explaining(self, given: tuple[np.ndarray, np.ndarray, np.ndarray], bits: int, values: Values) -> np.ndarray:
         """[*_LINE, *_LAST] bool for some fraction bits."""
         sizes = [len(values[f]) for f in (*_LINE, *_LAST)]
         lines = np.array(list(self._lines(given[0].shape, bits, values)))
@@ -136,9 +134,7 @@ class Mapped:
             start = end
         return found
 
-    def _equal(
-        self, x: np.ndarray, at: np.ndarray, wanted: np.ndarray, bits: int, last: tuple[str, str]
-    ) -> np.ndarray:
+    def _equal(self, x: np.ndarray, at: np.ndarray, wanted: np.ndarray, bits: int, last: tuple[str, str]) -> np.ndarray:
         """Whether x sampled at coordinates [N, V, n, 2] is `wanted` [N, n, C]: [V]."""
         assert self.lone.node is not None
         op: Any = self.lone.node.op

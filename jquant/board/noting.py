@@ -20,7 +20,7 @@ class Noting:
         self._of, self._read, self._path, self._instead = of, read, path, instead or {}
 
     def __getattr__(self, name: str) -> Any:
-        kind = type(self._of)
+        kind: Any = type(self._of)
         if name in _fields(kind):
             value = self._instead[name] if name in self._instead else getattr(self._of, name)
             if is_dataclass(value):
@@ -36,5 +36,5 @@ class Noting:
 
 
 @cache
-def _fields(kind: type) -> frozenset[str]:
+def _fields(kind: Any) -> frozenset[str]:
     return frozenset(entry.name for entry in entries(kind))

@@ -69,7 +69,9 @@ class Regioned:
         points = list(product(*(range(len(left[f])) for f in _POINT)))
         found: list[np.ndarray] = [np.zeros((0, len(READ)), np.int64)]
         for laid, bits, ends in self._laid(x, operands[1], left):
-            sums = self._sums(x, ends, bits, [tuple(left[f][i] for f, i in zip(_POINT, p, strict=True)) for p in points])
+            sums = self._sums(
+                x, ends, bits, [tuple(left[f][i] for f, i in zip(_POINT, p, strict=True)) for p in points]
+            )
             for rows, row, reading in self._rescales(rescales, laid[0], left):
                 good = _matching(sums, row, reading, y.ravel(), self.lone.output.dtype)
                 some = [np.array(laid), np.array(points)[good], rows]

@@ -137,7 +137,7 @@ class Sifted:
                 self.exclusions[name, value] = exclusion_of(question, value, *tried.nearest(name, value))
 
     def _put_solved(self, question: Question, free: tuple[str, ...], before: Mapping[str, tuple[Any, ...]]) -> None:
-        """The same for a question that is solved; of an excluded value one world near to those that are left is tried."""
+        """The same for one that is solved. Of an excluded value one world near to those that are left is tried."""
         good, worlds = self._solved(question), self.worlds.copy()
         if good is None:
             self.late.append(question)

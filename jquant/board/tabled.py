@@ -47,12 +47,12 @@ class Lines(NamedTuple):
     """The lines of a table for all values of `_LINE`, flattened to C; int64 (alpha, beta, l, r).
 
     `outer`  [2, C, 4]: left and right
-    `index`  [E and F, N, C, 4]
+    `inner`  [E and F, N, C, 4]
     `valid`  [E and F, C]: whether the last index is below the largest coefficient
     """
 
     outer: np.ndarray
-    index: np.ndarray
+    inner: np.ndarray
     valid: np.ndarray
 
 
@@ -140,7 +140,7 @@ class Tabled:
                 some = good.any((1, 2, 3))
                 if not some.any():
                     return None
-                own, which = _distinct(lines.index[p, s - 1, some])
+                own, which = _distinct(lines.inner[p, s - 1, some])
                 good[some] &= self._inner(segments[s], own, tables[:, s - 1], bits, values)[which]
         if not good.any():
             return None
@@ -158,14 +158,16 @@ class Tabled:
         fits = outer[:, 0] >= 0
         by = {
             "line": np.broadcast_to((outer > 0)[:, None], (len(outer), len(tables), outer.shape[1])),
-            "constant": np.broadcast_to((fits[:, None] & constant)[..., None], (*fits.shape, len(tables), outer.shape[1])),
+            "constant": np.broadcast_to(
+                (fits[:, None] & constant)[..., None], (*fits.shape, len(tables), outer.shape[1])
+            ),
         }
         return np.stack([by[v] for v in values["tables.outer"]], axis=-1)
 
     def _outer(self, segments: Mapping[int, Places], lines: Lines, values: Values) -> np.ndarray:
         """[C, line roundings]: 1 where the outer lines make the integers, 0 where not, -1 where they leave int32."""
         found = np.ones((lines.outer.shape[1], len(values["tables.line_rounding"])), np.int64)
-        for s, each in ((0, lines.outer[0]), (lines.index.shape[1] + 1, lines.outer[1])):
+        for s, each in ((0, lines.outer[0]), (lines.inner.shape[1] + 1, lines.outer[1])):
             if s in segments:
                 own, which = _distinct(each)
                 total, fits = _totals(own, segments[s].x)
@@ -174,9 +176,7 @@ class Tabled:
                 found = np.minimum(found, np.where(fits[:, None], equal, -1)[which])
         return found
 
-    def _inner(
-        self, places: Places, lines: np.ndarray, tables: np.ndarray, bits: int, values: Values
-    ) -> np.ndarray:
+    def _inner(self, places: Places, lines: np.ndarray, tables: np.ndarray, bits: int, values: Values) -> np.ndarray:
         """[lines, *_INNER]: which of them make the integers of one segment."""
         found = np.zeros((len(lines), *(len(values[f]) for f in _INNER)), bool)
         order = np.random.default_rng(0).permutation(len(places.x))  # neighbours say the same
@@ -203,7 +203,7 @@ class Tabled:
         further = np.minimum(low + 1, tables.shape[1] - 1)
         base = tables[:, low]  # [entry roundings, index roundings, lines, n]
         rise = (tables[:, further] - base) * fraction
-        y = base + _by(values["tables.interpolation_rounding"], rounded_all(rise, np.int64(bits)))
+        y = base + _by(values["tables.interpolation_rounding"], rounded_all(rise, np.array(bits)))
         return self._equal(y, places).transpose(3, 2, 1, 0) & fits[:, None, None, None]
 
     def _equal(self, y: np.ndarray, places: Places) -> np.ndarray:
@@ -233,8 +233,8 @@ class Tabled:
     def _lines_made(self, count: int, some: Constants, values: Values) -> Lines:
         assert self.lone.node is not None
         form = NEUTRAL.with_fields({"tables.count": count}).tables
-        scales = (np.asarray(v.scale, np.float32) for v in (self.lone.inputs[0], self.lone.output))
-        ends, heights, anchor = segment_lines(self.lone.node.op, *scales, form, np.asarray(some["boundaries"]))
+        x_scale, y_scale = (np.asarray(v.scale, np.float32) for v in (self.lone.inputs[0], self.lone.output))
+        ends, heights, anchor = segment_lines(self.lone.node.op, x_scale, y_scale, form, np.asarray(some["boundaries"]))
         last = np.array([(e - 1) << b for e in values["tables.entries"] for b in values["tables.fraction_bits"]])
         n = len(ends) - 2
         inner = np.zeros((len(last), n, 2), np.int32)
@@ -251,14 +251,14 @@ class Tabled:
         return Lines(whole[:2], whole[2:].reshape(len(last), n, *whole.shape[1:]), valid)
 
     @staticmethod
-    def _by_shift(given: tuple[np.ndarray, ...], bits: int, rounding: str, shifts: Sequence[int]) -> np.ndarray:
+    def _by_shift(given: Any, bits: int, rounding: Any, shifts: Sequence[int]) -> np.ndarray:
         """[S, max_shift, 4] lines."""
-        form = replace(
-            NEUTRAL.tables, coefficient_bits=bits, coefficient_rounding=rounding, max_shift=max(shifts)
-        )
+        form = replace(NEUTRAL.tables, coefficient_bits=bits, coefficient_rounding=rounding, max_shift=max(shifts))
         alpha, beta, left, fits = (np.asarray(v) for v in line_forms(*given, form=form))
         best = np.maximum.accumulate(np.where(fits, np.arange(fits.shape[1]), 0), axis=1)[:, list(shifts)]
-        return np.stack([*(np.take_along_axis(v, best, 1) for v in (alpha, beta, left)), best], axis=-1).astype(np.int64)
+        return np.stack([*(np.take_along_axis(v, best, 1) for v in (alpha, beta, left)), best], axis=-1).astype(
+            np.int64
+        )
 
 
 def _segments(x: np.ndarray, wanted: np.ndarray, some: Constants, angle_rounding: str) -> dict[int, Places]:
@@ -277,7 +277,7 @@ def _totals(lines: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[lines, n] sums, and whether all of a line lie within int32."""
     offset = lines[:, 1:2] << lines[:, 2:3]
     total = lines[:, :1] * x + offset
-    inside = (-(2**31) <= total) & (total < 2**31) & (-(2**31) <= offset) & (offset < 2**31)
+    inside = (total >= -(2**31)) & (total < 2**31) & (offset >= -(2**31)) & (offset < 2**31)
     return total, inside.all(1)
 
 

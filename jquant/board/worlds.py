@@ -94,7 +94,7 @@ class Worlds:
         return True
 
     def keep_rows(self, fields: Sequence[str], good: np.ndarray) -> bool:
-        """Leaves the worlds whose joint values of `fields` are among `good`, [n, fields] positions; False where none is."""
+        """Leaves the worlds whose values of `fields` are among `good`, [n, fields] positions; False where none is."""
         kept = Table(tuple(fields), good)
         touched = [table for table in self._tables if set(table.fields) & set(fields)]
         for table in touched:

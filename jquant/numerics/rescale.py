@@ -125,7 +125,7 @@ def _together(*numbers: Array) -> list[Array]:
     return found
 
 
-def ratio(n1: Array, n2: Array, d1: Array, d2: Array) -> Ratio:
+def ratio(n1: Any, n2: Any, d1: Any, d2: Any) -> Ratio:
     """(n1 * n2) / (d1 * d2) of positive normal float32 arrays, exactly; integers below 2^24 are such numbers.
 
     Those of host arrays are kept: a fit lowers a node for thousands of marches, whose scales are the same.

@@ -130,10 +130,8 @@ def line_constants(ends: Array, values: Array, anchor: Array, *, form: TableForm
     return xp.stack([*chosen, best], axis=1)
 
 
-def line_forms(
-    ends: Array, values: Array, anchor: Array, *, form: TableFormat
-) -> tuple[Array, Array, Array, Array]:
-    """The lines of `line_constants` for every r in [0, max_shift]: alpha, beta, l, and whether they fit, [S, r] each."""
+def line_forms(ends: Array, values: Array, anchor: Array, *, form: TableFormat) -> tuple[Array, Array, Array, Array]:
+    """The lines of `line_constants` for every r in [0, max_shift]: alpha, beta, l and whether they fit, [S, r] each."""
     xp = array_namespace(ends, values, anchor)
     run = ends[:, 1] - ends[:, 0]
     rise = xp.where(run > 0, values[:, 1] - values[:, 0], 0)

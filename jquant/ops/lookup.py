@@ -248,14 +248,14 @@ def _segments(op: Op, x_scale: Array, y_scale: Array, y_dtype: str, form: TableF
     return tables.table_between(function, x_scale, y_scale, y_dtype, form, shape, boundaries)
 
 
-def segment_lines(
-    op: Op, x_scale: np.ndarray, y_scale: np.ndarray, form: TableFormat, boundaries: np.ndarray
-) -> tuple[Any, Any, Any]:
+def segment_lines(op: Op, x_scale: Any, y_scale: Any, form: TableFormat, boundaries: Any) -> tuple[Any, Any, Any]:
     """What `line_constants` is given for the tables of a function of int16 with these boundaries, on the host."""
     reduced = traits(op).reduced
     own, scale = (op, x_scale) if reduced is None else (reduced, tables.turn_constants(x_scale)[1])
     with np.errstate(all="ignore"):
-        return tables.lines_between(partial(evaluate_function, own), scale, y_scale, form, _shape(own, form), boundaries)
+        return tables.lines_between(
+            partial(evaluate_function, own), scale, y_scale, form, _shape(own, form), boundaries
+        )
 
 
 @lru_cache(maxsize=4096)
