@@ -1,29 +1,22 @@
 """What one value alone gives in each of many worlds. Worlds with the same constants are evaluated once."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from jquant.board.lone import Constants, Lone
-from jquant.targets import NASH_E
+from jquant.board.mapped import Mapped, is_mapped
+from jquant.board.neutral import NEUTRAL
+from jquant.board.noting import Noting
+from jquant.board.regioned import Regioned, is_regioned
+from jquant.board.tabled import Tabled, is_tabled
 from jquant.types import JQuantError, QConfigError, Target
 
 Row = tuple[Any, ...]  # of values of fields, in their order
-
-# Any valid march serves where a field does not matter. These values go with every value of the others.
-NEUTRAL = NASH_E.with_fields(
-    {
-        "name": "candidate",
-        "tables.entries": 4,
-        "tables.fraction_bits": 0,
-        "resize.weight_bits": 0,
-        "grid.max_map_shift": 0,
-    }
-)
 
 # What lowering reads, and no evaluation: its part in an answer is in the constants.
 ONLY_LOWERED = frozenset(
@@ -85,38 +78,88 @@ ONLY_EVALUATED = frozenset(
 )
 
 
+_TIED = ("tables", "resize")  # groups some of whose values do not go together; of the others all do
+_MISSING = object()
+_KEPT = 16 * 2**20  # bytes of integers that the answers of a value keep
+
+
+class Tree:
+    """Results of a computation, by the values of the fields that it reads, in the order in which it first reads them.
+
+    With the same values up to a read, the next field that is read is the same. So a row finds the result of any other
+    row that differs in fields which were not read.
+    """
+
+    def __init__(self) -> None:
+        self._root: dict[Any, Any] = {}
+
+    def find(self, row: Row) -> Any:
+        """The result for a row of values, `_MISSING` where it is not known."""
+        at = self._root
+        while "column" in at:
+            at = at["next"].get(row[at["column"]], {})
+        return at.get("result", _MISSING)
+
+    def add(self, columns: Sequence[int], row: Row, result: Any) -> None:
+        """The result for a row of which these columns were read."""
+        at = self._root
+        for column in columns:
+            assert at.setdefault("column", column) == column, "two runs with the same values read other fields"
+            at = at.setdefault("next", {}).setdefault(row[column], {})
+        at["result"] = result
+
+
 class Answers:
     """The integers that a lone value has for given operands, by the values of the fields that it depends on.
 
-    None where they make no march, or one on which the node has no form.
+    None where they make no march, or one on which the node has no form. Lowering and evaluation note which fields they
+    read, so that each is done once for all values of the others.
     """
 
     def __init__(self, lone: Lone, asks: Sequence[str]) -> None:
         self.lone, self.asks = lone, tuple(asks)
         self.lowering = [i for i, field in enumerate(asks) if field not in ONLY_EVALUATED]
         self.evaluation = [i for i, field in enumerate(asks) if field not in ONLY_LOWERED]
-        self._lowered: dict[Row, tuple[bytes, Constants] | None] = {}
-        self._found: dict[tuple[bytes, Row, bytes], np.ndarray | None] = {}
+        self._groups: dict[str, list[int]] = {}
+        for i, field in enumerate(asks):
+            self._groups.setdefault(field.rpartition(".")[0], []).append(i)
+        self._checked = [group for group in self._groups if group in _TIED]
+        self._formats: dict[tuple[str, Row], dict[str, Any] | None] = {}
+        self._lowered = Tree()
+        self._found: dict[tuple[bytes, bytes], Tree] = {}
+        self._bytes = 0
 
-    def is_lowered(self, row: Row) -> bool:
-        """Whether it is known what the values lower to, be it nothing. What makes no march says nothing of others."""
-        key = tuple(row[i] for i in self.lowering)
-        if key not in self._lowered and (target := self._valid(row)) is not None:
-            self._lowered[key] = self._lower(target)
-        return key in self._lowered
+    @cached_property
+    def solver(self) -> Tabled | Mapped | Regioned | None:
+        """What finds the joint values of a value of many fields together."""
+        if is_tabled(self.lone, self.asks):
+            return Tabled(self.lone, self.asks)
+        if is_mapped(self.lone, self.asks):
+            return Mapped(self.lone, self.asks)
+        return Regioned(self.lone, self.asks) if is_regioned(self.lone, self.asks) else None
+
+    def is_march(self, row: Row) -> bool:
+        """Whether the values go together."""
+        return all(self._format(group, row) is not None for group in self._checked)
 
     def digest(self, row: Row) -> bytes | None:
         """That of the constants; None where there are none."""
-        lowered = self._lowered[tuple(row[i] for i in self.lowering)] if self.is_lowered(row) else None
+        lowered = self._lower(row) if self.is_march(row) else None
         return None if lowered is None else lowered[0]
 
     def __call__(self, row: Row, operands: "Operands") -> np.ndarray | None:
-        if (digest := self.digest(row)) is None:
+        lowered = self._lower(row) if self.is_march(row) else None
+        if lowered is None:
             return None
-        key = digest, tuple(row[i] for i in self.evaluation), operands.digest
-        if key not in self._found:
-            self._found[key] = self._evaluate(row, operands)
-        return self._found[key]
+        tree = self._found.setdefault((lowered[0], operands.digest), Tree())
+        if (found := tree.find(row)) is _MISSING:
+            found = self._noted(
+                tree, row, lambda march: compact(self.lone.evaluate(march, lowered[1], operands.arrays))
+            )
+            self._bytes += 0 if found is None else found.nbytes
+            if self._bytes > _KEPT:
+                self._found, self._bytes = {}, 0
+        return found
 
     def target(self, row: Row) -> Target:
         """A march with these values, and any others.
@@ -126,27 +169,52 @@ class Answers:
         """
         return NEUTRAL.with_fields(dict(zip(self.asks, row, strict=True)))
 
-    def _valid(self, row: Row) -> Target | None:
-        try:
-            return self.target(row)
-        except QConfigError:  # two values that do not go together
-            return None
+    def _lower(self, row: Row) -> tuple[bytes, Constants] | None:
+        if (found := self._lowered.find(row)) is _MISSING:
+            found = self._noted(self._lowered, row, self._constants)
+        return found
 
-    def _lower(self, target: Target) -> tuple[bytes, Constants] | None:
-        try:
-            constants = self.lone.constants(target)
-        except JQuantError:
-            return None
+    def _constants(self, march: Target) -> tuple[bytes, Constants]:
+        constants = self.lone.constants(march)
         return digest_of([np.asarray(constants[role]) for role in sorted(constants)]), constants
 
-    def _evaluate(self, row: Row, operands: "Operands") -> np.ndarray | None:
-        lowered, target = self._lowered[tuple(row[i] for i in self.lowering)], self._valid(row)
-        if lowered is None or target is None:
-            return None
+    def _noted(self, tree: Tree, row: Row, compute: Callable[[Target], Any]) -> Any:
+        """Computes for a march of these values, and adds the result by what was read of them."""
+        read: dict[str, None] = {}
+        march: Any = Noting(NEUTRAL, read, instead=self._instead(row))
         try:
-            return self.lone.evaluate(target, lowered[1], operands.arrays)
-        except JQuantError:  # a line that leaves int32
-            return None
+            result = compute(march)
+        except JQuantError:  # no form on this march, or a line that leaves int32
+            result = None
+        tree.add([self.asks.index(field) for field in read if field in self.asks], row, result)
+        return result
+
+    def _instead(self, row: Row) -> dict[str, Any]:
+        """What a march of these values has in place of that of `NEUTRAL`."""
+        found: dict[str, Any] = {}
+        for group in self._groups:
+            found |= self._format(group, row) or {}
+        return found
+
+    def _format(self, group: str, row: Row) -> dict[str, Any] | None:
+        """The changes of a march that are one of its groups; None for values that do not go together."""
+        key = group, tuple(row[i] for i in self._groups[group])
+        if key not in self._formats:
+            values = {self.asks[i].rpartition(".")[2]: row[i] for i in self._groups[group]}
+            try:
+                self._formats[key] = {group: replace(getattr(NEUTRAL, group), **values)} if group else values
+            except QConfigError:
+                self._formats[key] = None
+        return self._formats[key]
+
+
+def compact(integers: np.ndarray) -> np.ndarray:
+    """The same integers in the smallest dtype that holds them."""
+    low, high = integers.min(initial=0), integers.max(initial=0)
+    kind = next(
+        k for k in (np.int8, np.int16, np.int32, np.int64) if np.iinfo(k).min <= low and high <= np.iinfo(k).max
+    )
+    return integers.astype(kind)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import fnmatch
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from jquant.board.probes import LIMITS, Probe, domains
 from jquant.board.questions import Asked, questions_of
 from jquant.board.searching import Searched, search
 from jquant.board.sifting import SWITCHES, Exclusion, Question, Sifted, sift
+from jquant.board.telling import telling
 from jquant.board.worlds import Worlds
 from jquant.targets import NASH_E, dump, fields, value_of
 from jquant.text import did_you_mean, format_table
@@ -34,6 +35,8 @@ class FieldFit:
     `values`    those that are left; of a field that is contradicted, those that the other dumps leave
     `evidence`  for each value that is left out, a dump that excludes it
     `probes`    the dumps that depend on the field and were too many values together to be tried
+    `ask`       of a network's undecided field, the probe of `probe()` whose dumps differ between values that are left,
+                all else as in the fitted march; "" where none was found
     """
 
     field: str
@@ -41,6 +44,7 @@ class FieldFit:
     values: tuple[Any, ...]
     evidence: tuple[Exclusion, ...] = ()
     probes: tuple[str, ...] = ()
+    ask: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,18 @@ def _values(values: tuple[Any, ...]) -> str:
 
 
 def _why(found: FieldFit) -> str:
+    ask = [f"the probe {found.ask} would tell"] if found.ask else []
+    return "; ".join([*_reasons(found), *ask]) or "-"
+
+
+def _reasons(found: FieldFit) -> list[str]:
     if found.probes:
-        return f"too many values together in {', '.join(found.probes)}"
+        return [f"too many values together in {', '.join(found.probes)}"]
     if not found.evidence:
-        return "-"
+        return []
     where = dict.fromkeys("/".join(e.where) for e in found.evidence)
     more = " and others" if len(where) > 3 else ""
-    return f"{len(found.evidence)} values excluded by {', '.join(list(where)[:3])}{more}"
+    return [f"{len(found.evidence)} values excluded by {', '.join(list(where)[:3])}{more}"]
 
 
 def fit(
@@ -164,7 +173,16 @@ def _fit_network(network: Network, dumps: Any, base: Target | None, held: Sequen
     found = search(questions, base, names)
     problems += _behind(found)
     odd = suspects(found, questions) if found.unexplained else []
-    return _assembled([found], [found], odd, tuple(problems), base, names)
+    return _with_probes(_assembled([found], [found], odd, tuple(problems), base, names))
+
+
+def _with_probes(found: Fit) -> Fit:
+    """For each undecided field the probe that would tell."""
+    named = {
+        name: replace(of, ask=telling(name, of.values, found.target)) if of.state == "undecided" else of
+        for name, of in found.fields.items()
+    }
+    return replace(found, fields=named)
 
 
 def _behind(found: Searched) -> list[str]:

@@ -3,45 +3,26 @@
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import fields as entries
-from dataclasses import is_dataclass
-from types import FunctionType
 from typing import Any
 
 import numpy as np
 
-from jquant.board.answers import NEUTRAL
 from jquant.board.lone import Lone
+from jquant.board.neutral import NEUTRAL
+from jquant.board.noting import Noting
 from jquant.board.probes import domains
 from jquant.types import JQuantError, QConfigError, Target
 
 _DRAWN = 8  # marches at random, beside those with every value of a field that is one of few
 
 
-class Noting:
-    """A march, or a group of one, that adds the path of each field that is read to `read`."""
-
-    def __init__(self, of: Any, read: set[str], path: str = "") -> None:
-        self._of, self._read, self._path = of, read, path
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._of, name)
-        if isinstance(method := getattr(type(self._of), name, None), FunctionType):
-            return method.__get__(self)
-        if is_dataclass(value):
-            return Noting(value, self._read, f"{self._path}{name}.")
-        if name in {entry.name for entry in entries(self._of)}:
-            self._read.add(f"{self._path}{name}")
-        return value
-
-
 def fields_read(lone: Lone, operands: Sequence[np.ndarray]) -> tuple[str, ...]:
     """The fields that the integers of a value depend on for given operands, and maybe some more, in order."""
-    read: set[str] = set()
+    read: dict[str, None] = {}
     for march in _marches():
         _note(lone, march, operands, read)
     tried: set[str] = set()
-    while choices := {field for field in read - tried if isinstance(domains().get(field, (0,))[0], (str, bool))}:
+    while choices := {field for field in read.keys() - tried if isinstance(domains().get(field, (0,))[0], (str, bool))}:
         tried |= choices
         for field in sorted(choices):
             for value in domains()[field]:
@@ -49,7 +30,7 @@ def fields_read(lone: Lone, operands: Sequence[np.ndarray]) -> tuple[str, ...]:
     return tuple(field for field in domains() if field in read)
 
 
-def _note(lone: Lone, march: Target, operands: Sequence[np.ndarray], read: set[str]) -> None:
+def _note(lone: Lone, march: Target, operands: Sequence[np.ndarray], read: dict[str, None]) -> None:
     noting: Any = Noting(march, read)
     with contextlib.suppress(JQuantError):  # no form under this march: what it read is noted
         lone.evaluate(noting, lone.constants(noting), operands)

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from jquant.board.answers import NEUTRAL, ONLY_EVALUATED, ONLY_LOWERED, digest_of
+from jquant.board.answers import ONLY_EVALUATED, ONLY_LOWERED, digest_of
 from jquant.board.boxes import Boxes, Space, of_rows, product
 from jquant.board.lone import Constants, Lone
+from jquant.board.neutral import NEUTRAL
+from jquant.board.roundings import ORDER, rounded_all
 from jquant.board.sifting import Question
 from jquant.reference.arithmetic import round_shift, saturate
 from jquant.types import JQuantError, QConfigError, Target, integer_range
@@ -290,7 +292,7 @@ class _Reading:
     @cached_property
     def at(self) -> tuple[int, ...]:
         """Where it is among all roundings."""
-        return (_ORDER[self.last],) if self.first is None else (_ORDER[self.last], _ORDER[self.first[0]])
+        return (ORDER[self.last],) if self.first is None else (ORDER[self.last], ORDER[self.first[0]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,24 +335,6 @@ class _Along:
         y = np.clip(rounded_all(head * self.mantissa, shift), low, high)
         y = y if self.upper is None else np.minimum(y, self.upper)
         return (y == self.wanted).all(-1)
-
-
-_ORDER = {rounding: i for i, rounding in enumerate(("floor", "half_up", "half_even", "half_away", "toward_zero"))}
-
-
-def rounded_all(v: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """v / 2^shift by every rounding, [5, *v.shape] in the order of `_ORDER`; as `round_shift`, which has one."""
-    floor = v >> shift
-    rest, half = v - (floor << shift), (np.int64(1) << shift) >> 1
-    more, tie = 2 * rest > np.int64(1) << shift, (rest == half) & (shift > 0)
-    up = (
-        np.zeros_like(more),
-        more | tie,
-        more | (tie & (floor % 2 == 1)),
-        more | (tie & (v >= 0)),
-        (v < 0) & (rest > 0),
-    )
-    return floor + np.stack(up)
 
 
 def _sample(acc: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -51,12 +51,12 @@ def separation(probes: Sequence[Probe], base: Target = NASH_E) -> dict[str, Sepa
     for field, values in domains().items():
         reading = [(one, name) for one in asked for name, asks in one.probe.asks.items() if field in asks]
         if reading:
-            made = [_outputs(one, name, field, values, base) for one, name in reading]
+            made = [outputs_of(one, name, field, values, base) for one, name in reading]
             found[field] = _separation(field, values, made)
     return found
 
 
-def _outputs(one: Asked, name: str, field: str, values: Sequence[Any], base: Target) -> list[np.ndarray | None]:
+def outputs_of(one: Asked, name: str, field: str, values: Sequence[Any], base: Target) -> list[np.ndarray | None]:
     """What a dumped value is for each value of a field, its operands as `base` makes them."""
     answers = one.answers[name]
     operands = Operands(tuple(_made(one, value, base) for value in answers.lone.operands))

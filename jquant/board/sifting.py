@@ -12,6 +12,9 @@ from jquant.board.worlds import Worlds, distinct
 from jquant.targets import fields
 
 LIMIT = 40_000  # worlds of one question; more are left to other dumps, which make them fewer
+LISTED = 200  # worlds of a question that can be solved; more are solved together
+SOLVED = 5_000  # what a question costs that is solved, in worlds
+SAMPLED = 500  # worlds that are tried to find the nearest of more than LIMIT
 
 # Where a field has a value, others read nothing. Each of its values is tried by itself, without them.
 SWITCHES: Mapping[str, Mapping[Any, tuple[str, ...]]] = {
@@ -57,15 +60,15 @@ class Question:
         )
         keys = np.concatenate([of_lowered[lowered][:, None], rows[:, self.answers.evaluation]], axis=1)
         _, evaluated = distinct(keys)
-        counts = np.array([self._wrong(values(rows[i])) for i in first(evaluated)])
+        counts = np.array([self.wrong(values(rows[i])) for i in first(evaluated)])
         return counts[evaluated]
 
     def _digest(self, rows: Iterable[Row]) -> bytes | None:
         """That of the constants of rows which lower alike; some of them may be no march."""
-        known = next((row for row in rows if self.answers.is_lowered(row)), None)
+        known = next((row for row in rows if self.answers.is_march(row)), None)
         return None if known is None else self.answers.digest(known)
 
-    def _wrong(self, row: Row) -> float:
+    def wrong(self, row: Row) -> float:
         found = self.answers(row, self.operands)
         if found is None or found.shape != self.wanted.shape:
             return math.inf
@@ -106,6 +109,7 @@ class Sifted:
 
     `unexplained`  the questions that no world explains with all the others before
     `postponed`    the questions that depend on too much that is not known
+    `late`         those of them that too many worlds explain
     """
 
     worlds: Worlds
@@ -114,11 +118,15 @@ class Sifted:
     answered: list[Question] = field(default_factory=list)
     unexplained: list[Question] = field(default_factory=list)
     postponed: list[Question] = field(default_factory=list)
+    late: list[Question] = field(default_factory=list)
 
     def put(self, question: Question) -> None:
         """Leaves out the worlds that have an integer of the question wrong."""
         free = self.free(question)
         before = {name: self.worlds.values(name) for name in free}
+        if self.is_solved(question):
+            self._put_solved(question, free, before)
+            return
         tried = Tried(question, self)
         if not self.worlds.keep(free, tried):
             self.unexplained.append(question)
@@ -128,6 +136,55 @@ class Sifted:
             for value in set(values) - set(self.worlds.values(name)):
                 self.exclusions[name, value] = exclusion_of(question, value, *tried.nearest(name, value))
 
+    def _put_solved(self, question: Question, free: tuple[str, ...], before: Mapping[str, tuple[Any, ...]]) -> None:
+        """The same for one that is solved. Of an excluded value one world near to those that are left is tried."""
+        good, worlds = self._solved(question), self.worlds.copy()
+        if good is None:
+            self.late.append(question)
+            return
+        if not self.worlds.keep_rows(free, good):
+            self.unexplained.append(question)
+            return
+        self.answered.append(question)
+        near = self.worlds.nearest({})
+        for name, values in before.items():
+            for value in set(values) - set(self.worlds.values(name)):
+                world = worlds.nearest(near, name, value)
+                row = tuple(world[f] if f in free else self.fixed(f) for f in question.asks)
+                self.exclusions[name, value] = exclusion_of(question, value, question.wrong(row), row)
+
+    def is_solved(self, question: Question) -> bool:
+        """Whether all joint values are tried together, since one by one they are many."""
+        solver = question.answers.solver
+        if solver is None or self.worlds.count(self.free(question)) <= LISTED:
+            return False
+        return solver.is_within(self._left(question), self.worlds.count)
+
+    def _left(self, question: Question) -> dict[str, tuple[Any, ...]]:
+        free = self.free(question)
+        return {f: self.worlds.values(f) if f in free else (self.fixed(f),) for f in question.asks}
+
+    def _over(self, names: Sequence[str]) -> np.ndarray:
+        """The joint values that are left of some fields, as positions among those that each has left."""
+        return self._in_left(names, self.worlds.over(names)) if names else np.zeros((1, 0), np.int64)
+
+    def _in_left(self, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        columns = [np.searchsorted(self._positions(f), column) for f, column in zip(names, rows.T, strict=True)]
+        return np.stack(columns, axis=1)
+
+    def _positions(self, field: str) -> np.ndarray:
+        return np.array(sorted(self.worlds.domains[field].index(v) for v in self.worlds.values(field)))
+
+    def _solved(self, question: Question) -> np.ndarray | None:
+        """The joint values of its free fields that explain a question, as positions; None: they are too many."""
+        solver, free = question.answers.solver, self.free(question)
+        assert solver is not None
+        rows = solver.good(question.operands.arrays, question.wanted, self._left(question), self._over)
+        if rows is None:
+            return None
+        columns = [self._positions(f)[rows[:, question.asks.index(f)]] for f in free]
+        return np.stack(columns, axis=1)
+
     def values(self, field: str) -> tuple[Any, ...]:
         """What a field can still be; nothing where no question depends on it."""
         if field in self.given:
@@ -136,6 +193,9 @@ class Sifted:
 
     def explains(self, question: Question) -> bool:
         """Whether a world that is left explains a question."""
+        if self.is_solved(question):
+            good = self._solved(question)
+            return good is not None and self.worlds.copy().keep_rows(self.free(question), good)
         return self.fewest(question) == 0
 
     def fewest(self, question: Question) -> float:
@@ -152,8 +212,9 @@ class Sifted:
         return exclusion_of(question, value, *self._tried(question).nearest())
 
     def _tried(self, question: Question) -> "Tried":
-        tried = Tried(question, self)
-        tried(self.worlds.over(self.free(question)))
+        tried, free = Tried(question, self), self.free(question)
+        many = self.worlds.count(free) > LIMIT
+        tried(self.worlds.some(free, SAMPLED) if many else self.worlds.over(free))
         return tried
 
     def free(self, question: Question) -> tuple[str, ...]:
@@ -166,8 +227,8 @@ class Sifted:
         return self.given[field] if field in self.given else fields()[field][0]
 
     def count(self, question: Question) -> int:
-        """How many worlds a question is put to."""
-        return self.worlds.count(self.free(question))
+        """How much a question costs: the worlds that it is put to; of one that is solved, more than of most others."""
+        return SOLVED if self.is_solved(question) else self.worlds.count(self.free(question))
 
 
 class Left(Protocol):
@@ -226,5 +287,5 @@ def sift(
         if counts[at] > LIMIT:
             break
         result.put(pending.pop(at))
-    result.postponed = pending
+    result.postponed = [*pending, *result.late]
     return result

@@ -42,12 +42,15 @@ class Worlds:
         """The fields whose values depend on each other with this one, itself included."""
         return self._table_of(field).fields
 
-    def nearest(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """A world that is left, with as many of the wanted values as each table allows."""
+    def nearest(self, wanted: Mapping[str, Any], field: str = "", value: Any = None) -> dict[str, Any]:
+        """A world that is left, with as many of the wanted values as each table allows; with a value of a field."""
         found: dict[str, Any] = {}
         for table in self._tables:
-            at = [self.domains[f].index(wanted[f]) if wanted[f] in self.domains[f] else -1 for f in table.fields]
-            row = table.rows[(table.rows == at).sum(1).argmax()]
+            at = [self.domains[f].index(wanted[f]) if wanted.get(f) in self.domains[f] else -1 for f in table.fields]
+            rows = table.rows
+            if field in table.fields:
+                rows = rows[rows[:, table.fields.index(field)] == self.domains[field].index(value)]
+            row = rows[(rows == at).sum(1).argmax()]
             found |= {f: self.domains[f][i] for f, i in zip(table.fields, row, strict=True)}
         return found
 
@@ -59,6 +62,13 @@ class Worlds:
         """The joint values of the fields, [n, fields] positions in their order."""
         joined = joint(self._projected(fields))
         return joined.rows[:, [joined.fields.index(field) for field in fields]]
+
+    def some(self, fields: Sequence[str], count: int) -> np.ndarray:
+        """Some joint values of the fields at random, as `over` gives all of them."""
+        rng, parts = np.random.default_rng(0), self._projected(fields)
+        rows = np.concatenate([t.rows[rng.integers(len(t.rows), size=count)] for t in parts], axis=1)
+        names = [f for t in parts for f in t.fields]
+        return rows[:, [names.index(field) for field in fields]]
 
     def keep(self, fields: Sequence[str], explains: Callable[[np.ndarray], np.ndarray]) -> bool:
         """Leaves out the worlds that do not explain something which depends on `fields` alone.
@@ -82,6 +92,31 @@ class Worlds:
             rest = [t for t in self._tables if t.fields[0] not in whole.fields]
             self._tables = rest + list(split(Table(whole.fields, left)))
         return True
+
+    def keep_rows(self, fields: Sequence[str], good: np.ndarray) -> bool:
+        """Leaves the worlds whose values of `fields` are among `good`, [n, fields] positions; False where none is."""
+        kept = Table(tuple(fields), good)
+        touched = [table for table in self._tables if set(table.fields) & set(fields)]
+        for table in touched:
+            kept = self._joined(kept, table)
+        if not len(kept.rows):
+            return False
+        rest = [t for t in self._tables if t.fields[0] not in kept.fields]
+        self._tables = rest + list(split(kept))
+        return True
+
+    def _joined(self, a: Table, b: Table) -> Table:
+        """Every row of one with each row of the other that has the same values of the fields which both have."""
+        shared = [f for f in a.fields if f in b.fields]
+        of_a, of_b = (self._codes(t.rows[:, [t.fields.index(f) for f in shared]], shared) for t in (a, b))
+        order = np.argsort(of_b, kind="stable")
+        first, last = (np.searchsorted(of_b[order], of_a, side=side) for side in ("left", "right"))
+        count = last - first
+        at = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
+        further = [f for f in b.fields if f not in shared]
+        more = b.rows[order[at]][:, [b.fields.index(f) for f in further]]
+        rows = np.concatenate([a.rows[np.repeat(np.arange(len(a.rows)), count)], more], axis=1)
+        return Table((*a.fields, *further), rows)
 
     def copy(self) -> "Worlds":
         other = Worlds(self.domains)

@@ -4,8 +4,8 @@ A ratio of float32 scales is a ratio of integers of at most 48 bits. Long divisi
 exponent, so that the same mantissas come out inside jit and outside.
 """
 
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -125,9 +125,26 @@ def _together(*numbers: Array) -> list[Array]:
     return found
 
 
+def ratio(n1: Any, n2: Any, d1: Any, d2: Any) -> Ratio:
+    """(n1 * n2) / (d1 * d2) of positive normal float32 arrays, exactly; integers below 2^24 are such numbers.
+
+    Those of host arrays are kept: a fit lowers a node for thousands of marches, whose scales are the same.
+    """
+    numbers = n1, n2, d1, d2
+    if array_namespace(*numbers) is not np:
+        return _ratio(*numbers)
+    arrays = [np.asarray(number, np.float32) for number in numbers]
+    return _kept_ratio(tuple((array.tobytes(), array.shape) for array in arrays))
+
+
+@lru_cache(maxsize=4096)
+def _kept_ratio(numbers: tuple[tuple[bytes, tuple[int, ...]], ...]) -> Ratio:
+    arrays: Any = [np.frombuffer(data, np.float32).reshape(shape) for data, shape in numbers]
+    return _ratio(*arrays)
+
+
 @traced_once
-def ratio(n1: Array, n2: Array, d1: Array, d2: Array) -> Ratio:
-    """(n1 * n2) / (d1 * d2) of positive normal float32 arrays, exactly; integers below 2^24 are such numbers."""
+def _ratio(n1: Array, n2: Array, d1: Array, d2: Array) -> Ratio:
     numerator, denominator, exponent = _division(*_together(n1, n2, d1, d2))
     remainder, bits = _next_bits(numerator, denominator)
     return Ratio(bits, exponent, (remainder[0] == 0) & (remainder[1] == 0))

@@ -124,6 +124,15 @@ def line_constants(ends: Array, values: Array, anchor: Array, *, form: TableForm
       [S, 4] int32.
     """
     xp = array_namespace(ends, values, anchor)
+    alpha, beta, left, fits = line_forms(ends, values, anchor, form=form)
+    best = xp.max(xp.where(fits, xp.arange(fits.shape[1], dtype=xp.int32), 0), axis=1)  # r = 0 always fits
+    chosen = [xp.take_along_axis(v, best[:, None], 1)[:, 0] for v in (alpha, beta, left)]
+    return xp.stack([*chosen, best], axis=1)
+
+
+def line_forms(ends: Array, values: Array, anchor: Array, *, form: TableFormat) -> tuple[Array, Array, Array, Array]:
+    """The lines of `line_constants` for every r in [0, max_shift]: alpha, beta, l and whether they fit, [S, r] each."""
+    xp = array_namespace(ends, values, anchor)
     run = ends[:, 1] - ends[:, 0]
     rise = xp.where(run > 0, values[:, 1] - values[:, 0], 0)
     bits, rounding = form.coefficient_bits, form.coefficient_rounding
@@ -147,9 +156,7 @@ def line_constants(ends: Array, values: Array, anchor: Array, *, form: TableForm
     fits = (xp.abs(alpha) <= most) & ((left <= 31 - bits) | ((left == 32 - bits) & (beta == -(2 ** (bits - 1)))))
     for i in range(2):
         fits &= _sum_fits(xp.clip(alpha, -most, most) * ends[:, i : i + 1], beta << xp.minimum(left, 32 - bits))
-    best = xp.max(xp.where(fits, r, 0), axis=1)  # r = 0 always fits
-    chosen = [xp.take_along_axis(v, best[:, None], 1)[:, 0] for v in (alpha, beta, left)]
-    return xp.stack([*chosen, best], axis=1)
+    return alpha, beta, left, fits
 
 
 def _offset(x0: Array, y0: Array, rise: Array, run: Array) -> tuple[Array, Leading]:
@@ -333,6 +340,15 @@ def table_between(
     points = _reals(numerators, parts) * x_scale
     entries = quantize(function(points), y_scale, y_dtype, form.entry_rounding)
 
+    ends, values, anchor = lines_between(function, x_scale, y_scale, form, shape, boundaries)
+    return Segments(boundaries, line_constants(ends, values, anchor, form=form), entries, xp.int32(shape.mirror))
+
+
+def lines_between(
+    function: Function, x_scale: Array, y_scale: Array, form: TableFormat, shape: Shape, boundaries: Array
+) -> tuple[Array, Array, Array]:
+    """What `line_constants` is given for the lines of a table, left to right: ends, values, anchor."""
+    xp = array_namespace(x_scale, y_scale)
     first, last = shape.axis
     corners = xp.stack([xp.int32(first), boundaries[0], boundaries[-1], xp.int32(last)])
     heights = _in_lsb(function(_reals(corners) * x_scale), y_scale)
@@ -346,7 +362,7 @@ def table_between(
     index = xp.broadcast_to(xp.asarray([[0, form.last_index]], xp.int32), (shape.num_tables, 2))
     values = xp.concatenate([xp.clip(left, -limit, limit)[None], index, xp.clip(right, -limit, limit)[None]])
     anchor = (xp.arange(shape.num_tables + 2) == 0).astype(xp.int32)  # the left line meets its table at its end
-    return Segments(boundaries, line_constants(ends, values, anchor, form=form), entries, xp.int32(shape.mirror))
+    return ends, values, anchor
 
 
 def _in_lsb(values: Array, y_scale: Array) -> Array:

@@ -248,6 +248,16 @@ def _segments(op: Op, x_scale: Array, y_scale: Array, y_dtype: str, form: TableF
     return tables.table_between(function, x_scale, y_scale, y_dtype, form, shape, boundaries)
 
 
+def segment_lines(op: Op, x_scale: Any, y_scale: Any, form: TableFormat, boundaries: Any) -> tuple[Any, Any, Any]:
+    """What `line_constants` is given for the tables of a function of int16 with these boundaries, on the host."""
+    reduced = traits(op).reduced
+    own, scale = (op, x_scale) if reduced is None else (reduced, tables.turn_constants(x_scale)[1])
+    with np.errstate(all="ignore"):
+        return tables.lines_between(
+            partial(evaluate_function, own), scale, y_scale, form, _shape(own, form), boundaries
+        )
+
+
 @lru_cache(maxsize=4096)
 def _nearest_boundaries(op: Op, x_scale: float, y_scale: float, y_dtype: str, form: TableFormat) -> tuple[int, ...]:
     """Kept, since a step of bit-true training asks again for the scales that are not trained."""

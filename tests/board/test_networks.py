@@ -122,7 +122,7 @@ def test_a_residual_addition_and_a_table() -> None:
     assert "half_away" in found.fields["tables.entry_rounding"].values
     assert "floor" not in found.fields["tables.entry_rounding"].values
     late = jq.board.fit(MODEL, some("second", "table"), base=BOARD).fields["tables.entries"]
-    assert (late.state, late.probes) == ("undecided", ("table",))
+    assert (late.state, late.probes, late.ask) == ("undecided", ("table",), "table_segments")
     assert len(late.values) == len(jq.board.domains()["tables.entries"])
 
 
@@ -134,6 +134,8 @@ def test_a_program_alone_says_less_and_nothing_wrong() -> None:
     assert found.fields["resize.rounding"].values == ("half_even",)
     assert "floor" not in found.fields["rescale.average_pre_rounding"].values
     assert found.fields["quantize_rounding"].state == "undecided"
+    assert found.fields["quantize_rounding"].ask == "quantization"
+    assert "the probe quantization would tell" in found.table()
     assert found.fields["rescale.pre_rounding"].state == "undecided"
     own = NASH.with_fields({"name": "own", "rescale.pre_rounding": "half_even", "rescale.post_rounding": "half_away"})
     values = {name: played(MODEL, own)[name] for name in ("x", "first")}

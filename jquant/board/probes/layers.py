@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jquant.board.probes.build import Net, Probe
-from jquant.board.probes.groups import NARROW, wide
+from jquant.board.probes.groups import EXACT_NARROW, NARROW, wide
 from jquant.board.probes.rescale import images, spread
 from jquant.ops.activation import PRelu
 from jquant.ops.conv import Conv
@@ -85,7 +85,8 @@ def additions(dtype: str) -> Iterator[Probe]:
     a, b = rng.integers(low, most + 1, size=(2, 128))
     a[:80], b[:24] = 0, [low, most, *range(-11, 11)]
     own = (f"addition.max_shift_{dtype}", "addition.multiplier_bits", "addition.multiplier_rounding")
-    asks = (*own, *NARROW, "rescale.ratio_bits", *wide("int16"))
+    exact_asks = (*own, *EXACT_NARROW, *wide("int16"))
+    other_asks = (*own, *NARROW, "rescale.ratio_bits", *wide("int16"))
     exact = {f"exact_{k}": 2.0**-k for k in (0, 1, 3, 6, 9, 12, 15, 18, 21)}
     others = {f"other_{i}": r for i, r in enumerate((0.9, 1 / 3, 0.0712, 0.01234, 0.7071, 0.00271, 0.5005, 0.62503))}
     for kind, ratios in (("shifts", exact), ("multipliers", others)):
@@ -96,6 +97,8 @@ def additions(dtype: str) -> Iterator[Probe]:
             op = Sub() if label.endswith("1") else Add()
             step = max(4.0 * ratio * most / 32767, 2.0**-22)
             step = 2.0 ** np.ceil(np.log2(step)) if kind == "shifts" else step
+            plain = kind == "shifts" and ratio >= 2.0**-6  # ratios are powers of two, and none is clamped
+            step, asks = (max(step, 2.0**-4), exact_asks) if plain else (step, other_asks)
             net.node(label, op, (f"a_{label}", f"b_{label}"), ("int16", float(step)), asks)
         yield net.done()
 

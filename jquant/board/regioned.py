@@ -1,0 +1,201 @@
+"""Averages of regions, solved: which joint values of the fields of sections 3 and 7 make a board's integers.
+
+A sum is made of coordinates and points, and rescaled. The sums of all values that make points are computed at once, and
+few rows of constants and ways to evaluate them are distinct.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from jquant.board.lone import Constants, Lone
+from jquant.board.neutral import NEUTRAL
+from jquant.ops.regions import RoiAlign
+from jquant.reference.arithmetic import round_shift, rounded, saturate
+from jquant.reference.call import channels_to_last
+from jquant.reference.sampling import coordinate_bits
+from jquant.types import JQuantError, integer_range
+
+_LAID = ("grid.coordinate_bits", "grid.max_fraction_bits", "grid.map_bits")
+_POINT = ("grid.point_bits", "grid.point_fraction_rounding", "grid.point_rounding")
+_ROW = ("rescale.mantissa_bits", "rescale.max_post_shift", "rescale.max_pre_shift", "rescale.post_shift_int8")
+_EVALUATED = (
+    "rescale.post_rounding",
+    "rescale.average_pre_rounding",
+    "rescale.high_precision",
+    "rescale.inner_bits",
+)
+READ = (*_LAID, *_POINT, *_ROW, *_EVALUATED)
+MOST_ROWS = 400_000  # joint values that explain a question; more are left to other dumps
+MOST_ROWS_OF_RESCALE = 20_000  # joint values of the fields of section 3
+_CHUNKS = (4, 16)  # integers that sums are tried on, before all of them
+
+Over = Callable[[Sequence[str]], np.ndarray]  # the joint values that are left of some fields, as positions
+
+
+def is_regioned(lone: Lone, asks: Sequence[str]) -> bool:
+    """Whether the value is an average of regions of one image, whose output scale is that of the image."""
+    op = None if lone.node is None else lone.node.op
+    return isinstance(op, RoiAlign) and lone.inputs[1].shape[-1] == 4 and set(asks) == set(READ)
+
+
+@dataclass(eq=False)
+class Regioned:
+    """A value that is an average of regions."""
+
+    lone: Lone
+    asks: tuple[str, ...]
+    _constants: dict[tuple[Any, ...], Constants | None] = field(default_factory=dict)
+
+    def is_within(self, left: Mapping[str, Sequence[Any]], count: Callable[[Sequence[str]], int]) -> bool:
+        return count([f for f in (*_ROW, *_EVALUATED) if len(left[f]) > 1]) <= MOST_ROWS_OF_RESCALE
+
+    def good(
+        self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]], over: Over
+    ) -> np.ndarray | None:
+        """The joint values that make `wanted`, [n, asks] positions in `left`; None: they are too many.
+
+        Args:
+          left: for each field, the values that are tried.
+          over: joint positions in `left` of fields that have several.
+        """
+        op: Any = self.lone.node.op if self.lone.node else None
+        x, y = (channels_to_last(v, op.channels_last) for v in (operands[0], wanted))
+        rescales = _whole((*_ROW, *_EVALUATED), left, over)
+        points = list(product(*(range(len(left[f])) for f in _POINT)))
+        found: list[np.ndarray] = [np.zeros((0, len(READ)), np.int64)]
+        for laid, bits, ends in self._laid(x, operands[1], left):
+            sums = self._sums(
+                x, ends, bits, [tuple(left[f][i] for f, i in zip(_POINT, p, strict=True)) for p in points]
+            )
+            for rows, row, reading in self._rescales(rescales, laid[0], left):
+                good = _matching(sums, row, reading, y.ravel(), self.lone.output.dtype)
+                some = [np.array(laid), np.array(points)[good], rows]
+                if sum(map(len, found)) + len(laid) * int(good.sum()) * len(rows) > MOST_ROWS:
+                    return None
+                which = np.indices([len(part) for part in some]).reshape(3, -1)
+                found.append(np.concatenate([p[i] for p, i in zip(some, which, strict=True)], axis=1))
+        return np.concatenate(found)[:, [READ.index(f) for f in self.asks]]
+
+    def _laid(
+        self, x: np.ndarray, boxes: np.ndarray, left: Mapping[str, Sequence[Any]]
+    ) -> Iterator[tuple[list[tuple[int, ...]], int, np.ndarray]]:
+        """Positions of `_LAID` that give the same fraction bits and coordinates, with both."""
+        groups: dict[tuple[int, bytes], tuple[list[tuple[int, ...]], int, np.ndarray]] = {}
+        for at in product(*(range(len(left[f])) for f in _LAID)):
+            values = {f: left[f][i] for f, i in zip(_LAID, at, strict=True)}
+            march = NEUTRAL.with_fields(values)
+            bits = coordinate_bits(march, *x.shape[1:3])
+            constants = self._made(bits, values)
+            if constants is None:
+                continue
+            a, b, k = (np.int64(constants[role]) for role in ("multiplier", "offset", "shift"))
+            acc = a * boxes + b
+            if (np.abs(acc) >= 2**31).any():
+                continue
+            ends = saturate(acc >> k, "int16")  # as NEUTRAL rounds; the boxes are whole pixels
+            groups.setdefault((bits, ends.tobytes()), ([], bits, ends))[0].append(at)
+        yield from groups.values()
+
+    def _made(self, bits: int, values: Mapping[str, Any]) -> Constants | None:
+        """The constants, which depend on the fields of coordinates through their fraction bits alone."""
+        key = bits, *(v for f, v in values.items() if f not in _LAID[:2])
+        if key not in self._constants:
+            try:
+                self._constants[key] = self.lone.constants(NEUTRAL.with_fields(dict(values)))
+            except JQuantError:
+                self._constants[key] = None
+        return self._constants[key]
+
+    def _sums(self, x: np.ndarray, ends: np.ndarray, bits: int, points: Sequence[tuple[int, str, str]]) -> np.ndarray:
+        """[points, n] exact sums of samples, for each way to make points."""
+        op: Any = self.lone.node.op if self.lone.node else None
+        (oh, ow), r = op.output_size, op.sampling_ratio
+        ys, xs = (
+            np.stack([_between(ends[:, i], ends[:, i + 2], n * r, bits, op.aligned, *point) for point in points])
+            for i, n in ((1, oh), (0, ow))
+        )
+        height, width = x.shape[1:3]
+        total: Any = 0
+        for (row, of_row), (column, of_column) in product(_corners(ys, height, bits), _corners(xs, width, bits)):
+            weight = of_row[..., :, None] * of_column[..., None, :]
+            total = total + x[0][row[..., :, None], column[..., None, :]] * weight[..., None]
+        v, k = ys.shape[:2]
+        whole = total.reshape(v, k, oh, r, ow, r, -1).sum((3, 5))
+        return np.asarray(whole.reshape(v, -1))
+
+    def _rescales(
+        self, rows: np.ndarray, laid: tuple[int, ...] | list[Any], left: Mapping[str, Sequence[Any]]
+    ) -> Iterator[tuple[np.ndarray, tuple[int, int, int], tuple[Any, ...]]]:
+        """The joint values of section 3 that rescale alike, with (mantissa, pre, post) and how they are evaluated."""
+        fixed = {f: left[f][i] for f, i in zip(_LAID, laid, strict=True)}
+        groups: dict[tuple[Any, ...], list[np.ndarray]] = {}
+        bits = coordinate_bits(NEUTRAL.with_fields(fixed), *self.lone.inputs[0].shape[1:3])  # type: ignore[arg-type]
+        for row in rows:
+            v = {f: left[f][i] for f, i in zip((*_ROW, *_EVALUATED), row, strict=True)}
+            constants = self._made(bits, {**fixed, **{f: v[f] for f in _ROW}})
+            if constants is None:
+                continue
+            m, pre, post = (int(constants[role]) for role in ("mantissa", "pre", "post"))
+            last, first, wide, inner = (v[f] for f in _EVALUATED)
+            reading = (last,) if wide else (last, first if pre else "floor", inner)
+            groups.setdefault(((m, pre, post), reading), []).append(row)
+        for (constants, reading), same in groups.items():
+            yield np.array(same), constants, reading
+
+
+def _whole(names: Sequence[str], left: Mapping[str, Sequence[Any]], over: Over) -> np.ndarray:
+    """The joint positions of some fields; of those with one value, 0."""
+    free = [f for f in names if len(left[f]) > 1]
+    some = over(free)
+    found = np.zeros((len(some), len(names)), np.int64)
+    found[:, [names.index(f) for f in free]] = some
+    return found
+
+
+def _between(
+    start: np.ndarray, end: np.ndarray, count: int, bits: int, aligned: bool, places: int, fraction: str, last: str
+) -> np.ndarray:
+    """[K, count] points at the centres of equal parts, as `sample_point` of the reference makes them one by one."""
+    length = end - start if aligned else np.maximum(end - start, 2**bits)
+    centres = np.array([rounded(Fraction(2 * i + 1, 2 * count) * 2**places, fraction) for i in range(count)])
+    return start[:, None] + round_shift(length[:, None] * centres, places, last)
+
+
+def _corners(at: np.ndarray, n: int, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(pixel, weight) of the two pixels that a coordinate meets along an axis of n; as `region_sample`."""
+    one = 2**bits
+    inside = (-one <= at) & (at <= n * one)
+    low, part = np.divmod(np.clip(at, 0, (n - 1) * one), one)
+    yield low, np.where(inside, one - part, 0)
+    yield np.minimum(low + 1, n - 1), np.where(inside, part, 0)
+
+
+def _matching(
+    sums: np.ndarray, row: tuple[int, int, int], reading: tuple[Any, ...], wanted: np.ndarray, dtype: str
+) -> np.ndarray:
+    """[points] whether sums become the board's integers."""
+    found = np.arange(len(sums))
+    order, start = np.random.default_rng(0).permutation(sums.shape[1]), 0
+    for end in (*(c for c in _CHUNKS if c < len(order)), len(order)):
+        some = order[start:end]
+        found = found[(_rescaled(sums[found][:, some], row, reading, dtype) == wanted[some]).all(1)]
+        start = end
+    good = np.zeros(len(sums), bool)
+    good[found] = True
+    return good
+
+
+def _rescaled(acc: np.ndarray, row: tuple[int, int, int], reading: tuple[Any, ...], dtype: str) -> np.ndarray:
+    (mantissa, pre, post), last = row, reading[0]
+    if len(reading) == 1:
+        made = round_shift(acc * mantissa, pre + post, last)
+    else:
+        limit = 2 ** (reading[2] - 1)
+        head = np.clip(round_shift(acc, pre, reading[1]), -limit, limit - 1)
+        made = round_shift(head * mantissa, post, last)
+    return np.clip(made, *integer_range(dtype))
