@@ -19,6 +19,7 @@ from .files import read_exported
 from .functional import without_changes_in_place
 from .habits import visible_habits
 from .naming import name_graph
+from .promotion import with_conversions
 from .reader import Reader
 
 
@@ -134,6 +135,7 @@ def _import(
 
 def _read(program: Any, dynamic_batch: bool) -> tuple[Reader, Any]:
     """The drafts of a program; of its functional form where it cannot be read as it is."""
+    program = with_conversions(program)
     reader = Reader(program, dynamic_batch)
     try:
         reader.read()
