@@ -24,7 +24,7 @@ _FLOAT = ("FloatFunctional", "FXFloatFunctional")  # float modules that torch ke
 
 
 def check_arguments(example_inputs: Any, dynamic_batch: bool, axis: int = 0) -> tuple[Any, ...]:
-    """The arguments as fresh tensors, with a batch of 1 (their size along `axis`) repeated: torch.export specialises 1."""
+    """The arguments as fresh tensors, with a batch of 1 along `axis` repeated: torch.export specialises 1."""
     arguments = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     leaves = pytree.tree_leaves(arguments)
     if not leaves:

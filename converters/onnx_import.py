@@ -375,28 +375,26 @@ class _Reader:
         found = self.repeats.get(value)
         if found is not None:
             return found
-        small, large = value.at
-        axes = [i for i, (n, m) in enumerate(zip(small.shape, large.shape, strict=False)) if n != m]
-        sizes = None if self.batch is None else tuple(shape[0] for shape in self.batch.shapes)
-        axis = axes[0] if small.ndim == large.ndim and len(axes) == 1 else None
-        row = None if axis is None else np.moveaxis(small, axis, 0)[:1]
-        same = axis is not None and all(bool((np.moveaxis(a, axis, 0) == row).all()) for a in value.at)
-        if (
-            axis is None
-            or row is None
-            or not same
-            or self.batch is None
-            or (small.shape[axis], large.shape[axis]) != sizes
-        ):
-            raise Unsupported("an operand computed from the batch size, and not with equal rows for its examples")
-        one = self.constant(Known((row, row), "", None, None, value.label and f"{value.label}.row"), f"{name}.row")
-        rank, rest = row.ndim, row.shape[1:]
-        made = self.made[self.add(f"{name}.examples", ops.Expand(shape=(1, *rest)), (one, self.batch), {})]
+        axis, row = self.row_of(value)
+        assert self.batch is not None
+        one = self.constant(Known((row, row), label=value.label and f"{value.label}.row"), f"{name}.row")
+        made = self.made[self.add(f"{name}.examples", ops.Expand(shape=(1, *row.shape[1:])), (one, self.batch), {})]
         if axis:
-            back = (*range(1, axis + 1), 0, *range(axis + 1, rank))
+            back = (*range(1, axis + 1), 0, *range(axis + 1, row.ndim))
             made = self.made[self.add(name, ops.Permute(axes=back), (made,), {})]
         self.repeats[value] = made
         return made
+
+    def row_of(self, value: Known) -> tuple[int, np.ndarray]:
+        """The axis that is the batch, and the one element [1, ...] of it that all are, with that axis in front."""
+        small, large = value.at
+        axes = [i for i, (n, m) in enumerate(zip(small.shape, large.shape, strict=False)) if n != m]
+        sizes = None if self.batch is None else tuple(shape[0] for shape in self.batch.shapes)
+        if small.ndim == large.ndim and len(axes) == 1 and (small.shape[axes[0]], large.shape[axes[0]]) == sizes:
+            row: np.ndarray = np.moveaxis(small, axes[0], 0)[:1]
+            if all(bool((np.moveaxis(a, axes[0], 0) == row).all()) for a in value.at):
+                return axes[0], row
+        raise Unsupported("an operand computed from the batch size, and not with equal rows for its examples")
 
     def types(self) -> dict[str, tuple[tuple[int, ...], str]]:
         return {name: (value.shapes[0], value.dtype) for name, value in self.made.items()}

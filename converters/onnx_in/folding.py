@@ -42,9 +42,9 @@ def fold(call: Call) -> list[Result] | None:
         require(result.size <= MAX_FOLDED, f"a constant of {result.size} elements is computed")
         found.append(result)
     first = arguments[0]
-    if kind == "Expand" and first is not None and first.fixed and found[0].shape != found[-1].shape:
-        if first.at[0].size > 1 or found[-1].size > MAX_CONSTANTS:
-            return None  # an example for every element of the batch: an operator
+    grows = kind == "Expand" and first is not None and first.fixed and found[0].shape != found[-1].shape
+    if grows and first is not None and (first.at[0].size > 1 or found[-1].size > MAX_CONSTANTS):
+        return None  # an example for every element of the batch: an operator
     return [Known((found[0], found[-1]), *_kept(kind, first))]
 
 
