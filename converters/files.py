@@ -98,6 +98,8 @@ def inside(state: Any, entry: Sequence[str], where: object) -> Any:
             keys = ", ".join(map(repr, list(state)[:10])) if isinstance(state, Mapping) else f"a {type(state).__name__}"
             raise FormatError(f"{where}: no entry {'.'.join(entry[: i + 1])!r}; there is {keys}")
         state = state[key]
+    if entry and not isinstance(state, Mapping):
+        raise FormatError(f"{where}: the entry {'.'.join(entry)!r} is a {type(state).__name__}, not tensors by name")
     return state
 
 

@@ -190,22 +190,22 @@ def load_state_dict(
     if not isinstance(state, Mapping):
         with naming(state):
             return load_state_dict(graph, params, read_state_dict(state, way), strict=strict, prefix=prefix)
-    state = inside(state, way, "the checkpoint")
-    given, state = state, without_prefix(state, prefix) if prefix else state
+    given: Mapping[str, Any] = inside(state, way, "the checkpoint")
+    entries = without_prefix(given, prefix) if prefix else given
     loaded, missing, problems = dict(params), [], []
     for key in graph.param_names:
         view = view_of(key)
-        if view.source not in state:
+        if view.source not in entries:
             if not _is_of_the_code(graph, key):
                 missing.append(view.source)
             continue
         try:
-            loaded[key] = _read(state[view.source], key, params[key].shape)
+            loaded[key] = _read(entries[view.source], key, params[key].shape)
         except ConversionError as error:
             problems.append(str(error))
     known = {view_of(key).source for key in graph.param_names}
-    _check_merged([key for key in adapters(state) if key not in known])
-    unexpected = [k for k in state if k not in known and not str(k).endswith("num_batches_tracked")]
+    _check_merged([key for key in adapters(entries) if key not in known])
+    unexpected = [k for k in entries if k not in known and not str(k).endswith("num_batches_tracked")]
     missing = list(dict.fromkeys(missing))
     if strict and unexpected:
         problems.insert(0, f"Unexpected key(s) in state_dict: {', '.join(map(repr, unexpected))}.")

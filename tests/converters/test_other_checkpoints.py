@@ -128,6 +128,8 @@ def test_an_entry_that_is_not_there(imported, tmp_path):
         load_state_dict(*imported, tmp_path / "last.pt", entry="state_dict")
     with pytest.raises(jq.FormatError, match=r"no entry 'epoch\.x'; there is a int"):
         load_state_dict(*imported, tmp_path / "last.pt", entry=("epoch", "x"))
+    with pytest.raises(jq.FormatError, match=r"the entry 'epoch' is a int, not tensors by name"):
+        load_state_dict(*imported, {"epoch": 1}, entry="epoch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
