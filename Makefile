@@ -10,10 +10,10 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-models conformance foreign support figures fuzz docs lint format wheel clean
+.PHONY: help venv demo test test-slow test-models architectures conformance foreign support figures fuzz docs lint format wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv and install the pinned requirements
 
@@ -54,6 +54,10 @@ test-models: $(STAMP)  ## install torchvision, timm and transformers, and import
 
 conformance: $(STAMP)  ## compare every operator with the reference in bulk, write tests/conformance/RESULTS.md
 	@$(BIN)/python tests/conformance/run.py
+
+# A run that was stopped goes on. Networks of packages count where `make test-models` installed them.
+architectures: $(STAMP)  ## measure the networks of the tests that are not yet, write docs/architectures.md (hours)
+	@PYTHONPATH=tests $(BIN)/python -m support.architecture_table
 
 # A run that was stopped goes on; seeds and findings are in out/fuzz, which `make clean` removes.
 fuzz: $(STAMP)  ## damage 10,000 files a reader, draw 2,000 graphs, write docs/reliability.md (hours)

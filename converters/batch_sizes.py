@@ -13,7 +13,7 @@ BATCHES = (1, 3)
 _TOLERANCE = 1e-3  # of the largest value: kernels sum in another order at another batch size
 
 
-def check_batch_sizes(module: torch.nn.Module, program: Any, arguments: tuple[Any, ...]) -> None:
+def check_batch_sizes(module: torch.nn.Module, program: Any, arguments: tuple[Any, ...], batch_axis: int = 0) -> None:
     """Compares a program with its module, in eval mode, at two batch sizes.
 
     torch.export follows `if x.shape[0] > 1` for the batch of the example alone, without a word. A batch size that the
@@ -24,7 +24,7 @@ def check_batch_sizes(module: torch.nn.Module, program: Any, arguments: tuple[An
     """
     names = [spec.arg.name for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
     for batch in BATCHES:
-        resized = pytree.tree_map(lambda x, n=batch: _resized(x, n), arguments)
+        resized = pytree.tree_map(lambda x, n=batch: _resized(x, n, batch_axis), arguments)
         wanted = _outputs(module, resized)
         if wanted is None:
             continue
@@ -40,10 +40,10 @@ def check_batch_sizes(module: torch.nn.Module, program: Any, arguments: tuple[An
             )
 
 
-def _resized(x: Any, batch: int) -> Any:
+def _resized(x: Any, batch: int, axis: int) -> Any:
     if not isinstance(x, torch.Tensor) or not x.ndim:
         return x
-    return torch.cat([x] * -(-batch // x.shape[0]))[:batch].clone()
+    return torch.cat([x] * -(-batch // x.shape[axis]), axis).narrow(axis, 0, batch).clone()
 
 
 def _outputs(run: Any, arguments: tuple[Any, ...]) -> list[Any] | None:

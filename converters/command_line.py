@@ -11,6 +11,7 @@ import torch
 
 from jquant.types import Array, ConversionError, FormatError, Graph, Model
 
+from .files import why_unreadable
 from .torch_import import from_torch
 from .torch_out.module import to_torch
 
@@ -44,7 +45,7 @@ def _load(module: torch.nn.Module, path: Path) -> None:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the zip, the unpickler or its own checks raise
-        raise FormatError(f"{path}: not a readable checkpoint of plain tensors: {error}") from error
+        raise FormatError(f"{path}: not a readable checkpoint of plain tensors: {why_unreadable(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

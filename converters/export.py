@@ -23,8 +23,8 @@ _QUANTIZED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrin
 _FLOAT = ("FloatFunctional", "FXFloatFunctional")  # float modules that torch keeps in a package of _QUANTIZED
 
 
-def check_arguments(example_inputs: Any, dynamic_batch: bool) -> tuple[Any, ...]:
-    """The arguments as fresh tensors, with a batch of 1 repeated: torch.export specialises 1."""
+def check_arguments(example_inputs: Any, dynamic_batch: bool, axis: int = 0) -> tuple[Any, ...]:
+    """The arguments as fresh tensors, with a batch of 1 along `axis` repeated: torch.export specialises 1."""
     arguments = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     leaves = pytree.tree_leaves(arguments)
     if not leaves:
@@ -42,19 +42,21 @@ def check_arguments(example_inputs: Any, dynamic_batch: bool) -> tuple[Any, ...]
         if leaf.dtype not in DTYPES and leaf.dtype not in OTHER_FLOATS:
             raise ConversionError(f"example input {i} is {leaf.dtype}; convert it to float32 before the model")
     if dynamic_batch:
-        batches = sorted({leaf.shape[0] if leaf.ndim else None for leaf in leaves}, key=str)
+        if axis < 0:
+            raise ConversionError(f"batch_axis={axis}; count the axes of the inputs from the front")
+        batches = sorted({leaf.shape[axis] if leaf.ndim > axis else None for leaf in leaves}, key=str)
         if len(batches) > 1 or batches[0] in (None, 0):
             shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves)
             raise ConversionError(
-                f"axis 0 of every input must be one batch, the example inputs have shapes {shapes}; "
+                f"axis {axis} of every input must be one batch, the example inputs have shapes {shapes}; "
                 "give them equal batches, or pass dynamic_batch=False to fix all shapes"
             )
-    repeats = 2 if dynamic_batch and leaves[0].shape[0] == 1 else 1
-    return pytree.tree_map(lambda x: _fresh(x, repeats), arguments)
+    repeats = 2 if dynamic_batch and leaves[0].shape[axis] == 1 else 1
+    return pytree.tree_map(lambda x: _fresh(x, repeats, axis), arguments)
 
 
-def _fresh(x: torch.Tensor, repeats: int) -> torch.Tensor:
-    fresh = torch.cat([x.detach()] * repeats) if x.ndim else x.detach().clone()
+def _fresh(x: torch.Tensor, repeats: int, axis: int) -> torch.Tensor:
+    fresh = torch.cat([x.detach()] * repeats, axis) if x.ndim > axis else x.detach().clone()
     return fresh.float() if x.dtype in OTHER_FLOATS else fresh
 
 
@@ -115,8 +117,8 @@ def check_plain(key: str, tensor: torch.Tensor) -> None:
         raise ConversionError(f"parameter {key!r} of a lazy module has no shape yet; call the module once before")
 
 
-def check_exported(program: Any, dynamic_batch: bool) -> None:
-    """An exported program has one batch axis, axis 0 of every input, and no other axis of unknown size."""
+def check_exported(program: Any, dynamic_batch: bool, batch_axis: int = 0) -> None:
+    """An exported program has one batch axis, the same of every input, and no other axis of unknown size."""
     known = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     symbols = set()
     for node in program.graph.nodes:
@@ -126,19 +128,19 @@ def check_exported(program: Any, dynamic_batch: bool) -> None:
         if value.dtype not in DTYPES:
             raise ConversionError(f"input {node.name!r} is {value.dtype}; export the model with float32")
         unknown = [axis for axis, n in enumerate(value.shape) if not isinstance(n, int)]
-        if any(axis > 0 for axis in unknown) or (unknown and not dynamic_batch):
+        if any(axis != batch_axis for axis in unknown) or (unknown and not dynamic_batch):
             raise ConversionError(
-                f"input {node.name!r} has axes {unknown} of unknown size; only axis 0, the batch, may be one: export "
-                "the program with dynamic_shapes of that alone"
+                f"input {node.name!r} has axes {unknown} of unknown size; only axis {batch_axis}, the batch, may be "
+                "one: export the program with dynamic_shapes of that alone, or give another batch_axis"
             )
         symbols |= {str(value.shape[axis]) for axis in unknown}
     if len(symbols) > 1:
         raise ConversionError(f"the inputs have different batches, {', '.join(sorted(symbols))}; give them one Dim")
 
 
-def export(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool) -> Any:
+def export(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool, batch_axis: int = 0) -> Any:
     try:
-        return _trace(module, arguments, dynamic_batch)
+        return _trace(module, arguments, dynamic_batch, batch_axis)
     except Exception as error:  # torch.export raises a dozen types, and whatever the model's own code raises
         where, message = _user_line(error), _first_line(error)
         if dynamic_batch and _traces(module, arguments):
@@ -149,7 +151,8 @@ def export(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: b
                 ) from error
             raise ConversionError(
                 f"the batch axis cannot stay symbolic: the model works for some batch sizes only{where} ({message}). "
-                "Use flatten(1) or sizes taken from the input, or pass dynamic_batch=False to fix the batch"
+                f"Use flatten(1) or sizes taken from the input, {_other_axis(module, arguments, batch_axis)}"
+                "or pass dynamic_batch=False to fix the batch"
             ) from error
         raise ConversionError(
             f"torch.export cannot trace {type(module).__name__}{where}: {message}. The forward must run on the example "
@@ -157,11 +160,18 @@ def export(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: b
         ) from error
 
 
-def _trace(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool) -> Any:
+def _other_axis(module: torch.nn.Module, arguments: tuple[Any, ...], batch_axis: int) -> str:
+    """The advice for a model whose layers have the batch on axis 1."""
+    kinds = (torch.nn.RNNBase, torch.nn.MultiheadAttention, torch.nn.Transformer)
+    time_first = any(isinstance(m, kinds) and not m.batch_first for m in module.modules())
+    return "batch_axis=1 for inputs [T, N, ...] of a time-first model, " if time_first and not batch_axis else ""
+
+
+def _trace(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool, batch_axis: int = 0) -> Any:
     shapes = torch.export.ShapesCollection()
     batch = torch.export.Dim("batch")
     for leaf in pytree.tree_leaves(arguments) if dynamic_batch else ():
-        shapes[leaf] = {0: batch}
+        shapes[leaf] = {batch_axis: batch}
     with warnings.catch_warnings(), torch.no_grad(), _without_fast_paths():
         warnings.simplefilter("ignore")
         return torch.export.export(module, arguments, dynamic_shapes=shapes if dynamic_batch else None, strict=False)

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,14 +35,23 @@ _EXPRESSION = {  # what torch.export writes for sizes
 }  # fmt: skip
 _SIZE = re.compile(r"[su]\d{1,6}")
 _FOREIGN = r"\b(?:GLOBAL|unrecognized function|instance of type) <?(?:class |function )?'?([\w.]+)"  # as torch words it
+# Where these keep the state dict, beside settings of classes of their own. timm keeps its arguments as a Namespace.
+_CONTAINERS = {
+    "argparse": "state_dict", "lightning": "state_dict", "lightning_fabric": "state_dict", "mmengine": "state_dict",
+    "mmcv": "state_dict", "pytorch_lightning": "state_dict", "timm": "state_dict", "omegaconf": "state_dict",
+}  # fmt: skip
 _MAX_ENTRIES = 100_000
 _MAX_EXPRESSION = 10_000
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | os.PathLike[str], entry: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """The tensors of a `.pt`, `.pth` or `.safetensors` file, by key.
 
     Of safetensors, int8 and FP8 weights are multiplied by the scale beside them (`layer.weight_scale`).
+
+    Args:
+      path: of the file.
+      entry: the keys on the way to the state dict, in a checkpoint that holds more; such as ("ema", "module").
 
     Raises:
       FormatError: a file that is damaged, holds something else than tensors by name, or claims more than it holds.
@@ -50,6 +59,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
+        if entry:
+            raise FormatError(f"{path}: a safetensors file holds tensors alone; leave entry out")
         from .safetensors_files import read_safetensors
 
         return read_safetensors(path)
@@ -61,7 +72,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
-        raise FormatError(f"{path}: not a readable state dict: {_why_unreadable(error)}") from error
+        raise FormatError(f"{path}: not a readable state dict: {why_unreadable(error)}") from error
+    state = inside(state, entry, path)
     if not isinstance(state, Mapping):
         raise FormatError(f"{path}: it holds a {type(state).__name__}, not tensors by name")
     size = path.stat().st_size
@@ -75,30 +87,57 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return dict(state)
 
 
+def inside(state: Any, entry: Sequence[str], where: object) -> Any:
+    """What lies in a checkpoint behind the keys of an entry.
+
+    Raises:
+      FormatError: a key that is not there, with those that are.
+    """
+    for i, key in enumerate(entry):
+        if not isinstance(state, Mapping) or key not in state:
+            keys = ", ".join(map(repr, list(state)[:10])) if isinstance(state, Mapping) else f"a {type(state).__name__}"
+            raise FormatError(f"{where}: no entry {'.'.join(entry[: i + 1])!r}; there is {keys}")
+        state = state[key]
+    if entry and not isinstance(state, Mapping):
+        raise FormatError(f"{where}: the entry {'.'.join(entry)!r} is a {type(state).__name__}, not tensors by name")
+    return state
+
+
 def _where_weights(state: Mapping[Any, Any]) -> str:
     """How to take the state dict out of a checkpoint that holds more."""
-    from .torch_out.prefixes import containers, indexed
+    from .torch_out.prefixes import as_entry, containers, indexed
 
-    found = [indexed(way) for way, _ in containers(state)]
+    found = [way for way, _ in containers(state)]
     if not found:
         return f"; its entries are {', '.join(map(repr, list(state)[:5]))}, and none of them holds tensors by name"
-    also = f" (or {', '.join(found[1:5])})" if found[1:] else ""
-    return (
-        f"; the weights are in {found[0]}{also}: pass torch.load(path, map_location='cpu', weights_only=True){found[0]}"
-    )
+    also = f" (or {', '.join(map(indexed, found[1:5]))})" if found[1:] else ""
+    return f"; the weights are in {indexed(found[0])}{also}: load_state_dict(graph, params, path, {as_entry(found[0])})"
 
 
-def _why_unreadable(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     """What torch says, or the class that the file needs beside tensors: training scripts store more than weights."""
     found = re.search(_FOREIGN, str(error))
     if found is None:
         return _first_line(error) if str(error).count(" ") else f"torch cannot read it ({error!r})"
+    name = found.group(1)
     return (
-        f"it holds {found.group(1)} beside tensors, and reading that could run code. If you trust the file, take the "
-        "weights out where its framework is installed: checkpoint = torch.load(path, weights_only=False); "
-        "torch.save(checkpoint['state_dict'], 'weights.pth'), with the key that it has, or "
-        "torch.save(checkpoint.state_dict(), 'weights.pth') if it is a module"
+        f"it holds {name} beside tensors, and reading that could run code. If you trust the file, take the weights out "
+        f"where its framework is installed, with two lines:\n"
+        f"  checkpoint = torch.load(path, map_location='cpu', weights_only=False)\n"
+        f"  torch.save({_weights_of(name)}, 'weights.pth')"
     )
+
+
+def _weights_of(name: str) -> str:
+    """The weights in a checkpoint that holds a class, by the frameworks that write it."""
+    framework = name.partition(".")[0]
+    if framework in _CONTAINERS:
+        return f"checkpoint['{_CONTAINERS[framework]}']"
+    if framework == "ultralytics":  # whole modules, in float16
+        return "(checkpoint.get('ema') or checkpoint['model']).float().state_dict()"
+    if framework in ("peft", "transformers"):
+        return "checkpoint.merge_and_unload().state_dict() if hasattr(checkpoint, 'peft_config') else checkpoint"
+    return "checkpoint.state_dict() if hasattr(checkpoint, 'state_dict') else checkpoint['state_dict']"
 
 
 def read_exported(path: str | os.PathLike[str]) -> Any:

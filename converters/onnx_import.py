@@ -170,6 +170,7 @@ class _Reader:
     inputs: list[Input] = field(default_factory=list)
     params: dict[str, np.ndarray] = field(default_factory=dict)
     keys: dict[Known, str] = field(default_factory=dict)  # {constant: its parameter}
+    repeats: dict[Known, Value] = field(default_factory=dict)  # {constant of equal rows: the node of all}
     weights: dict[str, Grid] = field(default_factory=dict)
     grids: dict[str, OnGrid] = field(default_factory=dict)
     readers: dict[str, int] = field(default_factory=dict)
@@ -352,7 +353,7 @@ class _Reader:
     def constant(self, value: Known, name: str) -> Value:
         """A node for a constant that an operator reads; floats are parameters, integers part of the graph."""
         if not value.fixed:
-            raise Unsupported("an operand computed from the batch size")
+            return self.repeated(value, name)
         array = value.at[0]
         for node in self.nodes.values():
             if isinstance(node.op, ops.Constant) and self.keys.get(value) == node.params["value"]:
@@ -368,6 +369,32 @@ class _Reader:
         values = tuple(int(v) for v in array.reshape(-1))
         op = ops.IntegerConstant(shape=array.shape, values=values, dtype="bool" if array.dtype == np.bool_ else "int32")
         return self.made[self.add(value.label or name, op, (), {})]
+
+    def repeated(self, value: Known, name: str) -> Value:
+        """A node for what is the same for every example, however many there are: one of them, repeated."""
+        found = self.repeats.get(value)
+        if found is not None:
+            return found
+        axis, row = self.row_of(value)
+        assert self.batch is not None
+        one = self.constant(Known((row, row), label=value.label and f"{value.label}.row"), f"{name}.row")
+        made = self.made[self.add(f"{name}.examples", ops.Expand(shape=(1, *row.shape[1:])), (one, self.batch), {})]
+        if axis:
+            back = (*range(1, axis + 1), 0, *range(axis + 1, row.ndim))
+            made = self.made[self.add(name, ops.Permute(axes=back), (made,), {})]
+        self.repeats[value] = made
+        return made
+
+    def row_of(self, value: Known) -> tuple[int, np.ndarray]:
+        """The axis that is the batch, and the one element [1, ...] of it that all are, with that axis in front."""
+        small, large = value.at
+        axes = [i for i, (n, m) in enumerate(zip(small.shape, large.shape, strict=False)) if n != m]
+        sizes = None if self.batch is None else tuple(shape[0] for shape in self.batch.shapes)
+        if small.ndim == large.ndim and len(axes) == 1 and (small.shape[axes[0]], large.shape[axes[0]]) == sizes:
+            row: np.ndarray = np.moveaxis(small, axes[0], 0)[:1]
+            if all(bool((np.moveaxis(a, axes[0], 0) == row).all()) for a in value.at):
+                return axes[0], row
+        raise Unsupported("an operand computed from the batch size, and not with equal rows for its examples")
 
     def types(self) -> dict[str, tuple[tuple[int, ...], str]]:
         return {name: (value.shapes[0], value.dtype) for name, value in self.made.items()}

@@ -11,6 +11,7 @@ import torch
 from jquant.types import Array, ConversionError, Graph
 
 from .aten.quantized import Pair
+from .batch_axis import batch_first
 from .batch_sizes import check_batch_sizes
 from .branches import leave_dropout_to_training, same_calls, seen_training_flags, set_branches
 from .export import check_arguments, check_dtypes, check_exported, export, in_float32
@@ -19,6 +20,7 @@ from .files import read_exported
 from .functional import without_changes_in_place
 from .habits import visible_habits
 from .naming import name_graph
+from .promotion import with_conversions
 from .reader import Reader
 
 
@@ -27,6 +29,7 @@ def from_torch(
     example_inputs: Any = None,
     *,
     dynamic_batch: bool = True,
+    batch_axis: int = 0,
     train_branch: bool = False,
     check: bool = True,
 ) -> tuple[Graph, dict[str, Array]]:
@@ -52,6 +55,8 @@ def from_torch(
         are float32. An exported program has its own.
       dynamic_batch: axis 0 of every input is a batch of any size; False fixes all shapes to the example. An exported
         program must have been exported that way.
+      batch_axis: the axis that is the batch in every input of the model, such as 1 of a time-first LSTM [T, N, C]. The
+        graph has the batch in front all the same: it takes [N, T, C], and moves the batch of each result to axis 0.
       train_branch: `self.training` is True in the model's own modules. Those of torch stay in eval mode: batch norm and
         dropout are trained as `prepare(batch_norm=...)` and the PRNG key of `apply_train` say.
       check: with a free batch, compares what torch.export traced with the module for 1 and for 3 examples; an exported
@@ -66,7 +71,12 @@ def from_torch(
       FormatError: a file that is not an exported program, or that would run code when it is read.
     """
     graph, params = import_with_pairs(
-        module, example_inputs, dynamic_batch=dynamic_batch, train_branch=train_branch, check=check
+        module,
+        example_inputs,
+        dynamic_batch=dynamic_batch,
+        batch_axis=batch_axis,
+        train_branch=train_branch,
+        check=check,
     )
     if any(isinstance(node.op, Pair) for node in graph.nodes):
         raise ConversionError(
@@ -80,18 +90,22 @@ def import_with_pairs(
     example_inputs: Any = None,
     *,
     dynamic_batch: bool = True,
+    batch_axis: int = 0,
     train_branch: bool = False,
     check: bool = True,
 ) -> tuple[Graph, dict[str, Array]]:
     """As `from_torch`, with a node for each value that the model quantizes."""
     if isinstance(module, str | os.PathLike):
         with naming(module):
-            return import_with_pairs(read_exported(module), example_inputs, dynamic_batch=dynamic_batch)
+            program = read_exported(module)
+            return import_with_pairs(program, example_inputs, dynamic_batch=dynamic_batch, batch_axis=batch_axis)
+    if batch_axis and not dynamic_batch:
+        raise ConversionError(f"batch_axis={batch_axis} is the axis that stays free, and dynamic_batch=False fixes all")
     if isinstance(module, torch.export.ExportedProgram):
         if example_inputs is not None:
             raise ConversionError("an exported program has its own example inputs; leave example_inputs out")
-        check_exported(module, dynamic_batch)
-        reader, program = _read(module, dynamic_batch)
+        check_exported(module, dynamic_batch, batch_axis)
+        reader, program = _read(batch_first(module, batch_axis), dynamic_batch)
         return name_graph(None, program, reader.drafts, reader.inputs, reader.outputs)
     if not isinstance(module, torch.nn.Module):
         raise ConversionError(
@@ -100,17 +114,17 @@ def import_with_pairs(
         )
     if example_inputs is None:
         raise ConversionError("a module needs example_inputs, the arguments of its forward, such as (x,)")
-    arguments = check_arguments(example_inputs, dynamic_batch)
+    arguments = check_arguments(example_inputs, dynamic_batch, batch_axis)
     check_dtypes(module)
     module = in_float32(module)
     flags = {m: m.training for m in module.modules()}
     try:
         with seen_training_flags(module) as seen:
             check = check and dynamic_batch and not train_branch
-            graph, params = _import(module, arguments, dynamic_batch, train_branch, check)
+            graph, params = _import(module, arguments, dynamic_batch, batch_axis, train_branch, check)
         asked = [place for place, path in seen.items() if flags[module.get_submodule(path)]]
         if asked and not train_branch:
-            _warn_of_branches(module, arguments, dynamic_batch, graph, asked)
+            _warn_of_branches(module, arguments, dynamic_batch, batch_axis, graph, asked)
     finally:
         for submodule, training in flags.items():
             submodule.training = training
@@ -118,22 +132,28 @@ def import_with_pairs(
 
 
 def _import(
-    module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool, train_branch: bool, check: bool
+    module: torch.nn.Module,
+    arguments: tuple[Any, ...],
+    dynamic_batch: bool,
+    batch_axis: int,
+    train_branch: bool,
+    check: bool,
 ) -> tuple[Graph, dict[str, Array]]:
     set_branches(module, train_branch)
     with visible_habits(module):
-        program = export(module, arguments, dynamic_batch)
+        program = export(module, arguments, dynamic_batch, batch_axis)
         if train_branch:
             leave_dropout_to_training(program)
-        reader, read = _read(program, dynamic_batch)
+        reader, read = _read(batch_first(program, batch_axis), dynamic_batch)
         made = name_graph(module, read, reader.drafts, reader.inputs, reader.outputs)
     if check:
-        check_batch_sizes(module, program, arguments)
+        check_batch_sizes(module, program, arguments, batch_axis)
     return made
 
 
 def _read(program: Any, dynamic_batch: bool) -> tuple[Reader, Any]:
     """The drafts of a program; of its functional form where it cannot be read as it is."""
+    program = with_conversions(program)
     reader = Reader(program, dynamic_batch)
     try:
         reader.read()
@@ -147,13 +167,18 @@ def _read(program: Any, dynamic_batch: bool) -> tuple[Reader, Any]:
 
 
 def _warn_of_branches(
-    module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: bool, graph: Graph, places: list[str]
+    module: torch.nn.Module,
+    arguments: tuple[Any, ...],
+    dynamic_batch: bool,
+    batch_axis: int,
+    graph: Graph,
+    places: list[str],
 ) -> None:
     """Warns where a module in training mode does something else than what was imported."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            other, _ = _import(module, arguments, dynamic_batch, train_branch=True, check=False)
+            other, _ = _import(module, arguments, dynamic_batch, batch_axis, train_branch=True, check=False)
         differs, what = not same_calls(graph, other), "does something else in training"
     except ConversionError as error:
         differs, what = (

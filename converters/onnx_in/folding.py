@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .call import Call, axes_of, axis_of
+from .call import MAX_CONSTANTS, Call, axes_of, axis_of
 from .load import INPUT_TYPES, TYPES
 from .values import Grid, Known, Result, Value, require
 
@@ -42,7 +42,8 @@ def fold(call: Call) -> list[Result] | None:
         require(result.size <= MAX_FOLDED, f"a constant of {result.size} elements is computed")
         found.append(result)
     first = arguments[0]
-    if kind == "Expand" and first is not None and first.fixed and found[0].shape != found[-1].shape:
+    grows = kind == "Expand" and first is not None and first.fixed and found[0].shape != found[-1].shape
+    if grows and first is not None and (first.at[0].size > 1 or found[-1].size > MAX_CONSTANTS):
         return None  # an example for every element of the batch: an operator
     return [Known((found[0], found[-1]), *_kept(kind, first))]
 

@@ -206,7 +206,7 @@ def concat(call: Call) -> Result:
 
 
 def expand(call: Call) -> Result:
-    """An axis that depends on the batch is kept, or it is axis 0 and gets the batch of an input."""
+    """An axis that depends on the batch is kept, or one of 1 gets the batch of an input."""
     x, wanted = call.value(0), shape_operand(call, 1)
 
     def resolved(was: Sizes, asked: Sizes) -> Sizes:
@@ -231,11 +231,20 @@ def expanded(call: Call, x: Value, shapes: tuple[Sizes, Sizes], part: str = "") 
     if not grown:
         kept = tuple(n if n == m else -1 for n, m in zip(small, large, strict=True))
         return call.make(ops.Expand(shape=kept), x, part=part)
-    require(grown == [0] and batch is not None, "an axis other than 0 grows to the batch")
+    require(len(grown) == 1 and batch is not None, "several axes grow to the batch")
     assert batch is not None
-    same = (small[0], large[0]) == (batch.shapes[0][0], batch.shapes[1][0])
+    axis = grown[0]
+    same = (small[axis], large[axis]) == (batch.shapes[0][0], batch.shapes[1][0])
     require(same, "an axis grows to a multiple of the batch")
-    return call.make(ops.Expand(shape=(1, *small[1:])), x, batch, part=part)
+    if axis == 0:
+        return call.make(ops.Expand(shape=(1, *small[1:])), x, batch, part=part)
+    ranked = tuple((1,) * (len(small) - x.rank) + s for s in x.shapes)
+    x = reshaped(call, x, (ranked[0], ranked[1]), part=f"{part}_ranked" if part else "ranked") if new else x
+    order = (axis, *(i for i in range(len(small)) if i != axis))
+    front = call.make(ops.Permute(axes=order), x, part=f"{part}_in_front" if part else "in_front")
+    rest = tuple(small[i] for i in order[1:])
+    examples = call.make(ops.Expand(shape=(1, *rest)), front, batch, part=f"{part}_examples" if part else "examples")
+    return call.make(ops.Permute(axes=tuple(order.index(i) for i in range(len(small)))), examples, part=part)
 
 
 def tile(call: Call) -> Result:
@@ -246,7 +255,7 @@ def tile(call: Call) -> Result:
 
 
 def constant_of_shape(call: Call) -> Result:
-    """Of a shape with the batch: a constant that is expanded."""
+    """Of a shape with the batch: known for both sizes of it; a large one is a number that is expanded."""
     small, large = shape_operand(call, 0)
     value = call.attribute("value", "tensor")
     value = np.zeros(1, np.float32) if value is None else value
@@ -254,6 +263,8 @@ def constant_of_shape(call: Call) -> Result:
     if small == large:
         require(prod(small) <= MAX_CONSTANTS, f"a constant of shape {list(small)}")
         return known(np.full(small, value.reshape(())))
+    if prod(large) <= MAX_CONSTANTS:
+        return Known((np.full(small, value.reshape(())), np.full(large, value.reshape(()))))
     number = call.constant(value.reshape((1,) * len(small)), "value")
     return expanded(call, number, (small, large))
 

@@ -88,7 +88,7 @@ def _initial(call: Call, states: list[int], at: int, x: Value, first: bool, hidd
 
 
 def _is_zero(value: Any) -> bool:
-    return isinstance(value, Known) and not value.at[0].any()
+    return isinstance(value, Known) and not any(part.any() for part in value.at)
 
 
 def _outputs(
@@ -111,10 +111,18 @@ def _joined(call: Call, rows: list[list[Value]], first: bool) -> list[Result]:
     sequences = [row[0] for row in rows]
     if not first:
         sequences = [call.make(ops.Permute(axes=(1, 0, 2)), s, part=f"time_first_{i}") for i, s in enumerate(sequences)]
-    found: list[Result] = [call.make(ops.Stack(axis=axis), *sequences, part="Y")]
+    found: list[Result] = [_stacked(call, sequences, axis, "Y")]
     for i, name in enumerate(("Y_h", "Y_c")[: len(rows[0]) - 1], start=1):
-        found.append(call.make(ops.Stack(axis=1 if first else 0), *(row[i] for row in rows), part=name))
+        found.append(_stacked(call, [row[i] for row in rows], 1 if first else 0, name))
     return found
+
+
+def _stacked(call: Call, parts: list[Value], axis: int, name: str) -> Value:
+    """Of one direction, the axis that a Squeeze takes out again."""
+    if len(parts) > 1:
+        return call.make(ops.Stack(axis=axis), *parts, part=name)
+    small, large = ((*s[:axis], 1, *s[axis:]) for s in parts[0].shapes)
+    return reshaped(call, parts[0], (small, large), part=name)
 
 
 TABLE: dict[str, Handler] = {"GRU": recurrent("gru"), "LSTM": recurrent("lstm"), "RNN": recurrent("rnn")}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 State = Mapping[str, Any]
+_ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
 
 def without_prefix(state: State, prefix: str) -> dict[str, Any]:
@@ -31,6 +33,16 @@ def indexed(way: Sequence[str]) -> str:
     return "".join(f"[{key!r}]" for key in way)
 
 
+def as_entry(way: Sequence[str]) -> str:
+    """`entry=('ema', 'module')`"""
+    return f"entry={way[0]!r}" if len(way) == 1 else f"entry={tuple(way)!r}"
+
+
+def adapters(state: State) -> list[str]:
+    """Keys of low-rank adapters that are not merged into their weights: LoRA, as PEFT and loralib name it."""
+    return [k for k in map(str, state) if _ADAPTER.search(k)]
+
+
 def advice(wanted: Sequence[str], state: State, prefix: str) -> str:
     """The step after which more of the wanted keys are found, where there is one; else an empty string.
 
@@ -51,7 +63,7 @@ def advice(wanted: Sequence[str], state: State, prefix: str) -> str:
 
 
 def _step(way: tuple[str, ...], prefix: str) -> str:
-    steps = [f"the entry state{indexed(way)} as the state dict"] if way else []
+    steps = [as_entry(way)] if way else []
     return " and ".join([*steps, *([f"prefix={prefix!r}"] if prefix or not way else [])])
 
 

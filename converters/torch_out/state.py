@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jquant.types import Array, ConversionError, Graph, Model, Node, Params, Pla
 
 from ..file_names import naming
 from ..keys import is_part, view_of
-from .prefixes import advice, without_prefix
+from .prefixes import adapters, advice, without_prefix
 from .unfold import Folded, unfold, unfold_alone
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,6 +160,7 @@ def load_state_dict(
     *,
     strict: bool = True,
     prefix: str = "",
+    entry: str | Sequence[str] = (),
 ) -> Loaded:
     """The parameters of an imported graph with the values of another state dict of the same model.
 
@@ -174,31 +175,37 @@ def load_state_dict(
       strict: missing and unexpected keys are an error; otherwise they are returned. A wrong shape always is one.
       prefix: what the checkpoint has in front of every key, such as "module." of DataParallel, "_orig_mod." of
         torch.compile or "model." of a trainer. Entries without it belong to another model, and are not read.
+      entry: the key of the state dict in a checkpoint that holds more, such as "state_dict" of Lightning, mmengine and
+        timm, or the keys on the way to it, such as ("ema", "module").
 
     Raises:
       ConversionError: what is missing, unexpected or of another shape, all at once, in torch's words; and the prefix or
-        the entry of the checkpoint with which more keys fit.
-      FormatError: a file that is not a state dict.
+        the entry of the checkpoint with which more keys fit. Adapters (LoRA) that are not merged into their weights.
+      FormatError: a file that is not a state dict; of a class that stops the reading, two lines that take the weights
+        out of it.
     """
-    if not isinstance(state, Mapping):
-        from ..files import read_state_dict
+    from ..files import inside, read_state_dict
 
+    way = (entry,) if isinstance(entry, str) else tuple(entry)
+    if not isinstance(state, Mapping):
         with naming(state):
-            return load_state_dict(graph, params, read_state_dict(state), strict=strict, prefix=prefix)
-    given, state = state, without_prefix(state, prefix) if prefix else state
+            return load_state_dict(graph, params, read_state_dict(state, way), strict=strict, prefix=prefix)
+    given: Mapping[str, Any] = inside(state, way, "the checkpoint")
+    entries = without_prefix(given, prefix) if prefix else given
     loaded, missing, problems = dict(params), [], []
     for key in graph.param_names:
         view = view_of(key)
-        if view.source not in state:
+        if view.source not in entries:
             if not _is_of_the_code(graph, key):
                 missing.append(view.source)
             continue
         try:
-            loaded[key] = _read(state[view.source], key, params[key].shape)
+            loaded[key] = _read(entries[view.source], key, params[key].shape)
         except ConversionError as error:
             problems.append(str(error))
     known = {view_of(key).source for key in graph.param_names}
-    unexpected = [k for k in state if k not in known and not str(k).endswith("num_batches_tracked")]
+    _check_merged([key for key in adapters(entries) if key not in known])
+    unexpected = [k for k in entries if k not in known and not str(k).endswith("num_batches_tracked")]
     missing = list(dict.fromkeys(missing))
     if strict and unexpected:
         problems.insert(0, f"Unexpected key(s) in state_dict: {', '.join(map(repr, unexpected))}.")
@@ -209,6 +216,19 @@ def load_state_dict(
     if problems:
         raise ConversionError("Error(s) in loading state_dict for the graph:\n\t" + "\n\t".join(problems))
     return Loaded(loaded, tuple(missing), tuple(unexpected))
+
+
+def _check_merged(keys: list[str]) -> None:
+    """Low-rank adapters are a part of the weights: without them it would be another model."""
+    if not keys:
+        return
+    named = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    raise ConversionError(
+        f"the checkpoint holds adapters that are not merged into the weights ({named}). A weight with one is "
+        "W + alpha / r * B @ A, and alpha is in adapter_config.json; merge them where PEFT is installed:\n"
+        "  model = PeftModel.from_pretrained(base_model, folder).merge_and_unload()\n"
+        "  torch.save(model.state_dict(), 'weights.pth')"
+    )
 
 
 def _wanted(graph: Graph) -> list[str]:

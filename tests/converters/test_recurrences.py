@@ -87,3 +87,155 @@ def test_onnx(kind, direction, state):
     for y, wanted in zip(found, session.run(None, inputs), strict=True):
         np.testing.assert_allclose(y, wanted, rtol=0, atol=2e-6)
     assert len(params) <= 2 * count * (2 + gates)  # the steps share them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time first, with a batch of any size
+
+
+TIME_FIRST = {
+    "lstm": (lambda: nn.LSTM(C, H, 2, bidirectional=True), 2),
+    "gru": (lambda: nn.GRU(C, H), 1),
+    "rnn": (lambda: nn.RNN(C, H), 1),
+}
+
+
+class Stepwise(nn.Module):
+    """A model that takes [T, N, C], and states [L, N, H]."""
+
+    def __init__(self, layer, width):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(width, 3)
+
+    def forward(self, x, *states):
+        y, last = self.layer(x, *((states,) if len(states) > 1 else states))
+        return self.head(y), last
+
+
+def batch_in_front(tensors):
+    return [y.movedim(1, 0).numpy() for y in tensors]
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("name", TIME_FIRST)
+def test_the_batch_on_axis_1(name, states):
+    torch.manual_seed(0)
+    make, count = TIME_FIRST[name]
+    layer = make()
+    width, rows = H * (1 + layer.bidirectional), layer.num_layers * (1 + layer.bidirectional)
+    module = Stepwise(layer, width).eval()
+    given = tuple(torch.randn(rows, N, H) for _ in range(count)) if states else ()
+    graph, params = from_torch(module, (torch.randn(T, N, C), *given), batch_axis=1)
+    assert all(entry.shape[0] is None for entry in graph.inputs)
+    inputs = (torch.randn(T, 5, C), *(torch.randn(rows, 5, H) for _ in given))
+    with torch.no_grad():
+        wanted = torch.utils._pytree.tree_leaves(module(*inputs))
+    found = jq.graph.evaluate_float(graph, params, *map(jnp.asarray, batch_in_front(inputs)))
+    for y, expected in zip(jax.tree.leaves(found), batch_in_front(wanted), strict=True):
+        np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6)
+
+
+def test_attention_and_a_file_with_the_batch_on_axis_1(tmp_path):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(C, 2)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    module, x = Attends().eval(), torch.randn(T, N, C)
+    batch = torch.export.Dim("batch")
+    torch.export.save(torch.export.export(module, (x,), dynamic_shapes=({1: batch},)), tmp_path / "net.pt2")
+    for source, arguments in ((module, (x,)), (tmp_path / "net.pt2", None)):
+        graph, params = from_torch(source, arguments, batch_axis=1)
+        found = jq.graph.evaluate_float(graph, params, jnp.asarray(x.movedim(1, 0).numpy()))
+        np.testing.assert_allclose(found[0], module(x).detach().movedim(1, 0), rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_integers_with_the_batch_on_axis_1_equal_the_reference():
+    torch.manual_seed(0)
+    module, x = Stepwise(nn.GRU(C, H), H).eval(), torch.randn(T, N, C)
+    graph, params = from_torch(module, (x,), batch_axis=1)
+    array = x.movedim(1, 0).numpy()
+    qconfig = jq.QConfig({"*": jq.Policy(output=jq.int16(), weight=jq.int8(axis="out"))})
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
+    program = jq.lower(jq.calibrate(model, [jnp.asarray(array)]))
+    fast, slow = jq.run(program, jnp.asarray(array)), jq.reference.run(program, array)[0]
+    for a, b, wanted in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), module(x), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(np.asarray(a) - wanted.detach().movedim(1, 0).numpy()).max() < 0.02
+
+
+def test_the_way_to_a_free_batch_of_a_time_first_model_is_named():
+    module, x = Stepwise(nn.GRU(C, H), H).eval(), torch.randn(T, N, C)
+    with pytest.raises(jq.ConversionError, match=r"batch_axis=1 for inputs \[T, N, \.\.\.\]"):
+        from_torch(module, (x,))
+    with pytest.raises(jq.ConversionError, match="axis 3 of every input must be one batch"):
+        from_torch(module, (x,), batch_axis=3)
+    with pytest.raises(jq.ConversionError, match="dynamic_batch=False fixes all"):
+        from_torch(module, (x,), batch_axis=1, dynamic_batch=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ONNX with a batch of any size, whose states are made from its shape
+
+
+def zeros(states):
+    """As torch.onnx writes torch.zeros(layers, x.shape[0], H)."""
+    shape = [helper.make_node("Concat", ["count", "batch", "hidden"], ["shape"], axis=0)]
+    return shape, [helper.make_node("ConstantOfShape", ["shape"], [s]) for s in states]
+
+
+def expanded_zero(states):
+    shape, _ = zeros(states)
+    return shape, [helper.make_node("Expand", ["zero", "shape"], [s]) for s in states]
+
+
+def expanded(states):
+    """A trained state, repeated."""
+    shape, _ = zeros(states)
+    return shape, [helper.make_node("Expand", ["first", "shape"], [s]) for s in states]
+
+
+def tiled(states):
+    shape = [helper.make_node("Concat", ["one", "batch", "one"], ["repeats"], axis=0)]
+    return shape, [helper.make_node("Tile", ["first", "repeats"], [s]) for s in states]
+
+
+@pytest.mark.parametrize("form", [zeros, expanded_zero, expanded, tiled])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_states_made_of_the_batch(kind, form):
+    gates, states = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], ["h", "c"][: 1 + (kind == "LSTM")]
+    shape, made = form(states)
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sizes"]),
+        helper.make_node("Gather", ["sizes", "zero_index"], ["batch"]),
+        *shape,
+        *made,
+        helper.make_node("Transpose", ["x"], ["time_first"], perm=[1, 0, 2]),
+        helper.make_node(kind, ["time_first", "w", "r", "b", "", *states], ["y4", "last"], "net", hidden_size=H,
+                         **({"linear_before_reset": 1} if kind == "GRU" else {})),
+        helper.make_node("Squeeze", ["y4", "one"], ["y3"]),
+        helper.make_node("Transpose", ["y3"], ["y"], perm=[1, 0, 2]),
+    ]  # fmt: skip
+    constants = {
+        "w": draw(1, gates * H, C), "r": draw(1, gates * H, H), "b": draw(1, 2 * gates * H), "first": draw(1, 1, H),
+        "zero_index": np.array([0]), "one": np.array([1]), "count": np.array([1]), "hidden": np.array([H]),
+        "zero": np.float32(0),
+    }  # fmt: skip
+    outputs = {"y": TensorProto.FLOAT, "last": TensorProto.FLOAT}
+    model = model_of(nodes, {"x": draw(N, T, C)}, outputs, opset=14, initializers=constants)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    graph, params = from_onnx(model)
+    assert graph.inputs[0].shape == (None, T, C)
+    x = draw(6, T, C)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = jq.graph.evaluate_float(graph, params, jnp.asarray(x))
+    for y, wanted in zip(found, session.run(None, {"x": x}), strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=0, atol=2e-6)
+    if form in (zeros, expanded_zero) and kind != "RNN":
+        sequence = next(node for node in graph.nodes if node.name == graph.outputs[0])
+        assert (type(sequence.op).__name__.upper(), sequence.inputs) == (kind, ("x",))

@@ -249,13 +249,13 @@ def test_a_container_in_a_checkpoint_is_named_with_its_prefix():
     for state, step in (
         (
             {"state_dict": weights, "epoch": 3},
-            r"2 of 2 keys fit with the entry state\['state_dict'\] as the state dict\.",
+            r"2 of 2 keys fit with entry='state_dict'\.",
         ),
         (
             {"ema": {"net": weights}, "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}}},
-            r"state\['ema'\]\['net'\]",
+            r"entry=\('ema', 'net'\)",
         ),
-        ({"model": wrapped}, r"state\['model'\] as the state dict and prefix='module\.'"),
+        ({"model": wrapped}, r"entry='model' and prefix='module\.'"),
     ):
         with pytest.raises(ConversionError, match=step):
             load_state_dict(graph, params, state)
@@ -281,7 +281,10 @@ def test_a_file_that_is_no_state_dict(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     for name, reason in (
         ("module.pt", "not a readable state dict"),
-        ("checkpoint.pt", r"'state_dict' is a .*not a tensor; the weights are in \['state_dict'\]: pass torch\.load"),
+        (
+            "checkpoint.pt",
+            r"'state_dict' is a .*not a tensor; the weights are in .*entry='state_dict'",
+        ),
         ("text.pt", "not a readable state dict"),
     ):
         with pytest.raises(FormatError, match=reason):

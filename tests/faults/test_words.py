@@ -157,7 +157,7 @@ def test_a_checkpoint_says_which_class_and_how_to_take_the_weights_out(
 def test_a_checkpoint_of_plain_parts_names_them(tmp_path: Path):
     torch.save({"state_dict": nn.Linear(2, 2).state_dict(), "epoch": 1}, tmp_path / "last.pth")
     with pytest.raises(
-        FormatError, match=r"weights are in \['state_dict'\]: pass torch\.load\(path, .*\)\['state_dict'\]"
+        FormatError, match=r"weights are in \['state_dict'\]: load_state_dict\(.*, entry='state_dict'\)"
     ):
         read_state(tmp_path / "last.pth")
 
