@@ -70,8 +70,8 @@ def test_writing_is_what_jax_does(name, index):
     np.testing.assert_allclose(found, function(*more), rtol=0, atol=2e-6)
 
 
-def test_an_index_that_stays_inside_needs_no_place_behind_the_last():
-    function = each(lambda x, v, i: x.at[i].add(v, mode="promise_in_bounds"))
+def test_an_index_that_is_clamped_needs_no_place_behind_the_last():
+    function = each(lambda x, v, i: x.at[i].add(v, mode="clip"))
     graph, _ = jq.trace(lambda _, *xs: function(*xs), {}, X, V, INSIDE)
     kinds = [type(node.op).__name__ for node in graph.nodes]
     assert "Scatter" in kinds

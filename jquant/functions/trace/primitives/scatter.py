@@ -103,7 +103,7 @@ def _written(reader: Reader, at: _Places, updates: Value, reduce: Any, mode: Any
     count = prod(updates.shape[at.for_each : len(updates.shape) - len(at.rest)])
     source = _moved(reader, updates, at, before, behind, count)
     index = _linear(reader, at.columns, sizes)
-    drops = mode == GatherScatterMode.FILL_OR_DROP
+    drops = mode != GatherScatterMode.CLIP  # XLA skips what lies outside, promised or not
     if isinstance(index, Known):
         inside = _inside(at.columns, sizes)
         require(inside or not drops, "a known index outside of an axis")
