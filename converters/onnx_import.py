@@ -48,7 +48,12 @@ from .onnx_in import (
     result_of,
 )
 from .onnx_notes import Notes, read_notes
+from .refusals import listed
 
+REMEDY = (
+    "Replace them in the model, cut it before them (onnx.utils.extract_model), or add a handler to "
+    "jquant_converters.onnx_in.TABLE"
+)
 MAX_EXACT = 2**20  # elements of an exact constant, which is part of the graph
 # What damaged numbers make numpy and jax raise. Their text becomes the reason.
 _DAMAGE = (TypeError, ValueError, IndexError, KeyError, OverflowError, ZeroDivisionError, MemoryError, RecursionError)
@@ -203,13 +208,7 @@ class _Reader:
             if not inner.intersection(node.output):
                 self.read_node(node)
         if self.problems:
-            raise ConversionError(
-                "jquant cannot import:\n  "
-                + "\n  ".join(self.problems[:50])
-                + (f"\n  and {len(self.problems) - 50} more" if len(self.problems) > 50 else "")
-                + "\nReplace them in the model, cut it before them (onnx.utils.extract_model), or add a handler to "
-                "jquant_converters.onnx_in.TABLE"
-            )
+            raise ConversionError(listed("jquant cannot import", self.problems, REMEDY))
 
     def define(self, name: str, result: Result) -> None:
         if not name or name in self.results:

@@ -29,8 +29,13 @@ from .habits import stub_of
 from .keys import key_of_part
 from .naming import path_of
 from .pixels import join_pixels
+from .refusals import listed
 from .repeated import OfBatchSize, memory, writes
 
+REMEDY = (
+    "Replace them in the model, import the part of the model before them, or add a handler to "
+    "jquant_converters.aten.TABLE"
+)
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default}
 _MAKES_NEW = {
     torch.ops.aten.new_zeros.default,
@@ -72,12 +77,7 @@ class Reader:
             elif node.op == "call_function":
                 self.read_call(node)
         if self.problems:
-            raise ConversionError(
-                "jquant has no operator for:\n  "
-                + "\n  ".join(self.problems)
-                + "\nReplace them in the model, import the part of the model before them, or add a handler to "
-                "jquant_converters.aten.TABLE"
-            )
+            raise ConversionError(listed("jquant has no operator for", self.problems, REMEDY))
         self.read_outputs()
 
     def read_placeholder(self, node: FxNode, spec: Any) -> Any:

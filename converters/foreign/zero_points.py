@@ -13,6 +13,7 @@ import onnx
 from onnx import helper
 
 from ..onnx_in import Unsupported
+from ..refusals import listed
 from .edit import PLAIN, Change, Editor, Integers, operand
 
 ZeroPoint = Literal["refuse", "widen", "requantize"]
@@ -34,8 +35,7 @@ def rewrite(editor: Editor, mode: ZeroPoint) -> None:
     work = _Rewriter(editor, mode)
     editor.rewrite(work)
     if work.refused:
-        shown = "\n  ".join(work.refused[:50])
-        raise Refusals(f"{len(work.refused)} zero points are not 0:\n  {shown}\n{NEXT_STEP}")
+        raise Refusals(listed(f"{len(work.refused)} zero points are not 0", work.refused, NEXT_STEP))
 
 
 class Refusals(Unsupported):
