@@ -80,8 +80,9 @@ class MeanAveragePrecision:
         known = mask[:, None] & (wanted_kinds >= 0) & (wanted_kinds < self.classes)
         wanted_kinds = jnp.where(known, wanted_kinds, -2).astype(jnp.int32)
         limits = jnp.asarray(self.thresholds, jnp.float32)
-        hits = jax.vmap(lambda *image: jax.vmap(lambda limit: _matched(*image, limit))(limits))(
-            boxes, scores, kinds, wanted, wanted_kinds
+        each = jax.vmap(_matched, in_axes=(None, None, None, None, None, 0))
+        hits = jax.vmap(each, in_axes=(0, 0, 0, 0, 0, None))(
+            boxes, scores, kinds, wanted, wanted_kinds, limits
         )  # [N, T, D]
         places = jnp.clip(jnp.floor(scores * self.bins), 0, self.bins - 1).astype(jnp.int32)
         # [N, D]; what is no detection counts behind the end
