@@ -51,3 +51,7 @@ def test_every_operator_of_an_open_batch(name, dtype, tmp_path):
         check(name, dtype, tmp_path)
     except jq.QConfigError:
         pytest.skip("the target has no such formats")
+    except jq.LoweringError as error:
+        if "has no integers" not in str(error):
+            raise
+        pytest.skip(f"float only: {str(error)[:200]}")
