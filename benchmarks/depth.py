@@ -7,6 +7,7 @@ Each depth has a process of its own, with compilation; processor time, so that o
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -77,7 +78,9 @@ def main() -> None:
         growth = [found[b][verb] / found[a][verb] for a, b in pairwise(depths)]
         rows.append([verb, *(f"{found[d][verb]:.1f}" for d in depths), ", ".join(f"{g:.2f}" for g in growth)])
     head = ["verb", *(f"{d} layers, s" for d in depths), f"growth, at most {GOAL}"]
-    text = f"## Depth\n\n`benchmarks/depth.py`: {__doc__.splitlines()[0]}\n\n" + markdown_table(head, rows)
+    load = f"Mean load of the last 15 minutes: {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores; beside other work a"
+    load += " large compilation loses more than a small one."
+    text = f"## Depth\n\n{__doc__.splitlines()[0]}\n`benchmarks/depth.py`. {load}\n\n" + markdown_table(head, rows)
     write_section("depth", text)
     print(text)
 
