@@ -10,7 +10,8 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-models architectures conformance foreign support figures fuzz docs lint format wheel clean
+.PHONY: help venv demo test test-slow test-models architectures conformance foreign support figures fuzz docs lint \
+  format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -35,11 +35,10 @@ _EXPRESSION = {  # what torch.export writes for sizes
 }  # fmt: skip
 _SIZE = re.compile(r"[su]\d{1,6}")
 _FOREIGN = r"\b(?:GLOBAL|unrecognized function|instance of type) <?(?:class |function )?'?([\w.]+)"  # as torch words it
-# Where these keep the state dict, beside settings of classes of their own. timm keeps its arguments as a Namespace.
-_CONTAINERS = {
-    "argparse": "state_dict", "lightning": "state_dict", "lightning_fabric": "state_dict", "mmengine": "state_dict",
-    "mmcv": "state_dict", "pytorch_lightning": "state_dict", "timm": "state_dict", "omegaconf": "state_dict",
-}  # fmt: skip
+# These keep the state dict beside settings of classes of their own. timm keeps its arguments as a Namespace.
+_WITH_STATE_DICT = frozenset(
+    ("argparse", "lightning", "lightning_fabric", "mmcv", "mmengine", "omegaconf", "pytorch_lightning", "timm")
+)
 _MAX_ENTRIES = 100_000
 _MAX_EXPRESSION = 10_000
 
@@ -122,8 +121,8 @@ def why_unreadable(error: Exception) -> str:
     name = found.group(1)
     return (
         f"it holds {name} beside tensors, and reading that could run code. If you trust the file, take the weights out "
-        f"where its framework is installed, with two lines:\n"
-        f"  checkpoint = torch.load(path, map_location='cpu', weights_only=False)\n"
+        "where its framework is installed, with two lines:\n"
+        "  checkpoint = torch.load(path, map_location='cpu', weights_only=False)\n"
         f"  torch.save({_weights_of(name)}, 'weights.pth')"
     )
 
@@ -131,8 +130,8 @@ def why_unreadable(error: Exception) -> str:
 def _weights_of(name: str) -> str:
     """The weights in a checkpoint that holds a class, by the frameworks that write it."""
     framework = name.partition(".")[0]
-    if framework in _CONTAINERS:
-        return f"checkpoint['{_CONTAINERS[framework]}']"
+    if framework in _WITH_STATE_DICT:
+        return "checkpoint['state_dict']"
     if framework == "ultralytics":  # whole modules, in float16
         return "(checkpoint.get('ema') or checkpoint['model']).float().state_dict()"
     if framework in ("peft", "transformers"):

@@ -24,7 +24,7 @@ from jquant.types import Graph, InputError, Model, Observer, Plan, Program, inte
 
 MAX_NODES = 150
 EDGE = 0.26  # from the middle of a box to its upper edge, in rows
-PAPER = {
+BOX_COLOURS = {
     "int8": "#c3e6ec", "int16": "#ffe8cc", "int32": "#e5dbff", "float": "#ffffff", "float32": "#ffffff",
     "float16": "#ffffff",
 }  # fmt: skip
@@ -49,25 +49,39 @@ def plot_graph(path: str | os.PathLike[str], model: Model | Program) -> None:
     Example:
       jq.analysis.plot_graph("out/graph.png", program)
     """
-    if isinstance(model, Program):
-        graph, scales = model.graph, dict(model.scales)
-        dtypes = {**dict(model.inputs), **{name: form.output for name, form in model.formats.items()}}
-    else:
-        check_model(model, scales=False)
-        graph, plan = model.plan.graph, model.plan
-        scales = {n: s for n, s in value_scales(plan, model.qparams).items() if s is not None} if model.qparams else {}
-        dtypes = {n: plan.exact.get(n, "float" if s is None else s.dtype) for n, s in plan.values.items()}
+    graph, dtypes, scales = _formats(model)
     if len(graph.nodes) > MAX_NODES:
         raise InputError(
             f"the graph has {len(graph.nodes)} nodes, and a picture holds {MAX_NODES}; `jquant report` lists them all"
         )
     places = _places(graph)
-    rows = max(row for _, row in places.values()) + 1
-    columns = max(column for column, _ in places.values()) - min(column for column, _ in places.values()) + 1
-    figure = _figure(width=max(3.4, 2.4 * columns), height=max(1.5, 0.66 * rows))
+    columns, rows = zip(*places.values(), strict=True)
+    figure = _figure(width=max(3.4, 2.4 * (max(columns) - min(columns) + 1)), height=max(1.5, 0.66 * (max(rows) + 1)))
     axes = figure.add_subplot()
     axes.axis("off")
-    axes.invert_yaxis()
+    _draw_edges(axes, graph, places)
+    _draw_boxes(axes, graph, places, dtypes, scales)
+    axes.set_xlim(min(columns) - 0.7, max(columns) + 0.7)
+    axes.set_ylim(max(rows) + 0.6, -0.6)  # the first row above
+    _save(figure, path)
+
+
+Place = tuple[float, int]  # column and row
+
+
+def _formats(model: Model | Program) -> tuple[Graph, dict[str, str], dict[str, Any]]:
+    """The graph, and the dtype and scale of its values; no scales before calibration."""
+    if isinstance(model, Program):
+        outputs = {name: form.output for name, form in model.formats.items()}
+        return model.graph, {**dict(model.inputs), **outputs}, dict(model.scales)
+    check_model(model, scales=False)
+    plan = model.plan
+    scales = value_scales(plan, model.qparams) if model.qparams else {}
+    dtypes = {name: plan.exact.get(name, "float" if s is None else s.dtype) for name, s in plan.values.items()}
+    return plan.graph, dtypes, {name: scale for name, scale in scales.items() if scale is not None}
+
+
+def _draw_edges(axes: Any, graph: Graph, places: Mapping[str, Place]) -> None:
     for node in graph.nodes:
         for operand in node.inputs:
             start, end = places[operand], places[node.name]
@@ -75,29 +89,31 @@ def plot_graph(path: str | os.PathLike[str], model: Model | Program) -> None:
             how = {"arrowstyle": "-|>", "color": _INK, "linewidth": 0.8, "connectionstyle": f"arc3,rad={bend}",
                    "shrinkA": 0, "shrinkB": 0}  # fmt: skip
             axes.annotate("", (end[0], end[1] - EDGE), (start[0], start[1] + EDGE), arrowprops=how)
+
+
+def _draw_boxes(
+    axes: Any, graph: Graph, places: Mapping[str, Place], dtypes: Mapping[str, str], scales: Mapping[str, Any]
+) -> None:
     operators = {node.name: type(node.op).__name__ for node in graph.nodes}
     for name, (column, row) in places.items():
         dtype = dtypes.get(name, "")
-        scale = scales.get(name)
-        form = f"{dtype} · {_scale_text(scale)}" if scale is not None else dtype
+        form = f"{dtype} · {_scale_text(scales[name])}" if name in scales else dtype
         label = f"{_shortened(name)}\n{operators.get(name, 'Input')}, {form}"
-        box = {"boxstyle": "round,pad=0.35", "facecolor": PAPER.get(dtype, _OTHER), "edgecolor": _INK, "linewidth": 0.8}
-        bold = "bold" if name in graph.outputs else "normal"
-        axes.text(column, row, label, ha="center", va="center", fontsize=7, fontweight=bold, bbox=box)
-    axes.set_xlim(min(c for c, _ in places.values()) - 0.7, max(c for c, _ in places.values()) + 0.7)
-    axes.set_ylim(rows - 0.4, -0.6)
-    _save(figure, path)
+        box = {"boxstyle": "round,pad=0.35", "facecolor": BOX_COLOURS.get(dtype, _OTHER), "edgecolor": _INK,
+               "linewidth": 0.8}  # fmt: skip
+        weight = "bold" if name in graph.outputs else "normal"
+        axes.text(column, row, label, ha="center", va="center", fontsize=7, fontweight=weight, bbox=box)
 
 
-def _places(graph: Graph) -> dict[str, tuple[float, int]]:
-    """{value: (column, row)}: the row is the longest path from an input; a value stands below its operands."""
+def _places(graph: Graph) -> dict[str, Place]:
+    """The row is the longest path from an input; a value stands below its operands."""
     rows = {entry.name: 0 for entry in graph.inputs}
     for node in graph.nodes:
         rows[node.name] = 1 + max((rows[v] for v in node.inputs), default=-1)
     by_row: dict[int, list[str]] = {}
     for name, row in rows.items():
         by_row.setdefault(row, []).append(name)
-    places: dict[str, tuple[float, int]] = {}
+    places: dict[str, Place] = {}
     for row in sorted(by_row):
         names = by_row[row]
         wish = {name: _mean([places[v][0] for v in _operands(graph, name) if v in places]) for name in names}
@@ -154,7 +170,7 @@ def plot_observers(
       model: what `prepare` or `calibrate` returned.
       value: the name of a value that has a scale of its own.
       batches: as for `jq.calibrate`. All entries of the value are held at once.
-      observers: {label: observer}; None takes all of `jq.observers` with their defaults.
+      observers: {label: observer}; None takes the methods of `jq.observers` with their defaults.
 
     Returns:
       {label: scale}, real per LSB.
@@ -171,44 +187,55 @@ def plot_observers(
     plan = model.plan
     if value not in plan.owned:
         raise InputError(f"no value {value!r} has a scale of its own{near_or_known(value, plan.owned)}")
-    chosen = dict(observers) if observers is not None else default_observers()
-    states: dict[str, Any] = {label: one.init(1) for label, one in chosen.items()}
-    seen: list[np.ndarray] = []
-    for inputs in bound_batches(plan, batches):
-        data = _value_of(plan, value, model.params, inputs)
-        axis = batch_axes(plan, model.params, inputs).get(value)
-        for label, one in chosen.items():
-            given = by_sample(data, axis) if one.per_sample else data.reshape(1, -1)
-            states[label] = updated(one, states[label], given)
-        seen.append(np.asarray(data).reshape(-1))
-    spec = plan.spec(value)
-    scales = {label: float(np.asarray(one.finalize(states[label], spec))[0]) for label, one in chosen.items()}
-    entries = np.concatenate(seen)
+    chosen = dict(observers) if observers is not None else _default_observers()
+    entries, scales = _observed(model, value, batches, chosen)
+    dtype = plan.spec(value).dtype
     figure = _figure(width=8.0, height=2.6 + 0.22 * len(chosen))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 0.25 * len(chosen) + 0.2))
     top.hist(entries, bins=200, color=_ACCENT, log=True)
     top.set_ylabel("entries", fontsize=8)
-    top.set_title(f"{value}, {spec.dtype}: from {entries.min():.4g} to {entries.max():.4g}", fontsize=9)
-    order = sorted(scales, key=lambda label: scales[label])
-    for row, label in enumerate(order):
-        low, high = covered(scales[label], spec.dtype)
-        bottom.barh(row, high - low, left=low, color="#c3e6ec", height=0.7)
-        beyond = float(np.mean((entries < low) | (entries > high)))
-        bottom.annotate(f" {beyond:.2%} beyond", (high, row), va="center", fontsize=7, color=_WARM if beyond else _INK)
-    bottom.set_yticks(range(len(order)), order, fontsize=8)
-    bottom.invert_yaxis()
-    reach = 1.25 * max(abs(entries).max(), 1e-30)
-    bottom.set_xlim(-reach if entries.min() < 0 else -0.1 * reach, reach)
-    bottom.set_xlabel("real value, with the range that each observer covers", fontsize=8)
-    for axes in (top, bottom):
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+    top.set_title(f"{value}, {dtype}: from {entries.min():.4g} to {entries.max():.4g}", fontsize=9)
+    _draw_ranges(bottom, entries, scales, dtype)
+    _plain(top, bottom)
     _save(figure, path)
     return scales
 
 
-def default_observers() -> dict[str, Observer]:
-    """{name: observer} of every observer of `jq.observers`, with its defaults."""
+def _observed(
+    model: Model, value: str, batches: Iterable[Any], observers: Mapping[str, Observer]
+) -> tuple[np.ndarray, dict[str, float]]:
+    """All entries of a value, and the scale of each observer."""
+    plan, seen = model.plan, []
+    states: dict[str, Any] = {label: one.init(1) for label, one in observers.items()}
+    for inputs in bound_batches(plan, batches):
+        data = _value_of(plan, value, model.params, inputs)
+        axis = batch_axes(plan, model.params, inputs).get(value)
+        for label, one in observers.items():
+            given = by_sample(data, axis) if one.per_sample else data.reshape(1, -1)
+            states[label] = updated(one, states[label], given)
+        seen.append(np.asarray(data).reshape(-1))
+    spec = plan.spec(value)
+    scales = {label: float(np.asarray(one.finalize(states[label], spec))[0]) for label, one in observers.items()}
+    return np.concatenate(seen), scales
+
+
+def _draw_ranges(axes: Any, entries: np.ndarray, scales: Mapping[str, float], dtype: str) -> None:
+    """A bar from the smallest to the largest value that each scale covers, the narrowest above."""
+    order = sorted(scales, key=lambda label: scales[label])
+    for row, label in enumerate(order):
+        low, high = covered(scales[label], dtype)
+        axes.barh(row, high - low, left=low, color="#c3e6ec", height=0.7)
+        beyond = float(np.mean((entries < low) | (entries > high)))
+        axes.annotate(f" {beyond:.2%} beyond", (high, row), va="center", fontsize=7, color=_WARM if beyond else _INK)
+    axes.set_yticks(range(len(order)), order, fontsize=8)
+    axes.invert_yaxis()
+    reach = 1.25 * max(abs(entries).max(), 1e-30)
+    axes.set_xlim(-reach if entries.min() < 0 else -0.1 * reach, reach)
+    axes.set_xlabel("real value, with the range that each observer covers", fontsize=8)
+
+
+def _default_observers() -> dict[str, Observer]:
+    """{name: observer} of the methods of `jq.observers`, with their defaults."""
     makers = ("min_max", "moving_average", "mean_of_maxima", "percentile", "mse", "nmse", "norm", "kl", "clip_std")
     return {name: getattr(known, name)() for name in makers}
 
@@ -258,8 +285,7 @@ def plot_table(path: str | os.PathLike[str], model: Model, node: str) -> float:
     scales, x_dtype, y_dtype = value_scales(plan, model.qparams), plan.spec(operand).dtype, plan.spec(node).dtype
     x_scale, y_scale = (jnp.asarray(scales[name], jnp.float32) for name in (operand, node))
     low, high = integer_range(x_dtype)
-    integers = np.arange(low, high + 1)
-    x = (integers * np.asarray(x_scale)).astype(np.float32)
+    x = (np.arange(low, high + 1) * np.asarray(x_scale)).astype(np.float32)
     exact = eval_float64(op, x) if has_float64(op) else np.asarray(evaluate_function(op, jnp.asarray(x)), np.float64)
     ends = integer_range(y_dtype)
     wanted = np.clip(exact, ends[0] * float(y_scale), ends[1] * float(y_scale))
@@ -279,9 +305,7 @@ def plot_table(path: str | os.PathLike[str], model: Model, node: str) -> float:
     for edge in _boundaries(op, x_scale, x_dtype, y_scale, y_dtype, plan):
         for axes in (top, bottom):
             axes.axvline(edge, color=_INK, linewidth=0.6, linestyle=":")
-    for axes in (top, bottom):
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+    _plain(top, bottom)
     _save(figure, path)
     return float(np.abs(error).max())
 
@@ -313,6 +337,12 @@ def _figure(*, width: float, height: float) -> Any:
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'jquant[report]'") from error
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _plain(*each: Any) -> None:
+    for axes in each:
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:

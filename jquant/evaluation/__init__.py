@@ -1,6 +1,6 @@
 """Evaluation of models and programs on data: `jq.evaluate` and its metrics."""
 
-from jquant.evaluation.detection import COCO as COCO
+from jquant.evaluation.detection import COCO_THRESHOLDS as COCO_THRESHOLDS
 from jquant.evaluation.detection import MeanAveragePrecision as MeanAveragePrecision
 from jquant.evaluation.loop import Evaluation as Evaluation
 from jquant.evaluation.loop import evaluate as evaluate

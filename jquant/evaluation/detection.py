@@ -43,7 +43,7 @@ class MeanAveragePrecision:
 
     Attributes:
       classes: C; classes are 0 to C - 1.
-      thresholds: of intersection over union; `COCO` has the ten from 0.5 to 0.95.
+      thresholds: of intersection over union; `COCO_THRESHOLDS` has the ten from 0.5 to 0.95.
       bins: of scores in [0, 1]; the counts take 4 x (thresholds + 1) x classes x bins bytes.
       detections: of the outputs: boxes [N, D, 4] as x0, y0, x1, y1 in any unit, scores [N, D] in [0, 1], and classes
         [N, D]. A class outside of 0 to C - 1 is no detection.
@@ -105,7 +105,7 @@ class MeanAveragePrecision:
         return float(100 * np.mean(each))
 
 
-COCO = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
+COCO_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 
 
 def _matched(boxes: Array, scores: Array, kinds: Array, wanted: Array, wanted_kinds: Array, limit: Array) -> Array:

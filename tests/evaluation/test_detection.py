@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant.evaluation import COCO, MeanAveragePrecision
+from jquant.evaluation import COCO_THRESHOLDS, MeanAveragePrecision
 
 RNG = np.random.default_rng(3)
 
@@ -61,7 +61,7 @@ def evaluated(batches, metric):
     return jq.evaluate(lambda *outputs: outputs, batches, {"mAP": metric}, inputs=lambda b: b[:3]).figures["mAP"]
 
 
-@pytest.mark.parametrize("thresholds", [(0.5,), COCO])
+@pytest.mark.parametrize("thresholds", [(0.5,), COCO_THRESHOLDS])
 def test_against_a_sort_of_all_detections(thresholds):
     batch = drawn(20)
     wanted = reference([batch], 3, thresholds)
