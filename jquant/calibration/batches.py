@@ -11,6 +11,7 @@ from jquant.host.progress import track
 from jquant.types import Array, CalibrationError, InputError, Plan
 
 Inputs = dict[str, Array]
+SMALLER = "Give `microbatch={batch}`, or smaller batches"
 
 
 def bound_batches(plan: Plan, batches: Iterable[Any]) -> Iterator[Inputs]:

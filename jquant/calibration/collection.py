@@ -9,12 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jquant.calibration.batches import bound_batches, slices_of
+from jquant.calibration.batches import SMALLER, bound_batches, slices_of
 from jquant.calibration.devices import check_mesh, collect_on_mesh
 from jquant.calibration.masks import check_added_masks
 from jquant.calibration.observe import Stats, checked_finite, finalize_with, init_stats, update_jitted
 from jquant.calibration.outliers import warn_of_outliers
 from jquant.calibration.tables import warn_of_tables
+from jquant.graph.memory import fitting
 from jquant.plan.scales import check_model
 from jquant.types import InputError, Model
 
@@ -39,7 +40,7 @@ def calibrate(
     Raises:
       CalibrationError: no batches, or a batch with NaN or infinite values, with its index; an input that is added in
         front of a softmax and holds a mask, such as -1e9.
-      InputError: a batch that does not fit the graph.
+      InputError: a batch that does not fit the graph, or the memory.
 
     Warns:
       OutlierWarning: int8 values with entries far beyond nearly all others (see `find_outliers`), and what to do.
@@ -89,7 +90,8 @@ def collect(
     Raises:
       CalibrationError: no batches; a batch with NaN or infinite values, with its index; with a mesh, an observer that
         depends on the order of batches.
-      InputError: a batch that does not fit the graph.
+      InputError: a batch that does not fit the graph, or that memory cannot hold: with the node, the bytes and a size
+        that fits.
     """
     check_model(model, scales=False)
     if microbatch is not None and microbatch < 1:
@@ -105,7 +107,8 @@ def _collect_here(model: Model, batches: Iterable[Any], microbatch: int | None) 
     model = Model(plan, dict(model.params))
     for inputs in bound_batches(plan, batches):
         for part in [inputs] if microbatch is None else slices_of(plan, inputs, 0, microbatch):
-            stats = update_jitted(model, stats, part)
+            with fitting(plan.graph, model.params, part, SMALLER):
+                stats = update_jitted(model, stats, part)
     return stats
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jquant.calibration.batches import Inputs, bound_batches, samples_of, slices_of
+from jquant.calibration.batches import SMALLER, Inputs, bound_batches, samples_of, slices_of
 from jquant.calibration.observe import (
     Stats,
     check_stats,
@@ -18,6 +18,7 @@ from jquant.calibration.observe import (
     update_jitted,
     update_stats,
 )
+from jquant.graph.memory import fitting
 from jquant.text import did_you_mean
 from jquant.types import InputError, Model, Plan
 
@@ -46,7 +47,8 @@ def collect_on_mesh(model: Model, batches: Iterable[Any], microbatch: int | None
         microbatch = microbatch or max(1, count // devices)
         whole = count - count % (devices * microbatch)
         for part in slices_of(plan, {k: v[:whole] for k, v in inputs.items()}, 0, devices * microbatch):
-            stats = _update_on_mesh(everywhere, stats, jax.device_put(part, split), mesh, axis)
+            with fitting(plan.graph, model.params, part, SMALLER, list(mesh.devices.flat)):
+                stats = _update_on_mesh(everywhere, stats, jax.device_put(part, split), mesh, axis)
         for part in slices_of(plan, inputs, whole, microbatch):
             rest = update_jitted(here, rest, jax.device_put(part, first))
     return _fold(plan, *jax.device_get((stats, rest)))

@@ -19,6 +19,7 @@ from jquant.evaluation.batches import Placed, Placement, first_of
 from jquant.evaluation.metrics import Summed
 from jquant.evaluation.position import Position, load_position, save_position
 from jquant.evaluation.sources import Source, sources_of
+from jquant.graph.memory import check_memory
 from jquant.host.progress import track
 from jquant.types import InputError, Model, Program
 
@@ -100,6 +101,8 @@ def evaluate(
     waiting: deque[tuple[Any, Placed]] = deque()
     done = state.batches
     for placed in placement.batches(track(batches, "evaluating", total), inputs, skipped=done):
+        if placed.number == 0:
+            _check_memory(sources, placed.size, mesh)
         if placed.number < done:  # counted before: the first one shows the form of the sums
             state = state.shaped(run.sums(run.dispatch(placed), placed), placed.size)
             continue
@@ -115,6 +118,13 @@ def evaluate(
     if position is not None:
         save_position(position, state)
     return Evaluation({mode: _figures(state, mode, metrics) for mode in shown}, state.samples)
+
+
+def _check_memory(sources: Mapping[str, Source], batch: int, mesh: Mesh | None) -> None:
+    devices = 1 if mesh is None else len([d for d in mesh.devices.flat if d.process_index == jax.process_index()])
+    at_once = devices if jax.default_backend() == "cpu" else 1
+    for model in [one.value for one in sources.values() if isinstance(one.value, Model)]:
+        check_memory(model.plan.graph, model.params, -(-batch // devices), "Give batches of {batch} a device", at_once)
 
 
 def _check_metrics(metrics: Mapping[str, Summed], save_every: int) -> None:

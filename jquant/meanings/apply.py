@@ -7,6 +7,7 @@ import jax
 
 from jquant.config.qconfig import matches
 from jquant.graph.evaluate import bind_inputs
+from jquant.graph.memory import fitting
 from jquant.graph.structure import nested_outputs
 from jquant.meanings.bit_true import bit_true_values, select_nodes
 from jquant.meanings.meaning import Mode, check_mode, meaning_of
@@ -61,7 +62,8 @@ def apply(model: Model, *inputs: Array, mode: Mode = "fake_quant", bit_true: str
       The outputs, real, nested as those of the model: one alone, or a tuple of several, of a graph made by hand.
 
     Raises:
-      CalibrationError: scales missing or broken. InputError: inputs that do not fit. GraphError: missing params.
+      CalibrationError: scales missing or broken. InputError: inputs that do not fit the graph, or the memory.
+      GraphError: missing params.
 
     Example:
       >>> import jax.numpy as jnp, jquant as jq
@@ -111,7 +113,8 @@ def apply_with_taps(
     plan = model.plan
     selected = select_nodes(plan, mode, bit_true)
     bound = bind_inputs(plan.graph, inputs)
-    values = evaluate_mode(model, mode, bound, None, selected, outputs_alone=taps is None)
+    with fitting(plan.graph, model.params, bound, "Give {batch} samples a call"):
+        values = evaluate_mode(model, mode, bound, None, selected, outputs_alone=taps is None)
     outputs = nested_outputs(plan.graph, [values[name] for name in plan.graph.outputs])
     return outputs, selected_values(plan.graph, values, taps)
 

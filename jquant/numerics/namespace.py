@@ -60,6 +60,15 @@ def to_device(array: Any) -> Array:
     return array if isinstance(array, jax.Array) else jax.device_put(array)
 
 
+def all_to_device(tree: State) -> State:
+    """A tree with its numpy arrays as JAX arrays, in one call: thousands of small arrays take half the time."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)]
+    for i, array in zip(places, jax.device_put([leaves[i] for i in places]), strict=True):
+        leaves[i] = array
+    return cast(State, jax.tree.unflatten(structure, leaves))
+
+
 def real(value: float) -> Array:
     """A float32 number in numpy, which joins numpy and JAX arrays alike."""
     return cast(Array, np.float32(value))

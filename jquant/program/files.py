@@ -12,7 +12,7 @@ import jquant.ops  # noqa: F401  (the operators that a file names)
 from jquant.graph.sealed import VERSION, read_sealed_arrays, read_versioned, refusing, sealed_arrays, short
 from jquant.graph.serialize import decode, encode, read_graph
 from jquant.host.whole_files import replacing
-from jquant.numerics.namespace import to_device
+from jquant.numerics.namespace import all_to_device
 from jquant.targets import find_target
 from jquant.types import (
     MIN_SCALE,
@@ -145,18 +145,19 @@ def _arrays_of(
         kind, _, rest = key.partition(":")
         name, _, role = rest.rpartition(":")
         if kind == "scale" and rest in graph.values:
-            scales[rest] = to_device(_checked_scale(key, array, _least_scale(rest, graph, formats)))
+            scales[rest] = _checked_scale(key, array, _least_scale(rest, graph, formats))
         elif kind == "constant" and name in constants and _is_constant(array):
-            constants[name][role] = to_device(array)
+            constants[name][role] = array
         elif kind == "worst_case" and rest in constants and _is_bound(array):
-            worst_cases[rest] = to_device(array)
+            worst_cases[rest] = array
         elif kind == "saturating" and rest in constants and array.dtype == np.bool_ and array.ndim == 1:
-            saturating[rest] = to_device(array)
+            saturating[rest] = array
         else:
             raise FormatError(f"unexpected array {short(key)} of dtype {array.dtype}, shape {list(array.shape)}")
     if extra := saturating.keys() - worst_cases.keys():
         raise FormatError(f"node {short(min(extra))} has saturating channels without a worst case")
-    return constants, scales, {n: Accumulator(bound, saturating.get(n)) for n, bound in worst_cases.items()}
+    accumulators = {n: Accumulator(bound, saturating.get(n)) for n, bound in worst_cases.items()}
+    return all_to_device((constants, scales, accumulators))
 
 
 def _least_scale(name: str, graph: Graph, formats: FrozenMap[NodeFormat]) -> float:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.graph.evaluate import bind_inputs, evaluate
+from jquant.graph.memory import Need, batch_of, largest_need, naming_memory
 from jquant.graph.operator import eval_float, eval_integer
 from jquant.graph.structure import nested_outputs
 from jquant.numerics.fusion import held
@@ -96,7 +97,7 @@ def run(program: Program, *inputs: Array, raw: bool = False) -> Any:
       The outputs, nested as those of the model: one alone, or a tuple of several, of a graph made by hand.
 
     Raises:
-      InputError: an input of the wrong shape or dtype, or with values that are not finite.
+      InputError: an input of the wrong shape or dtype, or with values that are not finite; or memory that ran out.
       LoweringError: a program whose target is not the march that it was lowered for, or a stack outside of vmap.
 
     Example:
@@ -111,7 +112,9 @@ def run(program: Program, *inputs: Array, raw: bool = False) -> Any:
       >>> jq.run(program, x).shape  # real in, real out
       (2, 2)
     """
-    values = _run(program, _bind(program, inputs, raw), raw, False)
+    bound = _bind(program, inputs, raw)
+    with naming_memory(lambda: _need(program, bound, raw), "Give {batch} samples a call"):
+        values = _run(program, bound, raw, False)
     return nested_outputs(program.graph, [values[name] for name in program.graph.outputs])
 
 
@@ -137,7 +140,14 @@ def run_with_taps(program: Program, *inputs: Array, raw: bool = False) -> dict[s
       >>> {name: str(value.dtype) for name, value in jq.run_with_taps(program, x).items()}
       {'linear': 'int32', 'x': 'int8'}
     """
-    return _run(program, _bind(program, inputs, raw), raw, True)
+    bound = _bind(program, inputs, raw)
+    with naming_memory(lambda: _need(program, bound, raw), "Give {batch} samples a call"):
+        return _run(program, bound, raw, True)
+
+
+def _need(program: Program, inputs: dict[str, Array], raw: bool) -> Need | None:
+    types = jax.eval_shape(partial(_run, raw=raw, tapped=True), program, inputs)
+    return largest_need(program.graph, types, batch_of(program.graph, inputs))
 
 
 def _bind(program: Program, inputs: tuple[Array, ...], raw: bool) -> dict[str, Array]:

@@ -1,7 +1,7 @@
 """From a calibrated plan to an integer program. Works inside jit as well: accumulators are wider there."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from jquant.graph.checks import deployed
 from jquant.graph.float import value_shapes
 from jquant.graph.operator import Lowered, Operand, lower_op
 from jquant.graph.passes import prune
-from jquant.numerics.namespace import real, to_device, to_host
+from jquant.numerics.namespace import all_to_device, real, to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
 from jquant.plan.batch_norm import fold_kept
 from jquant.plan.scales import check_model, quantizer_of, scale_of, value_scales
@@ -80,7 +80,7 @@ def lower_traced(model: Model, outputs: Sequence[str] | str | None = None) -> Pr
             )
     scales = value_scales(plan, qparams)
     constants, formats, accumulators = lower_nodes(plan, params, qparams, graph.nodes, scales)
-    kept = {n: to_device(scale) for n in graph.values if (scale := scales[n]) is not None}
+    kept = all_to_device({n: scale for n in graph.values if (scale := scales[n]) is not None})
     inputs = FrozenMap({i.name: dtype_of(i.name, plan) for i in graph.inputs})
     return Program(constants, kept, accumulators, graph, FrozenMap(formats), inputs, plan.target, str(plan.target))
 
@@ -104,10 +104,12 @@ def lower_nodes(
             _check_format(_where(node), value, plan, scales[value])
         operands, output = [operand(v) for v in node.inputs], operand(node.name)
         lowered = lower_node(plan, params, qparams, node, operands, output)
-        constants[node.name] = {role: _stored(v) for role, v in lowered.constants.items()}
+        constants[node.name] = dict(lowered.constants)
         formats[node.name] = format_of(operands, output, lowered)
         accumulators |= accumulator_of(node, lowered)
-    return constants, formats, accumulators
+    for constant in jax.tree.leaves(constants):
+        assert constant.dtype.itemsize <= 4, constant.dtype  # JAX would cut a 64-bit number in silence
+    return all_to_device(constants), formats, all_to_device(accumulators)
 
 
 def lower_node(
@@ -142,14 +144,8 @@ def accumulator_of(node: Node, lowered: Lowered) -> dict[str, Accumulator]:
     bound = np.float32(lowered.worst_case)
     if int(bound) < lowered.worst_case:
         bound = np.nextafter(bound, np.float32(np.inf))
-    saturating = None if lowered.saturating is None else to_device(lowered.saturating)
-    return {node.name: Accumulator(to_device(np.asarray(bound)), saturating)}
-
-
-def _stored(constant: Any) -> Array:
-    """A constant on the device; no 64-bit number is cut in silence."""
-    assert constant.dtype.itemsize <= 4, constant.dtype
-    return to_device(constant)
+    arrays = cast(tuple[Array, Array | None], (np.asarray(bound), lowered.saturating))
+    return {node.name: Accumulator(*arrays)}
 
 
 def dtype_of(value: str, plan: Plan) -> str:
