@@ -60,13 +60,15 @@ _DAMAGE = (TypeError, ValueError, IndexError, KeyError, OverflowError, ZeroDivis
 
 
 def from_onnx(
-    source: Any, *, shapes: Mapping[str, Sequence[int | None]] | None = None
+    source: Any, *, shapes: Mapping[str, Sequence[int | None]] | None = None, batch_axis: int = 0
 ) -> tuple[Graph, dict[str, Array]]:
     """Imports a float ONNX model of opset 10 to 28.
 
     Args:
       source: a path, the bytes of a file, or an `onnx.ModelProto`.
-      shapes: {input: shape}, for inputs whose shape is not in the file; None is the free batch, on axis 0.
+      shapes: {input: shape}, for inputs whose shape is not in the file; None is the free batch, on `batch_axis`.
+      batch_axis: the axis of the inputs that is the batch, such as 1 of a time-first LSTM [T, N, C]. The graph has it
+        in front: an input of which this axis is free takes [N, T, C], and so does a result that depends on it.
 
     Returns:
       The graph and {initializer: float32 array}. Nodes have the names of the ONNX nodes, or of their first results;
@@ -83,7 +85,7 @@ def from_onnx(
       True
     """
     with naming(source):
-        imported = read(source, shapes, plain=True)
+        imported = read(source, shapes, plain=True, batch_axis=batch_axis)
         fixed = {key for key, array in imported.params.items() if is_constant(array)}
         graph, params = simplified(imported.graph, imported.params, fixed=fixed)
     return graph, dict(params)
@@ -127,9 +129,12 @@ def read(
     zero_point: ZeroPoint = "refuse",
     *,
     plain: bool = False,
+    batch_axis: int = 0,
 ) -> Imported:
     """Reads a model with its quantization, of whatever form; `plain` refuses one that has any."""
     model, folder = load_model(source)
+    if batch_axis < 0:
+        raise ConversionError(f"batch_axis={batch_axis}; count the axes of the inputs from the front")
     if zero_point not in MODES:
         raise ConversionError(f"zero_point is {zero_point!r}; it is one of {', '.join(map(repr, MODES))}")
     try:
@@ -146,7 +151,7 @@ def read(
                 )
             rewritten = to_qdq(model, folder, zero_point)
             model, changes, dynamic = rewritten.model, tuple(rewritten.changes), bool(rewritten.calibrated)
-        reader = _Reader(model, folder, dict(shapes or {}), groups=unchanged(model, notes.groups))
+        reader = _Reader(model, folder, dict(shapes or {}), batch_axis, groups=unchanged(model, notes.groups))
         reader.read()
         return replace(reader.build(), notes=notes, changes=(*changes, *reader.changes), dynamic=dynamic)
     except Refusals as reason:
@@ -168,6 +173,7 @@ class _Reader:
     model: onnx.ModelProto
     folder: Path | None
     shapes: dict[str, Sequence[int | None]]
+    batch_axis: int = 0
     groups: dict[str, tuple[str, Group]] = field(default_factory=dict)  # {result: operator of several nodes}
     results: dict[str, Result] = field(default_factory=dict)  # by ONNX name
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -237,21 +243,22 @@ class _Reader:
             raise ConversionError(
                 f"input {name!r} has no shape in the file; give it: shapes={{{name!r}: (None, 3, 32, 32)}}"
             )
-        if None in shape[1:]:
-            at = shape.index(None, 1)
-            raise ConversionError(
-                f"axis {at} of input {name!r} is free, and only axis 0, the batch, can be; give its shape: "
-                f"shapes={{{name!r}: {shape}}} with numbers"
-            )
+        if free := [axis for axis, n in enumerate(shape) if n is None and axis != self.batch_axis]:
+            raise ConversionError(_free(name, shape, free[0], self.batch_axis))
         sizes = [math.prod(b if n is None else n for n in shape) for b in BATCHES]
         if any(n is not None and n < 1 for n in shape) or max(sizes) >= MAX_ELEMENTS or len(shape) > 16:
             raise ConversionError(f"input {name!r} has the shape {list(shape)[:16]}")
+        axis = self.batch_axis if None in shape else 0
+        shape = _in_front(shape, axis)
         self.inputs.append(Input(self.unique(name), shape, dtype))
         small, large = (tuple(b if n is None else n for n in shape) for b in BATCHES)
         value = self.made[self.inputs[-1].name] = Value(self.inputs[-1].name, (small, large), dtype)
-        self.define(name, value)
         if self.batch is None and shape and shape[0] is None:
             self.batch = value
+        if axis:
+            back = (*range(1, axis + 1), 0, *range(axis + 1, len(shape)))
+            value = self.made[self.add(f"{name}.as_in_file", ops.Permute(axes=back), (value,), {})]
+        self.define(name, value)
 
     def read_node(self, node: onnx.NodeProto) -> None:
         name = self.unique(node.name or next((o for o in node.output if o), node.op_type))
@@ -466,10 +473,18 @@ class _Reader:
                 what = "integers; put a DequantizeLinear before it" if result is not None else "made by no node"
                 raise ConversionError(f"output {entry.name!r} is {what}")
             value = self.constant(result, entry.name) if isinstance(result, Known) else result
-            outputs.append(self.output_of(value, entry.name, outputs))
+            outputs.append(self.output_of(self.batch_first(value, entry.name), entry.name, outputs))
         if not outputs:
             raise ConversionError("the model has no outputs")
         return finish(Graph(tuple(self.inputs), tuple(self.nodes.values()), tuple(outputs)), self)
+
+    def batch_first(self, value: Value, name: str) -> Value:
+        """The value with its free axis in front, if the model's batch is another one."""
+        free = [axis for axis, (n, m) in enumerate(zip(*value.shapes, strict=True)) if n != m]
+        if not self.batch_axis or len(free) != 1 or free[0] == 0:
+            return value
+        order = _in_front(tuple(range(len(value.shapes[0]))), free[0])
+        return self.made[self.add(f"{name}.batch_first", ops.Permute(axes=order), (value,), {})]
 
     def output_of(self, value: Value, name: str, others: list[str]) -> str:
         """The node of an output; an input that is passed on gets one of its own."""
@@ -478,6 +493,16 @@ class _Reader:
         if value.dtype != "float32":
             raise ConversionError(f"output {name!r} is {value.name!r} itself; leave it out of the outputs")
         return self.add(name, ops.Requantize(), (value,), {})
+
+
+def _in_front(items: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
+    return (items[axis : axis + 1]) + items[:axis] + items[axis + 1 :]
+
+
+def _free(name: str, shape: tuple[int | None, ...], axis: int, batch_axis: int) -> str:
+    first = f"axis {axis} of input {name!r} is free, and only axis {batch_axis}, the batch, can be; "
+    other = f"batch_axis={axis} if that is the batch, or " if shape.count(None) == 1 and not batch_axis else ""
+    return f"{first}give {other}its shape: shapes={{{name!r}: {shape}}} with numbers"
 
 
 def finish(graph: Graph, reader: _Reader) -> Imported:

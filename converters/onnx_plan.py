@@ -73,6 +73,7 @@ def model_from_onnx(
     shapes: Mapping[str, Sequence[int | None]] | None = None,
     zero_point: ZeroPoint = "refuse",
     batches: Iterable[Any] | None = None,
+    batch_axis: int = 0,
 ) -> Model:
     """Imports a quantized ONNX model of opset 10 to 28 as a calibrated model.
 
@@ -83,7 +84,7 @@ def model_from_onnx(
     without a QuantizeLinear, keeps its int32 accumulator.
 
     Args:
-      source, shapes: as for `from_onnx`.
+      source, shapes, batch_axis: as for `from_onnx`.
       target: the march, such as `jq.targets.NASH_E`.
       zero_point: what becomes of a zero point that is not 0, which the chip does not have. "refuse": an error that
         names all. "widen": int16 with the same scale, exact. "requantize": symmetric int8 of the same range. uint8 with
@@ -105,7 +106,7 @@ def model_from_onnx(
       RangeWarning: a range such as -127 to 127, which torch.onnx left out of the file.
     """
     with naming(source):
-        return model_from_imported(read(source, shapes, zero_point), target, batches)
+        return model_from_imported(read(source, shapes, zero_point, batch_axis=batch_axis), target, batches)
 
 
 def model_from_imported(imported: Imported, target: Target, batches: Iterable[Any] | None) -> Model:

@@ -11,7 +11,7 @@ from support.onnx_helpers import model_of
 from torch import nn
 
 import jquant as jq
-from jquant_converters import from_onnx, from_torch
+from jquant_converters import from_onnx, from_torch, model_from_onnx
 
 RNG = np.random.default_rng(0)
 T, N, C, H = 3, 2, 4, 5
@@ -239,3 +239,72 @@ def test_states_made_of_the_batch(kind, form):
     if form in (zeros, expanded_zero) and kind != "RNN":
         sequence = next(node for node in graph.nodes if node.name == graph.outputs[0])
         assert (type(sequence.op).__name__.upper(), sequence.inputs) == (kind, ("x",))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ONNX with the batch on axis 1
+
+
+def time_first_file(kind, states):
+    """x [T, batch, C], and the states [1, batch, H] if wanted, to y [T, 1, batch, H] and the last state."""
+    gates, names = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], ["h", "c"][: 1 + (kind == "LSTM")] if states else []
+    options = {"linear_before_reset": 1} if kind == "GRU" else {}
+    node = helper.make_node(kind, ["x", "w", "r", "b", "", *names], ["y", "last"], "net", hidden_size=H, **options)
+    constants = {"w": draw(1, gates * H, C), "r": draw(1, gates * H, H), "b": draw(1, 2 * gates * H)}
+    inputs = {"x": draw(T, N, C), **{name: draw(1, N, H) for name in names}}
+    outputs = {"y": TensorProto.FLOAT, "last": TensorProto.FLOAT}
+    model = model_of([node], inputs, outputs, opset=14, initializers=constants)
+    for entry in model.graph.input:
+        entry.type.tensor_type.shape.dim[1].dim_param = "batch"
+    return model
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_file_with_the_batch_on_axis_1(kind, states):
+    model = time_first_file(kind, states)
+    graph, params = from_onnx(model, batch_axis=1)
+    assert [entry.name for entry in graph.inputs] == [entry.name for entry in model.graph.input]
+    assert {entry.shape[0] for entry in graph.inputs} == {None}
+    inputs = {entry.name: draw(T if entry.name == "x" else 1, 6, *entry.shape[2:]) for entry in graph.inputs}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    y, last = session.run(None, inputs)
+    in_front = [jnp.asarray(np.moveaxis(x, 1, 0)) for x in inputs.values()]
+    found = jq.graph.evaluate_float(graph, params, *in_front)
+    np.testing.assert_allclose(found[0], np.moveaxis(y, 2, 0), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found[1], np.moveaxis(last, 1, 0), rtol=0, atol=2e-6)
+
+
+def test_shapes_are_those_of_the_file_and_the_other_axis_is_named():
+    model = time_first_file("GRU", False)
+    with pytest.raises(jq.ConversionError, match=r"axis 1 of input .x. is free.* give batch_axis=1 if"):
+        from_onnx(model)
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    graph, _ = from_onnx(model, shapes={"x": (T, None, C)}, batch_axis=1)
+    assert graph.inputs[0].shape == (None, T, C)
+    with pytest.raises(jq.ConversionError, match=r"axis 0 of input 'x' is free, and only axis 1"):
+        from_onnx(model, shapes={"x": (None, N, C)}, batch_axis=1)
+    with pytest.raises(jq.ConversionError, match="batch_axis=-1; count the axes"):
+        from_onnx(model, batch_axis=-1)
+
+
+def test_a_quantized_file_with_the_batch_on_axis_1():
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "step", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "small", "zero"], ["wd"]),
+        helper.make_node("MatMul", ["xd", "wd"], ["z"], "product"),
+        helper.make_node("QuantizeLinear", ["z", "step", "zero"], ["zq"]),
+        helper.make_node("DequantizeLinear", ["zq", "step", "zero"], ["y"]),
+    ]
+    weight = RNG.integers(-127, 128, (C, H)).astype(np.int8)
+    constants = {"step": np.float32(2**-5), "small": np.float32(2**-8), "zero": np.int8(0), "w": weight}
+    model = model_of(nodes, {"x": draw(T, N, C)}, {"y": TensorProto.FLOAT}, opset=14, initializers=constants)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "batch"
+    read = model_from_onnx(model, target=jq.targets.NASH_E, batch_axis=1)
+    x = draw(T, 5, C)
+    xq = np.clip(np.rint(x * 32), -128, 127)  # powers of two: by hand, half to even as in float32 on the host
+    wanted = np.clip(np.rint(xq @ weight.astype(np.float64) / 256), -128, 127) / 32
+    found = np.asarray(jq.apply(read, jnp.asarray(np.moveaxis(x, 1, 0))))
+    assert found.shape == (5, T, H)
+    assert np.abs(found - np.moveaxis(wanted, 1, 0)).max() <= 2**-5  # a tie may be rounded to either side

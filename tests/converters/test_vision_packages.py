@@ -18,7 +18,12 @@ TORCHVISION = {
     "mnasnet0_5": 64, "regnet_y_400mf": 64, "googlenet": 64, "swin_t": 64, "vit_b_32": 224,
     "segmentation.deeplabv3_mobilenet_v3_large": 64, "segmentation.lraspp_mobilenet_v3_large": 64,
 }  # fmt: skip
-TIMM = ("resnet10t", "mobilevit_xxs", "ghostnet_050", "convnextv2_atto", "repvgg_a0", "lcnet_050", "hardcorenas_a")
+TIMM = (
+    "resnet10t", "mobilevit_xxs", "ghostnet_050", "convnextv2_atto", "repvgg_a0", "lcnet_050", "hardcorenas_a",
+    "efficientnet_lite0", "mobilenetv4_conv_small", "tinynet_e", "regnetx_002", "dla46_c", "ese_vovnet19b_dw",
+    "edgenext_xx_small", "poolformer_s12", "legacy_seresnet18", "skresnet18", "mobileone_s0", "repghostnet_050",
+    "starnet_s1", "rexnet_100", "nf_regnet_b0", "fbnetc_100", "cs3darknet_s",
+)  # fmt: skip
 
 
 def check(factory, side):

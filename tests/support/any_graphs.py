@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from conformance.harness import Case
 from hypothesis import strategies as st
+from support import marches
 
 import jquant as jq
 from jquant import ops
@@ -27,6 +28,7 @@ from jquant.types import JQuantError
 
 LARGEST = 2048  # elements of an operand of a drawn case
 BATCH = 2
+BATCH_NORM = ("fold", "live", "frozen", "reverse_fold", "reverse_fold")
 INTERNAL = {
     "Dequantize": "made by lowering alone",
     "Opaque": "holds a function of JAX, which no step can be made of",
@@ -202,12 +204,17 @@ def _added(draft: Draft, rng: np.random.Generator, case: Case, operands: tuple[s
 
 @dataclass(frozen=True)
 class Drawn:
-    """A graph, its parameters and qconfig, and `inputs` for it: three batches of two."""
+    """A graph, its parameters and qconfig, and `inputs` for it: three batches of two.
+
+    `target`, `batch_norm`: the march, real or made up, and what becomes of batch norm
+    """
 
     graph: jq.Graph
     params: dict[str, Any]
     qconfig: jq.QConfig
     inputs: tuple[tuple[jnp.ndarray, ...], ...]
+    target: jq.Target
+    batch_norm: str
 
 
 def build(steps: list[Step], seed: int = 0) -> Drawn | None:
@@ -223,7 +230,14 @@ def build(steps: list[Step], seed: int = 0) -> Drawn | None:
     if not outputs or not draft.inputs:
         return None
     graph = jq.Graph(tuple(draft.inputs), tuple(draft.nodes), tuple(dict.fromkeys(outputs)))
-    return Drawn(graph, draft.params, _qconfig(draft, rng), tuple(_inputs(draft, rng) for _ in range(3)))
+    qconfig, inputs = _qconfig(draft, rng), tuple(_inputs(draft, rng) for _ in range(3))
+    return Drawn(graph, draft.params, qconfig, inputs, _target(rng), str(rng.choice(BATCH_NORM)))
+
+
+def _target(rng: np.random.Generator) -> jq.Target:
+    """Mostly a real march; the limits of sizes are those of NASH_E in all of them."""
+    known = [jq.targets.NASH_E, jq.targets.NASH_E, jq.targets.NASH_M, *marches.MADE_UP.values()]
+    return known[rng.integers(len(known))] if rng.random() < 0.8 else marches.drawn(int(rng.integers(2**16)))
 
 
 def _qconfig(draft: Draft, rng: np.random.Generator) -> jq.QConfig:

@@ -92,13 +92,35 @@ def check_onnx(drawn: Drawn) -> None:
             close(a, b, most, "through ONNX")
 
 
-PROPERTIES: dict[str, Callable[[Drawn], None]] = {"JSON": check_json, "split": check_split, "ONNX": check_onnx}
+def check_torch(drawn: Drawn) -> None:
+    """What torch can say comes back from it with the same meaning."""
+    import torch
+
+    from jquant_converters import from_torch, to_torch
+
+    try:
+        module = to_torch(drawn.graph, drawn.params)
+    except JQuantError:
+        return
+    x = drawn.inputs[0]
+    graph, params = from_torch(module, tuple(torch.from_numpy(np.array(a)) for a in x))
+    whole = jq.graph.evaluate_float(drawn.graph, drawn.params, *x)
+    allowed = tolerance(drawn, x, whole)
+    if is_smooth(allowed, whole):
+        for a, b, most in zip(jq.graph.evaluate_float(graph, params, *x), whole, allowed, strict=True):
+            close(a, b, most, "through torch")
+
+
+PROPERTIES: dict[str, Callable[[Drawn], None]] = {
+    "JSON": check_json, "split": check_split, "ONNX": check_onnx, "torch": check_torch,
+}  # fmt: skip
 
 
 def check_integers(drawn: Drawn) -> list[str]:
     """Float of the plan, and every meaning of the integers: jit, reference, batch, vmap, a file."""
     try:
-        model = jq.prepare(drawn.graph, drawn.params, drawn.qconfig, target=jq.targets.NASH_E, strict=False)
+        options = {"target": drawn.target, "batch_norm": drawn.batch_norm, "strict": False}
+        model = jq.prepare(drawn.graph, drawn.params, drawn.qconfig, **options)
         model = jq.calibrate(model, list(drawn.inputs[:2])) if model.plan.trained else model
     except REFUSALS as error:
         return [f"refused: {error}"]
