@@ -2,8 +2,9 @@
 
 .venv/bin/python benchmarks/depth.py [--depths 62,125,250,500]
 
-Each depth has processes of its own, with compilation, and the least of their figures counts: other work on the machine
-only adds. Python's garbage collector looks through all objects before each verb instead of at some moment within one.
+Each measurement is a process of its own, with compilation. Rounds go through all depths, and a growth is the median of the
+rounds' own: the speed of a shared machine changes from minute to minute. Python's garbage collector looks through all
+objects before each verb instead of at some moment within one.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from statistics import median
 
 import jax
 import numpy as np
@@ -71,23 +73,25 @@ def _in_a_process(depth: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depths", default="62,125,250,500")
-    parser.add_argument("--processes", type=int, default=2, help="of each depth")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", type=int, help="print the seconds of one depth as JSON")
     given = parser.parse_args()
     if given.one is not None:
         print(json.dumps(seconds(given.one)))
         return
-    depths, found = [int(d) for d in given.depths.split(",")], {}
-    for depth in depths:
-        each = [_in_a_process(depth) for _ in range(given.processes)]
-        found[depth] = {verb: min(one[verb] for one in each) for verb in VERBS}
-        print(depth, {verb: round(value, 1) for verb, value in found[depth].items()}, flush=True)
+    depths = [int(d) for d in given.depths.split(",")]
+    rounds = []
+    for _ in range(given.rounds):
+        rounds.append({depth: _in_a_process(depth) for depth in depths})
+        for depth, found in rounds[-1].items():
+            print(depth, {verb: round(value, 1) for verb, value in found.items()}, flush=True)
     rows = []
     for verb in VERBS:
-        growth = [found[b][verb] / found[a][verb] for a, b in pairwise(depths)]
-        rows.append([verb, *(f"{found[d][verb]:.1f}" for d in depths), ", ".join(f"{g:.2f}" for g in growth)])
+        seconds_of = [f"{median(one[depth][verb] for one in rounds):.1f}" for depth in depths]
+        growth = [median(one[b][verb] / one[a][verb] for one in rounds) for a, b in pairwise(depths)]
+        rows.append([verb, *seconds_of, ", ".join(f"{g:.2f}" for g in growth)])
     head = ["verb", *(f"{d} layers, s" for d in depths), f"growth, at most {GOAL}"]
-    load = f"Least of {given.processes} processes; mean load of the last 15 minutes: {os.getloadavg()[2]:.1f} on"
+    load = f"Medians of {given.rounds} rounds; mean load of the last 15 minutes: {os.getloadavg()[2]:.1f} on"
     load += f" {os.cpu_count()} cores. Beside other work a large compilation loses more than a small one."
     text = f"## Depth\n\n{__doc__.splitlines()[0]}\n`benchmarks/depth.py`. {load}\n\n" + markdown_table(head, rows)
     write_section("depth", text)
