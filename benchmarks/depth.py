@@ -2,9 +2,9 @@
 
 .venv/bin/python benchmarks/depth.py [--depths 62,125,250,500]
 
-Each measurement is a process of its own, with compilation. Rounds go through all depths, and a growth is the median of the
-rounds' own: the speed of a shared machine changes from minute to minute. Python's garbage collector looks through all
-objects before each verb instead of at some moment within one.
+Each measurement is a process of its own, with compilation. Rounds go through all depths, and a growth is the median of
+the rounds' own: the speed of a shared machine changes from minute to minute. Python's garbage collector looks through
+all objects before each verb instead of at some moment within one.
 """
 
 import argparse
