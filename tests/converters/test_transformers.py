@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support import architectures
+from support import architectures, vision_packages
 from torch import nn
 
 from jquant.graph.float import evaluate_float
@@ -96,16 +96,20 @@ def check(model, shape):
     assert graph.inputs[0].shape[0] is None
 
 
+def load():
+    """transformers, which imports torchvision for pictures where it is there."""
+    vision_packages.load("torchvision")
+    return vision_packages.load("transformers")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name):
-    import transformers
-
+    transformers = load()
     config, options, shape = MODELS[name]
     check(getattr(transformers, name)(getattr(transformers, f"{config}Config")(**options)), shape)
 
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_model_with_a_backbone(name):
-    import transformers
-
+    transformers = load()
     check(getattr(transformers, name)(COMPOSED[name](transformers)), IMAGES)

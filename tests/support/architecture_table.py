@@ -151,6 +151,7 @@ def of_packages() -> Iterator[Net]:
         return images(lambda: timm.create_model(name, pretrained=False), 64)
 
     def of_transformers(name: str) -> Loaded:
+        vision_packages.load("torchvision")  # which transformers imports for pictures, where it is there
         import transformers
 
         if name in words.COMPOSED:
