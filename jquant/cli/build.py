@@ -1,7 +1,7 @@
 """Towards a program: `inspect`, `check`, `calibrate`, `quantize`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +14,15 @@ from jquant.cli.models import (
     Checkpoint,
     Config,
     DataOption,
+    Devices,
+    Microbatch,
     ModelPath,
     Output,
     Samples,
     Shape,
     load_model,
     load_state_of,
+    mesh_of,
     used_on,
 )
 from jquant.cli.settings import Settings, read_settings
@@ -114,6 +117,8 @@ def calibrate(
     shape: Shape = None,
     batch: Batch = 16,
     samples: Samples = None,
+    microbatch: Microbatch = None,
+    devices: Devices = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -124,11 +129,11 @@ def calibrate(
     jquant calibrate net.py:make --checkpoint net.pth --config q.toml --data images/ -o net.jqs
     jquant calibrate net.jqs --config other.toml --data calibration.npz --samples 100 -o net.jqs
     """
-    console = Console(json, quiet, verbose)
+    console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     check_data(data)
     check_file(output)
     state, settings = load_state_of(model, config, checkpoint, shape)
-    state = _calibrated(state, settings, data, batch, samples)
+    state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
     save_state(output, state)
     calibrated = state.calibrated()
     console.text(describe(calibrated))
@@ -148,6 +153,8 @@ def quantize(
     report: Annotated[Path | None, typer.Option(help="Also write a report into this folder.")] = None,
     batch: Batch = 16,
     samples: Samples = None,
+    microbatch: Microbatch = None,
+    devices: Devices = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -158,7 +165,7 @@ def quantize(
     jquant quantize net.py:make --checkpoint net.pth -c q.toml -d images/ -o net.jq --report out/
     jquant quantize trained.jqs -o net.jq
     """
-    console = Console(json, quiet, verbose)
+    console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     if data is not None:
         check_data(data)
     check_file(output)
@@ -169,7 +176,7 @@ def quantize(
         check_packages("--report", "jinja2", "matplotlib")
     state, settings = load_state_of(model, config, checkpoint, shape)
     if data is not None and state.trained is None:
-        state = _calibrated(state, settings, data, batch, samples)
+        state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
     program = lower(state.calibrated())
     if report is not None and data is not None:
         from jquant.cli.measure import write_reports
@@ -182,7 +189,8 @@ def quantize(
     console.value({"output": output, "report": report, "march": program.target.name, "nodes": len(program.formats)})
 
 
-def _calibrated(state: State, settings: Settings, data: str, batch: int, samples: int | None) -> State:
+def _calibrated(state: State, settings: Settings, data: str, batch: int, samples: int | None, **options: Any) -> State:
+    """`options` as for `jq.calibrate`."""
     found = load_data(data, state.graph, settings.image)
-    calibrated = jq.calibrate(state.prepared(), found.inputs(batch, samples))
+    calibrated = jq.calibrate(state.prepared(), found.inputs(batch, samples), **options)
     return used_on(state, settings, data).with_model(calibrated, trained=False)

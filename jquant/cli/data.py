@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -15,6 +16,7 @@ import numpy as np
 from jquant.cli.settings import ImageSettings
 from jquant.types import Array, FormatError, Graph, InputError
 
+DECODERS = 8  # threads; more than cores, since they wait for files
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 
 Batch = tuple[tuple[np.ndarray, ...], np.ndarray | None]
@@ -24,17 +26,30 @@ Batch = tuple[tuple[np.ndarray, ...], np.ndarray | None]
 class Data:
     """Batches, read again at every pass.
 
-    `read(size) -> batches` of (inputs, labels or None); `count` is the number of samples where it is known
+    `read(size)`  batches of (inputs, labels or None), in order
+    `count`       the number of samples, where it is known
+    `take(order, size)`  batches of the samples with these numbers, in this order; None where data are read from the
+                  front only
+    `by_class`    True where neighbours are often of one class, so that a part is taken evenly from all
     """
 
     read: Callable[[int], Iterator[Batch]]
     count: int | None
     labelled: bool
+    take: Callable[[np.ndarray, int], Iterator[Batch]] | None = None
+    by_class: bool = False
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[Batch]:
-        """Batches of up to `size` samples, `limit` samples at most; equal ones where that is near, see `even_size`."""
-        seen = 0
-        for inputs, labels in self.read(self.even_size(size, limit)):
+        """Batches of up to `size` samples, `limit` samples at most; equal ones where that is near, see `even_size`.
+
+        Fewer than there are: the first ones, or of a folder of pictures every second, third or n-th.
+        """
+        size, seen = self.even_size(size, limit), 0
+        count = self.count
+        if self.take is not None and self.by_class and limit is not None and count is not None and limit < count:
+            yield from self.take(np.arange(limit) * count // limit, size)
+            return
+        for inputs, labels in self.read(size):
             room = len(inputs[0]) if limit is None else min(len(inputs[0]), limit - seen)
             if room <= 0:
                 return
@@ -109,12 +124,16 @@ def _arrays(found: Any, graph: Graph, source: str) -> Data:
     inputs, labels = split(found, graph, source)
     count = len(inputs[0])
 
-    def read(size: int) -> Iterator[Batch]:
-        for i in range(0, count, size):
-            part = slice(i, i + size)
-            yield tuple(x[part] for x in inputs), None if labels is None else labels[part]
+    def of(part: Any) -> Batch:
+        return tuple(x[part] for x in inputs), None if labels is None else labels[part]
 
-    return Data(read, count, labels is not None)
+    def read(size: int) -> Iterator[Batch]:
+        return (of(slice(i, i + size)) for i in range(0, count, size))
+
+    def take(order: np.ndarray, size: int) -> Iterator[Batch]:
+        return (of(order[i : i + size]) for i in range(0, len(order), size))
+
+    return Data(read, count, labels is not None, take)
 
 
 def split(found: Any, graph: Graph, source: str) -> Batch:
@@ -209,12 +228,30 @@ def _folder(folder: Path, image: ImageSettings) -> Data:
         raise FormatError(f"{folder}: no pictures ({', '.join(PICTURES)}) in it or its folders")
     labels = _labels(folder, paths, image)
 
-    def read(size: int) -> Iterator[Batch]:
-        for i in range(0, len(paths), size):
-            batch = np.stack([read_image(path, image) for path in paths[i : i + size]])
-            yield (batch,), None if labels is None else labels[i : i + size]
+    def take(order: np.ndarray, size: int) -> Iterator[Batch]:
+        pictures = _decoded([paths[i] for i in order], image, size)
+        for start, pixels in zip(range(0, len(order), size), pictures, strict=True):
+            yield (pixels,), None if labels is None else labels[order[start : start + size]]
 
-    return Data(read, len(paths), labels is not None)
+    return Data(partial(take, np.arange(len(paths))), len(paths), labels is not None, take, by_class=True)
+
+
+def _decoded(paths: list[Path], image: ImageSettings, size: int) -> Iterator[np.ndarray]:
+    """Batches of pictures, decoded in threads ahead of their use."""
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError("folders of pictures need grain: pip install 'jquant[cli]'") from error
+    options = grain.ReadOptions(num_threads=DECODERS, prefetch_buffer_size=2 * size)
+    pictures = grain.MapDataset.source(paths).map(lambda path: read_image(path, image)).to_iter_dataset(options)
+    yield from pictures.batch(size, drop_remainder=False, batch_fn=_stacked)
+
+
+def _stacked(pictures: list[np.ndarray]) -> np.ndarray:
+    if len(shapes := {picture.shape for picture in pictures}) > 1:
+        shown = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
+        raise FormatError(f"pictures of several sizes, {shown}; set image.resize and image.crop")
+    return np.stack(pictures)
 
 
 def _labels(folder: Path, paths: list[Path], image: ImageSettings) -> np.ndarray | None:
@@ -235,9 +272,11 @@ def read_image(path: Path, image: ImageSettings) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("pictures need pillow: pip install pillow") from error
+        raise ImportError("pictures need pillow: pip install 'jquant[cli]'") from error
     try:
         with Image.open(path) as opened:
+            if image.draft and (least := _least_size(image)):
+                opened.draft(None, least)
             picture = opened.convert("L" if image.color == "gray" else "RGB")
     except OSError as error:
         raise FormatError(f"{path}: not a readable picture: {error}") from error
@@ -250,6 +289,14 @@ def read_image(path: Path, image: ImageSettings) -> np.ndarray:
             raise FormatError(f"image.{name} has {len(getattr(image, name))} numbers for {channels} channels")
     real = (real / np.float32(image.divisor) - np.array(image.mean, np.float32)) / np.array(image.std, np.float32)
     return real.transpose(2, 0, 1) if image.layout == "nchw" else real
+
+
+def _least_size(image: ImageSettings) -> tuple[int, int] | None:
+    """The width and height that a JPEG has to have for `_resize`; None where it is taken as it is."""
+    if image.resize is None:
+        return None
+    height, width = image.resize if isinstance(image.resize, tuple) else (image.resize, image.resize)
+    return width, height
 
 
 def _resize(picture: Any, image: ImageSettings) -> Any:

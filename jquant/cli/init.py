@@ -55,6 +55,7 @@ ABOUT = {
     "std": "",
     "layout": "nchw or nhwc",
     "labels": "folders: one a class, by name; stem: the file names are class numbers",
+    "draft": "true: JPEGs are decoded at 1/2, 1/4 or 1/8 where resize leaves no more",
     "epochs": "",
     "batch": "samples a step",
     "loss": "cross_entropy, mse, l1, or module:function of (outputs, labels)",

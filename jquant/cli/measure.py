@@ -2,21 +2,35 @@
 
 import json as json_text
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jquant import targets
 from jquant.cli.arguments import check_choice, check_file, check_folder, check_packages
 from jquant.cli.console import Console, Json, Quiet, UnmetError, UsageError, Verbose, command, plain, replacing
 from jquant.cli.data import Data, check_data, load_data, load_object, read_arrays
-from jquant.cli.models import Batch, Config, DataOption, ModelPath, Output, Samples, load_state_of, load_with_settings
+from jquant.cli.models import (
+    Batch,
+    Config,
+    DataOption,
+    Devices,
+    ModelPath,
+    Output,
+    Samples,
+    load_state_of,
+    load_with_settings,
+    mesh_of,
+)
 from jquant.cli.settings import image_to_toml, joined_image
 from jquant.cli.state import State
 from jquant.evaluation.loop import Evaluation
@@ -24,6 +38,7 @@ from jquant.evaluation.loop import evaluate as evaluate_on
 from jquant.evaluation.metrics import Accuracy, Agreement, HostMean, first_output
 from jquant.evaluation.sources import Source, sources_of
 from jquant.graph.float import evaluate_float
+from jquant.host.growing import GrowingArray
 from jquant.host.progress import track
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
@@ -56,6 +71,7 @@ def evaluate(
         Path | None,
         typer.Option(help="A file for the counts so far: a command that was stopped goes on behind them."),
     ] = None,
+    devices: Devices = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -67,7 +83,7 @@ def evaluate(
     jquant eval net.jq --data images/ --config q.toml --at-least 71.5
     jquant eval seg.jqs --data loader.py:batches --metric metrics.py:mean_iou
     """
-    console = Console(json, quiet, verbose)
+    console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     check_data(data)
     for name in mode or ():
         check_mode(name)
@@ -75,7 +91,7 @@ def evaluate(
     loaded = load_data(data, source.graph, settings.image)
     if metric is not None and not loaded.labelled:
         raise UsageError("--metric needs labels, and the data has none")
-    what, found = _evaluated(source, mode, loaded, batch, samples, metric=metric, position=position)
+    what, found = _evaluated(source, mode, loaded, batch, samples, metric=metric, position=position, mesh=mesh)
     figures = {name: float(each[what]) for name, each in found.modes.items()}
     rows = [{"mode": name, what: figure, "samples": found.samples} for name, figure in figures.items()]
     console.rows(rows)
@@ -94,6 +110,7 @@ def _evaluated(
     *,
     metric: str | None = None,
     position: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[str, Evaluation]:
     """The metric (`module:function`, top-1, or agreement where labels are missing) and its figures."""
     what = metric or ("top-1 %" if data.labelled else "agreement with float %")
@@ -107,6 +124,7 @@ def _evaluated(
         inputs=_inputs_of,
         total=_steps(data, batch, samples),
         position=position,
+        mesh=mesh,
     )
 
 
@@ -168,6 +186,7 @@ def run(
     config: Config = None,
     batch: Batch = 32,
     samples: Samples = None,
+    devices: Devices = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -178,7 +197,7 @@ def run(
     jquant run net.jq --data test.npz -o outputs.npz
     jquant run net.jq --data images/ --config q.toml --raw --taps -o values.npz
     """
-    console = Console(json, quiet, verbose)
+    console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     check_data(data)
     check_file(output, suffixes=(".npz",))
     found, settings = load_with_settings(model, config)
@@ -186,20 +205,30 @@ def run(
     loaded = load_data(data, program.graph, settings.image)
     host = replace(program, scales=to_host(program.scales))  # real values are made here, without compiling a product
     names = program.graph.values if taps else program.graph.outputs
-    collected: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for inputs, _ in track(loaded.batches(batch, samples), "running", _steps(loaded, batch, samples)):
-        values = to_host(integers.run_with_taps(program, *map(jnp.asarray, inputs)))
-        values = {name: values[name] for name in names}
-        for name, value in (values if raw else integers.dequantize_values(host, values)).items():
-            collected[name].append(np.asarray(value))
-    arrays = {name: np.concatenate(parts) for name, parts in collected.items()}
-    with replacing(output) as path, path.open("wb") as file:
+    with replacing(output) as path, path.open("wb") as file, ExitStack() as stack:
+        growing = {name: stack.enter_context(GrowingArray(path.parent)) for name in names}
+        for inputs, _ in track(loaded.batches(batch, samples), "running", _steps(loaded, batch, samples)):
+            count = len(inputs[0])
+            found_here = integers.run_with_taps(program, *(_spread(x, mesh) for x in inputs))
+            values = {name: value[:count] for name, value in to_host(found_here).items() if name in names}
+            for name, value in (values if raw else integers.dequantize_values(host, values)).items():
+                growing[name].append(np.asarray(value))
+        arrays = {name: each.array() for name, each in growing.items()}
         np.savez(file, **arrays)  # type: ignore[arg-type]
     console.rows([{"name": n, "shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()])
     console.wrote(output)
     console.value(
         {"output": output, "values": {n: {"shape": a.shape, "dtype": str(a.dtype)} for n, a in arrays.items()}}
     )
+
+
+def _spread(array: np.ndarray, mesh: Mesh | None) -> Any:
+    """A batch on the devices, its last sample repeated until they have equally many."""
+    if mesh is None:
+        return jnp.asarray(array)
+    missing = -len(array) % mesh.size
+    whole = np.concatenate((array, np.repeat(array[-1:], missing, axis=0))) if missing else array
+    return jax.device_put(whole, NamedSharding(mesh, PartitionSpec("data")))
 
 
 @command

@@ -4,7 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
+import numpy as np
 import typer
+from jax.sharding import Mesh
 
 from jquant.cli.console import UsageError
 from jquant.cli.data import load_object
@@ -41,6 +44,10 @@ DataOption = Annotated[
 Batch = Annotated[int, typer.Option(min=1, help="Samples at once.")]
 Samples = Annotated[int | None, typer.Option(min=1, help="Use this many samples at most.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+Devices = Annotated[int | None, typer.Option(min=1, help="Spread each batch over this many devices of the machine.")]
+Microbatch = Annotated[
+    int | None, typer.Option(min=1, help="Samples that one device sees at once: less memory, and the same result.")
+]
 
 
 _WEIGHTS = "--checkpoint, beside a MODEL of the form module:function that makes the network"
@@ -151,6 +158,22 @@ def _shape(text: str) -> tuple[int, ...]:
     if min(size) < 1:
         raise UsageError(f"--shape {text!r}: sizes are positive")
     return size
+
+
+def mesh_of(devices: int | None) -> Mesh | None:
+    """The first devices of this machine, along the axis "data"; None for what JAX does by itself.
+
+    Raises:
+      UsageError: there are not so many.
+    """
+    if devices is None:
+        return None
+    known = jax.local_devices()
+    if devices > len(known):
+        platform = known[0].platform
+        more = " (XLA_FLAGS=--xla_force_host_platform_device_count makes more of a CPU)" if platform == "cpu" else ""
+        raise UsageError(f"--devices {devices}: this machine has {len(known)} of platform {platform}{more}")
+    return Mesh(np.array(known[:devices]), ("data",))
 
 
 def used_on(state: State, settings: Settings, data: str) -> State:

@@ -18,6 +18,7 @@ mean = [0.485, 0.456, 0.406]
 std = [0.229, 0.224, 0.225]
 layout = "nchw"            # or "nhwc"
 labels = "folders"         # or "stem": the file names are class numbers
+draft = false              # true: JPEGs are decoded at 1/2, 1/4 or 1/8 where resize leaves no more
 
 [train]                    # jquant train
 epochs = 2
@@ -54,7 +55,11 @@ COLORS = ("rgb", "bgr", "gray", "yuv444", "yuv444_studio")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """How a picture becomes an input, in this order: resize, crop, colour, divisor, mean and std, layout."""
+    """How a picture becomes an input, in this order: resize, crop, colour, divisor, mean and std, layout.
+
+    `draft` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size where `resize` makes it no larger. That is faster, and
+    the pixels are others.
+    """
 
     resize: int | tuple[int, int] | None = None
     crop: int | tuple[int, int] | None = None
@@ -64,6 +69,7 @@ class ImageSettings:
     std: tuple[float, ...] = (1.0,)
     layout: str = "nchw"
     labels: str = "folders"
+    draft: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +243,10 @@ def _value(where: str, key: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(default, FrozenMap):
         return _times(where, value)
+    if type(default) is bool:
+        if type(value) is not bool:
+            raise FormatError(f"{where} must be true or false; not {value!r}")
+        return value
     if key in ("resize", "crop"):
         size = value if isinstance(value, list) else [value]
         if len(size) not in (1, 2) or not all(type(n) is int and n > 0 for n in size):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,16 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from jax.sharding import Mesh
 
 from jquant.cli.arguments import check_file, check_folder, check_picture, check_space
 from jquant.cli.console import Console, Json, Quiet, UsageError, Verbose, command
 from jquant.cli.data import Data, check_data, load_data
 from jquant.cli.losses import Loss, check_labels, loss_of
-from jquant.cli.models import Config, DataOption, ModelPath, Output, load_state_of, used_on
+from jquant.cli.models import Config, DataOption, Devices, ModelPath, Output, load_state_of, mesh_of, used_on
 from jquant.cli.settings import TrainSettings
 from jquant.cli.state import save_state
 from jquant.host.progress import track
+from jquant.host.termination import TERMINATED, noting_termination
 from jquant.meanings.apply import apply
+from jquant.meanings.meaning import Mode
 from jquant.training import (
     History,
     TrainingError,
@@ -35,13 +38,15 @@ from jquant.training import (
     plot_curves,
     step_decay,
 )
+from jquant.training.checkpoint import Checkpoints
 from jquant.training.state import TrainState
 from jquant.training.switching import Switches, check_switches, switches
-from jquant.types import Array, InputError, Model
+from jquant.types import Array, InputError, JQuantError, Model
 
 Batch = tuple[tuple[Array, ...], Array]  # inputs, labels
 MOMENTS = 4  # times the parameters: a checkpoint with an optimizer's moments, and one more that is being written
 DIVERGED = 1.5  # times the loss before training and 0.1; an epoch on the way may go further up
+WINDOW = 32  # batches that are shuffled together, of data that have no end to see
 LOOK_EVERY = 20  # steps between looks at the loss, which wait for the device
 
 
@@ -56,6 +61,10 @@ def train(
         Path | None,
         typer.Option(help="A folder that is written to after every epoch; training goes on from what is in it."),
     ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Also write to --checkpoints after this many steps of an epoch.")
+    ] = None,
+    devices: Devices = None,
     curves: Annotated[Path | None, typer.Option(help="A picture of the loss and metrics: PNG, SVG or PDF.")] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -68,17 +77,20 @@ def train(
     parameters and scales; interrupted, none is. Each epoch prints its mean loss. Training that diverges is an error;
     the state of its best epoch is written, if one was better than the calibrated model. Tables [train.values],
     [train.weights] and [train.observers] say by pattern in which steps fake-quant and observers are on: "*" = 1000 from
-    step 1000 on, [0, 500] before step 500, false never.
+    step 1000 on, [0, 500] before step 500, false never. With --checkpoints, SIGTERM ends training after the step that
+    runs, with a checkpoint of it (exit code 143), and the same command goes on behind it.
 
     \b
     jquant train net.jqs --config q.toml --data train.npz -o trained.jqs
     jquant train net.jqs -c q.toml -d train.npz -o trained.jqs --checkpoints run --curves run.png
     """
-    console = Console(json, quiet, verbose)
+    console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     check_data(data)
     check_file(output)
     check_picture(curves, "--curves")
     check_folder(checkpoints, "--checkpoints")
+    if checkpoint_every is not None and checkpoints is None:
+        raise UsageError("--checkpoint-every needs --checkpoints")
     state, settings = load_state_of(model, config)
     calibrated = state.calibrated()
     size = sum(array.nbytes for array in (*state.params.values(), *calibrated.params.values()))
@@ -89,16 +101,21 @@ def train(
         raise UsageError("training needs labels: class folders, or an array 'y'")
     recipe = settings.train if epochs is None else replace(settings.train, epochs=epochs)
     switched = _switches_of(calibrated, recipe)
-    run = Run(calibrated, loaded, recipe, loss_of(recipe.loss, recipe.ignore_label), switched)
-    before, in_float = run.measure(calibrated), run.measure(calibrated, mode="float")
+    if mesh is not None and recipe.batch % mesh.size:
+        raise UsageError(f"train.batch is {recipe.batch}; with --devices {mesh.size} it must be a multiple")
+    run = Run(calibrated, loaded, recipe, loss_of(recipe.loss, recipe.ignore_label), switched, mesh)
+    before, in_float = run.measure(calibrated, ("fake_quant", "float"))
     _alarm(console, before["loss"], in_float["loss"])
     best = Best(before["loss"])
     try:
-        trained, history = run.train(console, checkpoints, best)
-        after = run.measure(trained.model)
+        trained, history = run.train(console, checkpoints, best, checkpoint_every)
+        (after,) = run.measure(trained.model, ("fake_quant",))
         run.check(after["loss"], best)
     except TrainingError as error:
         raise TrainingError(f"{error}. {_kept(best, state, output)}") from error
+    except StoppedError as stopped:
+        console.warn(str(stopped))
+        raise typer.Exit(TERMINATED) from None
     save_state(output, used_on(state, settings, data).with_model(trained.model, trained=True))
     if run.switches is not None and (off := _not_quantized(run.switches, int(trained.step) - 1)):
         console.warn(
@@ -170,6 +187,37 @@ def _alarm(console: Console, loss: float, float_loss: float) -> None:
         console.warn(str(error))
 
 
+class StoppedError(JQuantError):
+    """Training was asked to stop, and what it had reached is on disk."""
+
+
+@dataclass(frozen=True)
+class Saves:
+    """When a checkpoint is written: after an epoch, every so many steps of it, and where the process is to end."""
+
+    kept: Checkpoints
+    every: int | None
+    is_asked: Callable[[], bool]
+
+    def after_step(self, state: TrainState, epoch: int, batch: int) -> None:
+        """Of the steps of an epoch, counted from 1.
+
+        Raises:
+          StoppedError: SIGTERM came.
+        """
+        stops = self.is_asked()
+        if stops or (self.every is not None and batch % self.every == 0):
+            self.kept.save(state, position={"epoch": epoch, "batch": batch})
+        if stops:
+            raise StoppedError(
+                f"stopped by SIGTERM after step {int(state.step)}, which is in {self.kept.directory}; the same command "
+                "goes on behind it"
+            )
+
+    def after_epoch(self, state: TrainState, epoch: int) -> None:
+        self.kept.save(state, position={"epoch": epoch + 1, "batch": 0})
+
+
 @dataclass(frozen=True)
 class Run:
     """What a training is made of, before it has a state."""
@@ -179,44 +227,69 @@ class Run:
     recipe: TrainSettings
     loss: Loss
     switches: Switches | None = None
+    mesh: Mesh | None = None
 
-    def train(self, console: Console, folder: Path | None, best: Best) -> tuple[TrainState, History]:
+    def train(
+        self, console: Console, folder: Path | None, best: Best, every: int | None = None
+    ) -> tuple[TrainState, History]:
         """The trained state, and the metrics of the steps that were looked at.
 
         Raises:
           TrainingError: a loss that is not finite, or far above that before training.
+          StoppedError: SIGTERM came, and a checkpoint was written.
         """
         step = self._make_step()
-        state, first, history = TrainState.create(self.model, tx=self._optimizer()), 0, History()
+        state, epoch, behind, history = TrainState.create(self.model, tx=self._optimizer()), 0, 0, History()
         with nullcontext() if folder is None else closing(open_checkpoints(folder, self.model)) as kept:
-            if kept is not None and (found := kept.restore(state)) is not None:
-                state, first = found.state, int(found.position["epoch"])
-                console.note(f"going on after epoch {first}, from {folder}")
-            for epoch in range(first, self.recipe.epochs):
-                state = self._epoch(console, step, state, epoch, history, best)
-                if kept is not None:
-                    kept.save(state, position={"epoch": epoch + 1})
+            if kept is None:
+                for epoch in range(self.recipe.epochs):
+                    state = self._epoch(console, step, state, epoch, history, best)
+                return state, history
+            if (found := kept.restore(state)) is not None:
+                state, epoch, behind = found.state, found.position["epoch"], found.position.get("batch", 0)
+                where = f"batch {behind} of epoch {epoch + 1}" if behind else f"epoch {epoch}"
+                console.note(f"going on after {where}, from {folder}")
+            with noting_termination() as is_asked:
+                saves = Saves(kept, every, is_asked)
+                for number in range(epoch, self.recipe.epochs):
+                    state = self._epoch(console, step, state, number, history, best, saves, behind)
+                    behind = 0
+                    saves.after_epoch(state, number)
         return state, history
 
     def _make_step(self) -> Callable[..., Any]:
         """`step(state, batch) -> (state, metrics)`."""
-        step = make_step(self._objective, inputs=_inputs_of, mode=self.recipe.mode, donate=False)
+        slices = 1 if self.mesh is None else self.mesh.size
+        options: dict[str, Any] = {"inputs": _inputs_of, "mode": self.recipe.mode, "donate": False}
+        step = make_step(self._objective, slices=slices, mesh=self.mesh, **options)
         return step if self.switches is None else partial(step, switches=self.switches)
 
     def _epoch(
-        self, console: Console, step: Callable[..., Any], start: TrainState, epoch: int, history: History, best: Best
+        self,
+        console: Console,
+        step: Callable[..., Any],
+        start: TrainState,
+        epoch: int,
+        history: History,
+        best: Best,
+        saves: Saves | None = None,
+        behind: int = 0,
     ) -> TrainState:
+        """The batches of an epoch that come after `behind` others."""
         state, metrics, seen, clock = start, {}, 0, time.perf_counter()
         totals: dict[str, Any] = {}
         name = f"epoch {epoch + 1} of {self.recipe.epochs}"
-        for count, batch in enumerate(track(self._batches(epoch), name, self._steps()), 1):
+        batches = track(self._batches(epoch, behind), name, max(self._steps - behind, 0))
+        for count, batch in enumerate(batches, behind + 1):
             state, metrics = step(state, batch)
+            if saves is not None:
+                saves.after_step(state, epoch, count)
             seen += len(batch[1])
             totals = {name: totals.get(name, 0.0) + value * len(batch[1]) for name, value in metrics.items()}
             if count % LOOK_EVERY == 0:
-                self._look(start, epoch, state, metrics, history)
+                self._look(start, (epoch, behind), state, metrics, history)
         if seen:
-            self._look(start, epoch, state, metrics, history)
+            self._look(start, (epoch, behind), state, metrics, history)
             means = {key: float(total) / seen for key, total in totals.items()}
             words = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
             console.progress(f"epoch {epoch + 1}: {words}, {seen / (time.perf_counter() - clock):.0f} samples a second")
@@ -235,20 +308,22 @@ class Run:
                 "= 1.0, and take SGD with steps instead of OneCycle or warm-up (jq.analysis.nan_checklist)"
             )
 
-    def _look(self, start: TrainState, epoch: int, state: TrainState, metrics: Any, history: History) -> None:
-        """Records the metrics of the last step.
+    def _look(
+        self, start: TrainState, place: tuple[int, int], state: TrainState, metrics: Any, history: History
+    ) -> None:
+        """Records the metrics of the last step; `start` stood at a batch of an epoch.
 
         Raises:
           TrainingError: a loss that is not finite, with the node where that began.
         """
         found = {name: float(value) for name, value in metrics.items()}
         if not math.isfinite(found["loss"]):
-            raise TrainingError(f"the loss is {found['loss']} in epoch {epoch + 1}{self._cause(start, epoch)}")
+            raise TrainingError(f"the loss is {found['loss']} in epoch {place[0] + 1}{self._cause(start, *place)}")
         if not history.metrics or history.metrics["loss"][-1][0] != int(state.step):
             history.append(int(state.step), found)
 
-    def _cause(self, start: TrainState, epoch: int) -> str:
-        """The epoch once more, step by step, to the first value that is not finite."""
+    def _cause(self, start: TrainState, epoch: int, behind: int) -> str:
+        """These steps once more, one by one, to the first value that is not finite."""
         step = self._make_step()
 
         def with_loss(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
@@ -258,7 +333,7 @@ class Run:
         found = find_first_nan(
             with_loss,
             start,
-            self._batches(epoch),
+            self._batches(epoch, behind),
             loss=lambda outputs, batch: self._objective(outputs, batch)[0],
             inputs=_inputs_of,
             mode=self.recipe.mode,
@@ -266,19 +341,21 @@ class Run:
         where = "" if found is None else f": {found}"
         return f"{where}. Lower learning_rate, or set clip = 1.0 in [train]"
 
-    def measure(self, model: Model, mode: Any = "fake_quant") -> dict[str, float]:
-        """The loss and metrics over all data, a mean over samples."""
-        totals: dict[str, float] = {}
-        count = 0
-        for inputs, labels in self._checked(self.data.batches(self.recipe.batch)):
-            outputs = apply(model, *map(jnp.asarray, inputs), mode=mode)
-            if count == 0:
-                check_labels(self.recipe.loss, labels, outputs, self.recipe.ignore_label)
-            loss, metrics = self._measured(outputs, _as_labels(labels))
-            for name, value in {"loss": loss, **metrics}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * len(labels)
-            count += len(labels)
-        return {name: total / count for name, total in totals.items()}
+    def measure(self, model: Model, modes: Sequence[Mode]) -> list[dict[str, float]]:
+        """Of each mode the loss and metrics over all data, a mean over samples. The data are read once."""
+        totals: list[dict[str, float]] = [{} for _ in modes]
+        samples = 0
+        for inputs, labels in track(self._checked(self.data.batches(self.recipe.batch)), "measuring", self._steps):
+            arrays, wanted = [jnp.asarray(x) for x in inputs], _as_labels(labels)
+            for mode, total in zip(modes, totals, strict=True):
+                outputs = apply(model, *arrays, mode=mode)
+                if samples == 0:
+                    check_labels(self.recipe.loss, labels, outputs, self.recipe.ignore_label)
+                loss, metrics = self._measured(outputs, wanted)
+                for name, value in {"loss": loss, **metrics}.items():
+                    total[name] = total.get(name, 0.0) + float(value) * len(labels)
+            samples += len(labels)
+        return [{name: value / samples for name, value in total.items()} for total in totals]
 
     @cached_property
     def _measured(self) -> Loss:
@@ -289,7 +366,7 @@ class Run:
         return self.loss(outputs, batch[1])
 
     def _optimizer(self) -> Any:
-        recipe, steps = self.recipe, self.recipe.epochs * self._steps()
+        recipe, steps = self.recipe, self.recipe.epochs * self._steps
 
         def schedule(rate: float) -> Any:
             match recipe.schedule:
@@ -309,19 +386,39 @@ class Run:
             clip=recipe.clip or None,
         )
 
+    @cached_property
     def _steps(self) -> int:
-        """Of an epoch."""
-        count = self.data.count or sum(len(x[0]) for x, _ in self.data.batches(256))
-        return max(1, math.ceil(count / self.recipe.batch))
+        """Of an epoch. Where only reading tells, all data are read once for it."""
+        count = self.data.count
+        if count is None:
+            count = sum(len(inputs[0]) for inputs, _ in track(self.data.batches(256), "counting the samples"))
+        return max(1, count // self.recipe.batch if self.mesh is not None else math.ceil(count / self.recipe.batch))
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
-        """In another order every epoch; samples are shuffled within a window of 32 batches."""
+    def _batches(self, epoch: int, behind: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch without the first ones, in another order every epoch.
+
+        All samples are shuffled. Of data that are read from the front only, they are so within a window of 32 batches.
+        On several devices a smaller batch at the end is left out: it cannot be spread evenly.
+        """
+        size = self.recipe.batch
+        for inputs, labels in self._shuffled(epoch, behind):
+            if self.mesh is None or len(labels) == size:
+                yield tuple(map(jnp.asarray, inputs)), _as_labels(labels)
+
+    def _shuffled(self, epoch: int, behind: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
         rng, size = np.random.default_rng([self.recipe.seed, epoch]), self.recipe.batch
-        for inputs, labels in self._checked(self.data.read(32 * size)):
+        if self.data.take is not None and self.data.count is not None:
+            order = rng.permutation(self.data.count)[behind * size :]
+            yield from self._checked(self.data.take(order, size))
+            return
+        for inputs, labels in self._checked(self.data.read(WINDOW * size)):
             order = rng.permutation(len(labels))
             for i in range(0, len(order), size):
                 part = order[i : i + size]
-                yield tuple(jnp.asarray(x[part]) for x in inputs), _as_labels(labels[part])
+                if behind > 0:
+                    behind -= 1
+                    continue
+                yield tuple(x[part] for x in inputs), labels[part]
 
     def _checked(self, batches: Any) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
         for inputs, labels in batches:

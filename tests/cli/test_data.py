@@ -1,5 +1,6 @@
 """What comes in from files: settings, pictures, arrays and states, and what is wrong with them."""
 
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -69,6 +70,70 @@ def test_labels_come_from_folders_or_names(tmp_path: Path) -> None:
     assert not load_data(str(tmp_path), GRAPH, ImageSettings()).labelled
     with pytest.raises(jq.FormatError, match=r"files named by class number"):
         load_data(str(tmp_path), GRAPH, ImageSettings(labels="stem"))
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Six pictures in each of four class folders; picture n is gray of n."""
+    for n in range(24):
+        folder = tmp_path / f"class{n // 6}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.full((4, 6, 3), n, np.uint8)).save(folder / f"{n:02}.png")
+    return tmp_path
+
+
+def test_pictures_are_taken_by_number_and_in_order(classes: Path) -> None:
+    data = load_data(str(classes), GRAPH, ImageSettings(divisor=1.0))
+    order = np.array([23, 0, 7, 7, 12])
+    found = list(data.take(order, 2))
+    assert [batch[0][0][:, 0, 0, 0].tolist() for batch in found] == [[23, 0], [7, 7], [12]]
+    assert [batch[1].tolist() for batch in found] == [[3, 0], [1, 1], [2]]
+    everything = [n for inputs, _ in data.read(7) for n in inputs[0][:, 0, 0, 0].tolist()]
+    assert everything == list(range(24))
+
+
+def test_a_part_of_a_folder_is_of_all_classes(classes: Path) -> None:
+    """Its files are sorted by class: the first ones would be of one class alone."""
+    data = load_data(str(classes), GRAPH, ImageSettings(divisor=1.0))
+    (batch,) = data.batches(8, limit=8)
+    assert batch[1].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert batch[0][0][:, 0, 0, 0].tolist() == [0, 3, 6, 9, 12, 15, 18, 21]
+    np.savez(classes / "x.npz", x=np.arange(8 * 72, dtype=np.float32).reshape(8, 3, 4, 6))
+    arrays = load_data(str(classes / "x.npz"), GRAPH, ImageSettings())
+    assert sum(len(inputs[0]) for inputs, _ in arrays.batches(2, limit=3)) == 3
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_sizes_that_differ_are(classes: Path) -> None:
+    Image.fromarray(np.zeros((5, 6, 3), np.uint8)).save(classes / "class0" / "00.png")
+    with pytest.raises(
+        jq.FormatError, match=r"pictures of several sizes, \[3, 4, 6\] and \[3, 5, 6\]; set image.resize"
+    ):
+        list(load_data(str(classes), GRAPH, ImageSettings()).read(8))
+    (classes / "class0" / "00.png").write_bytes(b"no picture")
+    with pytest.raises(jq.FormatError, match=r"00\.png: not a readable picture"):
+        list(load_data(str(classes), GRAPH, ImageSettings()).read(8))
+
+
+def test_draft_reads_a_jpeg_smaller_where_resize_leaves_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smooth = np.linspace(0, 255, 64).astype(np.uint8)
+    pixels = np.stack([np.broadcast_to(smooth, (64, 64))] * 3, axis=-1)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args: (sizes.append(self.size), resize(self, *args))[1])
+    plain, draft = (read_image(tmp_path / "a.jpg", ImageSettings(resize=16, draft=d)) for d in (False, True))
+    read_image(tmp_path / "a.jpg", ImageSettings(resize=(16, 40), draft=True))
+    assert sizes == [(64, 64), (16, 16), (64, 64)]  # by 1/4; a width of 40 takes all 64
+    assert plain.shape == draft.shape == (3, 16, 16)
+    assert np.abs(plain - draft).max() < 0.05
+
+
+def test_folders_of_pictures_name_the_package_that_they_need(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(ImportError, match=r"need grain: pip install 'jquant\[cli\]'"):
+        list(load_data(str(classes), GRAPH, ImageSettings()).read(8))
 
 
 @pytest.mark.parametrize(

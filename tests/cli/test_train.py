@@ -1,20 +1,31 @@
 """`jquant train`: its losses against numpy, what it refuses, and a killed run that goes on."""
 
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.small_nets import small_graph, small_net
 from support.terminal import ENVIRONMENT, run_all
 
 from jquant.cli.console import Console
+from jquant.cli.data import Data
 from jquant.cli.losses import check_labels, loss_of
+from jquant.cli.settings import TrainSettings
 from jquant.cli.state import load_state
-from jquant.cli.train import Best, _alarm
+from jquant.cli.train import Best, Run, StoppedError, _alarm
+from jquant.host.termination import noting_termination
 from jquant.types import FormatError, InputError
 
 OWN = """
@@ -190,6 +201,97 @@ def test_the_best_epoch_is_that_of_the_lowest_mean_loss() -> None:
     assert (best.epoch, best.loss, best.state) == (3, 0.6, "state 3")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of samples, and going on
+
+
+def run_of(data: Data, **recipe: Any) -> Run:
+    model, _ = small_net()
+    settings = TrainSettings(batch=4, epochs=2, **recipe)
+    return Run(model, data, settings, loss_of(settings.loss, settings.ignore_label))
+
+
+def arrays_of(count: int) -> Data:
+    """Samples whose first pixel is their number; labels in order, as files sorted by class have them."""
+    x = np.random.default_rng(0).normal(size=(count, 3, 8, 8)).astype(np.float32)
+    x[:, 0, 0, 0] = np.arange(count)
+    labels = np.arange(count) * 5 // count
+    graph = small_graph()[0]
+
+    def of(part: Any) -> Any:
+        return (x[part],), labels[part]
+
+    def take(order: np.ndarray, size: int) -> Any:
+        return (of(order[i : i + size]) for i in range(0, len(order), size))
+
+    assert graph.inputs[0].shape == (None, 3, 8, 8)
+    return Data(lambda size: take(np.arange(count), size), count, True, take)
+
+
+def numbers(batches: Any) -> list[int]:
+    return [int(n) for inputs, _ in batches for n in np.asarray(inputs[0])[:, 0, 0, 0]]
+
+
+def test_all_samples_are_shuffled_and_not_a_window_of_neighbours() -> None:
+    run = run_of(arrays_of(1000))
+    first, second = (numbers(run._batches(epoch)) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(1000))
+    assert first != second
+    labels = np.concatenate([np.asarray(y) for _, y in run._batches(0)])
+    for part in np.split(labels, 10):  # in order, or within a window of 128, some classes would be missing
+        assert set(part) == set(range(5))
+    assert numbers(run._batches(0, behind=3)) == first[12:]
+
+
+def test_data_that_are_read_from_the_front_are_shuffled_within_a_window() -> None:
+    run = run_of(replace(arrays_of(300), take=None))
+    found = numbers(run._batches(0))
+    assert sorted(found[:128]) == list(range(128))
+    assert found[:128] != list(range(128))
+    assert numbers(run._batches(0, behind=33)) == found[132:]
+
+
+def test_sigterm_is_noted_within_and_works_as_before_behind() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with noting_termination() as is_asked:
+        assert not is_asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert is_asked()
+    assert signal.getsignal(signal.SIGTERM) is before
+    with ThreadPoolExecutor(1) as pool:  # where no signal can be taken
+        assert not pool.submit(lambda: noting_termination().__enter__()()).result()
+
+
+def test_a_run_that_is_stopped_within_an_epoch_goes_on_behind_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, console = run_of(arrays_of(18), optimizer="adamw"), Console(quiet=True)  # five steps an epoch
+    whole, _ = run.train(console, None, Best(1.0))
+    asked = iter([False] * 7 + [True] + [False] * 20)
+
+    @contextmanager
+    def noting() -> Any:
+        yield lambda: next(asked)
+
+    monkeypatch.setattr("jquant.cli.train.noting_termination", noting)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM after step 8, which is in"):
+        run.train(console, tmp_path, Best(1.0), 2)
+    kept = {int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()}
+    assert kept == {5, 7, 8}  # the first epoch, two steps into the second one, and the last; three are kept
+    again, _ = run.train(console, tmp_path, Best(1.0), 2)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_data_are_read_once_for_all_modes() -> None:
+    data, passes = arrays_of(12), []
+    counted = replace(data, read=lambda size: (passes.append(size), data.read(size))[1])
+    run = run_of(counted)
+    both = run.measure(run.model, ("fake_quant", "float"))
+    assert passes == [4]
+    assert both == [run.measure(run.model, (mode,))[0] for mode in ("fake_quant", "float")]
+
+
 def train(folder: Path, kept: str, output: str) -> subprocess.Popen[str]:
     arguments = f"train c.jqs -c long.toml -d d/train.npz -o {output} --checkpoints {kept} -v".split()
     command = [sys.executable, "-m", "jquant", *arguments]
@@ -197,17 +299,22 @@ def train(folder: Path, kept: str, output: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(folder: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(folder: Path, number: int, code: int) -> None:
     with train(folder, "whole", "whole.jqs") as whole, train(folder, "killed", "killed.jqs") as killed:
         assert killed.stderr is not None
         next(line for line in killed.stderr if line.startswith("epoch 2:"))
-        killed.send_signal(signal.SIGKILL)
-        assert killed.wait(60) == -signal.SIGKILL
+        killed.send_signal(number)
+        _, last = killed.communicate(timeout=60)
+        assert killed.returncode == code
+        assert ("stopped by SIGTERM after step" in last) == (number == signal.SIGTERM)
         with train(folder, "killed", "killed.jqs") as again:
             _, words = again.communicate(timeout=300)
         _, error = whole.communicate(timeout=300)
     assert (whole.returncode, again.returncode) == (0, 0), error + words
-    first = int(words.split("going on after epoch ")[1].split(",")[0])
-    assert 1 <= first < 12
+    first = re.search(r"going on after (batch \d+ of )?epoch (\d+), ", words)
+    assert first is not None
+    assert 1 <= int(first[2]) <= 12
     assert (folder / "killed.jqs").read_bytes() == (folder / "whole.jqs").read_bytes()
-    shutil.rmtree(folder / "killed")
+    for name in ("killed", "whole"):
+        shutil.rmtree(folder / name)

@@ -43,13 +43,13 @@ class Result(NamedTuple):
         return json.loads(self.out)
 
 
-def run_all(folder: Path, commands: dict[str, str]) -> dict[str, Result]:
+def run_all(folder: Path, commands: dict[str, str], **settings: str) -> dict[str, Result]:
     lines = "".join(json.dumps(line.split()) + "\n" for line in commands.values())
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", DRIVER],
         input=lines,
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | settings,
         capture_output=True,
         text=True,
         timeout=900,
