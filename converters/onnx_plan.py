@@ -21,8 +21,10 @@ from jquant.graph.checks import validate
 from jquant.graph.float import value_shapes, value_types
 from jquant.numerics.namespace import real
 from jquant.numerics.rounding import dequantize, quantize
+from jquant.ops.conv import channel_scale
 from jquant.plan.formats import HIGH_PRECISION
 from jquant.plan.prepare import prepare
+from jquant.plan.scales import scale_of, value_scales
 from jquant.types import (
     MIN_SCALE,
     Array,
@@ -148,7 +150,8 @@ def _static(imported: Imported, target: Target, complete: bool) -> Model:
     plan = _reported(plan, imported, placed, {n for n in plan.trained if n not in known}, missing)
     found = {name: jax.device_put(np.float32(scale)) for name, scale in missing.items()}
     scales = {**known, **found}
-    return Model(plan, params, {name: scales[name] for name in plan.trained if name in scales})
+    qparams = {name: scales[name] for name in plan.trained if name in scales}
+    return Model(plan, params | _biases(plan, params, imported, qparams), qparams)
 
 
 def _dynamic(imported: Imported, target: Target) -> Model:
@@ -547,6 +550,32 @@ def _of_constants(
             continue
         if np.abs(np.asarray(params[key])).max(initial=0) <= float(grid.scale) * plan.spec(node.name).range[1]:
             found[node.name] = jax.device_put(np.asarray(grid.scale, np.float32).reshape(()))
+    return found
+
+
+def _biases(
+    plan: Plan, params: Mapping[str, Array], imported: Imported, qparams: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Real biases whose integers are those of the file, as far as float32 numbers have them.
+
+    A file has the scale of a bias as float32(s_x * s_w), and the chip rounds by the exact product. At 2^24 LSB and more
+    their difference is a step.
+    """
+    scales, found = value_scales(plan, qparams), {}
+    for node in plan.graph.nodes:
+        key, weight = node.params.get("bias", ""), node.params.get("weight", "")
+        grid = imported.weights.get(key)
+        if grid is None or grid.integers is None or weight not in qparams:
+            continue
+        x_scale = scales[node.inputs[0]]
+        same = key in imported.params and np.array_equal(params[key], imported.params[key])  # not folded
+        if x_scale is None or not same:
+            continue
+        assert isinstance(node.op, ops.Conv | ops.ConvTranspose | ops.Linear)
+        w_scale = channel_scale(node.op, scale_of(weight, plan, qparams))
+        step = np.asarray(x_scale, np.longdouble) * np.asarray(w_scale, np.longdouble)
+        if bool((step.astype(np.float32) == grid.scale).all()):
+            found[key] = jax.device_put((grid.integers * step).astype(np.float32))
     return found
 
 

@@ -87,8 +87,10 @@ def _real(call: Call, found: Known, scale: np.ndarray, dtype: str) -> Known:
     integers = found.at[0]
     axis = _axis(call, integers.ndim) if scale.size > 1 else None
     require(axis is None or scale.shape[0] == integers.shape[axis], f"{scale.size} scales")
-    array = (integers.astype(np.float32) * _shaped(call, scale, integers.ndim)).astype(np.float32)
-    grid = Grid(dtype, scale.reshape(-1) if axis is not None else scale.reshape(()), axis)
+    steps = _shaped(call, scale, integers.ndim)
+    array = (integers.astype(np.float64) * steps).astype(np.float32)  # int32 times float32 is exact in float64
+    kept = scale.reshape(-1) if axis is not None else scale.reshape(())
+    grid = Grid(dtype, kept, axis, integers if dtype == "int32" else None)
     return Known((array, array), found.name, grid)
 
 

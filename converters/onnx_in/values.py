@@ -22,11 +22,15 @@ def require(condition: bool, reason: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The integers behind a dequantized constant: its scale, scalar or [channels] along `axis`."""
+    """The integers behind a dequantized constant: its scale, scalar or [channels] along `axis`.
+
+    `integers` of int32 are kept: float32 does not hold all of them, and a bias is rounded again at another scale.
+    """
 
     dtype: str
     scale: np.ndarray
     axis: int | None
+    integers: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -201,6 +201,24 @@ def test_plans_come_back(name, dtype):
     check_integer_round_trip(name, dtype)
 
 
+def test_biases_beyond_24_bits_come_back():
+    """A file has them as int32, at float32(s_x * s_w); float32 holds 24 bits, and the chip has the exact product."""
+    rng = np.random.default_rng(0)
+    params = {
+        "w": jnp.asarray(rng.normal(size=(64, 8)) * 0.003, jnp.float32),
+        "b": jnp.asarray(rng.uniform(-0.1, 0.1, 64), jnp.float32),
+    }
+    node = jq.Node("y", ops.Linear(), ("x",), jq.FrozenMap({"weight": "w", "bias": "b"}))
+    graph = jq.Graph((jq.Input("x", (None, 8)),), (node,), ("y",))
+    qconfig = jq.QConfig({"*": jq.Policy(output=jq.int16(), weight=jq.int8(axis="out"))})
+    model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
+    model = jq.calibrate(model, [jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)])
+    again = model_from_onnx(to_onnx(model), target=model.plan.target)
+    first, second = (np.asarray(jq.lower(m).constants["y"]["bias"]) for m in (model, again))
+    assert (np.abs(first) > 2**24).sum() > 20
+    np.testing.assert_array_equal(second, first)
+
+
 def quantized_by_onnxruntime(name, folder):
     """A float model of ours, quantized by onnxruntime's own tool."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
