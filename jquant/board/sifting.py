@@ -1,19 +1,23 @@
 """Questions, and what they leave of the worlds: values of fields go where an integer of the board is not theirs."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from jquant.board.answers import Answers, Operands, Row
+from jquant.board.answers import Row
+from jquant.board.asking import Question
+from jquant.board.rows import rescaled_of
 from jquant.board.worlds import Worlds, distinct
 from jquant.targets import fields
 
 LIMIT = 40_000  # worlds of one question; more are left to other dumps, which make them fewer
 LISTED = 200  # worlds of a question that can be solved; more are solved together
 SOLVED = 5_000  # what a question costs that is solved, in worlds
+BOXED = 400_000  # worlds of a question that is a rescaled sum, which are laid over the boxes that explain it
+SUMMED = 20_000  # joint values of what a rescaled sum is made of
 SAMPLED = 500  # worlds that are tried to find the nearest of more than LIMIT
 
 # Where a field has a value, others read nothing. Each of its values is tried by itself, without them.
@@ -23,67 +27,6 @@ SWITCHES: Mapping[str, Mapping[Any, tuple[str, ...]]] = {
         False: (),
     }
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One dumped value with its dumped operands: all that it takes to try values of fields on it.
-
-    `where`    (probe, value)
-    `answers`  what it can be, by the values of the fields that it depends on
-    `wanted`   the board's integers
-    """
-
-    where: tuple[str, str]
-    answers: Answers
-    operands: Operands
-    wanted: np.ndarray
-
-    @property
-    def asks(self) -> tuple[str, ...]:
-        return self.answers.asks
-
-    def differing(self, rows: np.ndarray, domains: Sequence[Sequence[Any]]) -> np.ndarray:
-        """How many integers each row of values has wrong; infinity where they make no march.
-
-        Args:
-          rows: [n, asks] positions in `domains`.
-        """
-
-        def values(row: np.ndarray) -> Row:
-            return tuple(domain[i] for domain, i in zip(domains, row, strict=True))
-
-        digests: dict[bytes | None, int] = {}
-        _, lowered = distinct(rows[:, self.answers.lowering])
-        of_lowered = np.array(
-            [digests.setdefault(self._digest(map(values, group)), len(digests)) for group in groups(rows, lowered)]
-        )
-        keys = np.concatenate([of_lowered[lowered][:, None], rows[:, self.answers.evaluation]], axis=1)
-        _, evaluated = distinct(keys)
-        counts = np.array([self.wrong(values(rows[i])) for i in first(evaluated)])
-        return counts[evaluated]
-
-    def _digest(self, rows: Iterable[Row]) -> bytes | None:
-        """That of the constants of rows which lower alike; some of them may be no march."""
-        known = next((row for row in rows if self.answers.is_march(row)), None)
-        return None if known is None else self.answers.digest(known)
-
-    def wrong(self, row: Row) -> float:
-        found = self.answers(row, self.operands)
-        if found is None or found.shape != self.wanted.shape:
-            return math.inf
-        return int(np.count_nonzero(found != self.wanted))
-
-
-def groups(rows: np.ndarray, which: np.ndarray) -> list[np.ndarray]:
-    """The rows of each number of [0, n)."""
-    order = np.argsort(which, kind="stable")
-    return np.split(rows[order], np.flatnonzero(np.diff(which[order])) + 1)
-
-
-def first(which: np.ndarray) -> np.ndarray:
-    """Where each number of [0, n) comes first."""
-    return np.unique(which, return_index=True)[1]
 
 
 @dataclass(frozen=True)
@@ -156,9 +99,18 @@ class Sifted:
     def is_solved(self, question: Question) -> bool:
         """Whether all joint values are tried together, since one by one they are many."""
         solver = question.answers.solver
-        if solver is None or self.worlds.count(self.free(question)) <= LISTED:
+        if self.worlds.count(self.free(question)) <= LISTED:
             return False
+        if solver is None:
+            return self._is_boxed(question)
         return solver.is_within(self._left(question), self.worlds.count)
+
+    def _is_boxed(self, question: Question) -> bool:
+        """Whether it is a rescaled sum, with few enough joint values of what the sum is made of."""
+        solved, free = rescaled_of(question), self.free(question)
+        if solved is None or self.worlds.count(free) > BOXED:
+            return False
+        return self.worlds.count([f for f in solved.others if f in free]) <= SUMMED
 
     def _left(self, question: Question) -> dict[str, tuple[Any, ...]]:
         free = self.free(question)
@@ -178,18 +130,39 @@ class Sifted:
     def _solved(self, question: Question) -> np.ndarray | None:
         """The joint values of its free fields that explain a question, as positions; None: they are too many."""
         solver, free = question.answers.solver, self.free(question)
-        assert solver is not None
+        if solver is None:
+            return self._boxed(question, free)
         rows = solver.good(question.operands.arrays, question.wanted, self._left(question), self._over)
         if rows is None:
             return None
         columns = [self._positions(f)[rows[:, question.asks.index(f)]] for f in free]
         return np.stack(columns, axis=1)
 
+    def _boxed(self, question: Question, free: tuple[str, ...]) -> np.ndarray | None:
+        solved, every = rescaled_of(question), self.worlds.over(free)
+        assert solved is not None
+        good = solved.good(_Listed(question.asks, free, every, self._domains(question)))
+        return None if good is None else every[good.project(free).holds(every)]
+
+    def _domains(self, question: Question) -> list[tuple[Any, ...]]:
+        """The values of each field of a question, the one value of those that are not free."""
+        free = self.free(question)
+        return [self.worlds.domains[f] if f in free else (self.fixed(f),) for f in question.asks]
+
     def values(self, field: str) -> tuple[Any, ...]:
         """What a field can still be; nothing where no question depends on it."""
         if field in self.given:
             return (self.given[field],)
         return self.worlds.values(field) if field in self.worlds.domains else ()
+
+    def world(self, wanted: Mapping[str, Any], field: str = "", value: Any = None) -> dict[str, Any] | None:
+        """What is left that has as many of the wanted values as each table allows; with a value of a field.
+
+        None where the field is not left with it.
+        """
+        if field and value not in self.values(field):
+            return None
+        return {**self.worlds.nearest(wanted, field, value), **self.given}
 
     def explains(self, question: Question) -> bool:
         """Whether a world that is left explains a question."""
@@ -227,8 +200,26 @@ class Sifted:
         return self.given[field] if field in self.given else fields()[field][0]
 
     def count(self, question: Question) -> int:
-        """How much a question costs: the worlds that it is put to; of one that is solved, more than of most others."""
-        return SOLVED if self.is_solved(question) else self.worlds.count(self.free(question))
+        """How much a question costs: the worlds that it is put to; of one that is solved, as many as cost that much."""
+        count = self.worlds.count(self.free(question))
+        if not self.is_solved(question):
+            return count
+        return SOLVED if question.answers.solver else count * LIMIT // BOXED
+
+
+class _Listed:
+    """Joint values of the free fields of a question, as `Rescaled` asks for them."""
+
+    def __init__(
+        self, asks: Sequence[str], free: Sequence[str], rows: np.ndarray, domains: Sequence[tuple[Any, ...]]
+    ) -> None:
+        self.domains = dict(zip(asks, domains, strict=True))
+        self._rows = np.zeros((len(rows), len(asks)), np.int64)
+        self._rows[:, [asks.index(f) for f in free]] = rows
+
+    def rows(self, fields: Sequence[str]) -> np.ndarray:
+        """The distinct joint values of some fields, as positions."""
+        return distinct(self._rows[:, [list(self.domains).index(f) for f in fields]])[0]
 
 
 class Left(Protocol):
@@ -246,8 +237,7 @@ class Tried:
 
     def __init__(self, question: Question, sifted: Sifted) -> None:
         self.question, self.free = question, sifted.free(question)
-        domains = sifted.worlds.domains
-        self.domains = [domains[f] if f in self.free else (sifted.fixed(f),) for f in question.asks]
+        self.domains = sifted._domains(question)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """[n, free] positions to whether each explains the question."""

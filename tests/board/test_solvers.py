@@ -7,8 +7,9 @@ import pytest
 from support.board import board_of, hidden
 
 import jquant as jq
+from jquant.board.asking import Question
 from jquant.board.questions import Asked, questions_of
-from jquant.board.sifting import Question, Sifted
+from jquant.board.sifting import Sifted
 from jquant.board.worlds import Worlds
 
 ASKED = [Asked(probe) for probe in jq.board.probe(["tables", "grid"])]
