@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jquant.board.answers import Answers, Operands, Row
-from jquant.board.worlds import distinct
+from jquant.board.positions import distinct
 
 
 @dataclass(frozen=True, eq=False)

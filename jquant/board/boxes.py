@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jquant.board.worlds import distinct
+from jquant.board.positions import distinct
 
 MOST_PAIRS = 4_000_000  # of boxes that are laid over each other; beyond, a question is left
 
@@ -38,12 +38,13 @@ class Boxes:
         whole = np.concatenate(made) if made else np.zeros((0, len(self.fields)), np.int64)
         return distinct(whole)[0] if len(whole) else whole
 
-    def holds(self, rows: np.ndarray) -> np.ndarray:
-        """Which of some joint values, [n, fields] positions, are in a box."""
-        bits, found = np.uint64(1) << rows.astype(np.uint64), np.zeros(len(rows), bool)
-        for box in self.masks:
-            found |= ((bits & box) != 0).all(1)
-        return found
+    def moved(self, positions: Sequence[np.ndarray]) -> "Boxes":
+        """The same boxes where the value i of a field is at `positions`[i]."""
+        masks = np.zeros_like(self.masks)
+        for column, places in enumerate(positions):
+            for i, place in enumerate(places):
+                masks[:, column] |= ((self.masks[:, column] >> np.uint64(i)) & np.uint64(1)) << np.uint64(place)
+        return Boxes(self.fields, masks)
 
     def merged(self) -> "Boxes":
         """The same union in fewer boxes: those that differ in one field are one."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jquant.board.boxes import Boxes, of_rows
+from jquant.board.boxes import product as boxed
 from jquant.board.lone import Constants, Lone
 from jquant.board.neutral import NEUTRAL
 from jquant.ops.regions import RoiAlign
@@ -30,7 +32,6 @@ _EVALUATED = (
     "rescale.inner_bits",
 )
 READ = (*_LAID, *_POINT, *_ROW, *_EVALUATED)
-MOST_ROWS = 400_000  # joint values that explain a question; more are left to other dumps
 MOST_ROWS_OF_RESCALE = 400_000  # joint values of the fields of section 3
 _OPEN = {"rescale.max_post_shift": 31, "rescale.max_pre_shift": 31, "rescale.post_shift_int8": 31}
 _CHUNKS = (4, 16)  # integers that sums are tried on, before all of them
@@ -57,8 +58,8 @@ class Regioned:
 
     def good(
         self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]], over: Over
-    ) -> np.ndarray | None:
-        """The joint values that make `wanted`, [n, asks] positions in `left`; None: they are too many.
+    ) -> Boxes:
+        """The joint values that make `wanted`, as boxes of positions in `left`.
 
         Args:
           left: for each field, the values that are tried.
@@ -68,19 +69,23 @@ class Regioned:
         x, y = (channels_to_last(v, op.channels_last) for v in (operands[0], wanted))
         rescales = _whole((*_ROW, *_EVALUATED), left, over)
         points = list(product(*(range(len(left[f])) for f in _POINT)))
-        found: list[np.ndarray] = [np.zeros((0, len(READ)), np.int64)]
+        found: list[np.ndarray] = [np.zeros((0, len(READ)), np.uint64)]
+        groups: dict[int, list[Any]] = {}
         for laid, bits, ends in self._laid(x, operands[1], left):
             sums = self._sums(
                 x, ends, bits, [tuple(left[f][i] for f, i in zip(_POINT, p, strict=True)) for p in points]
             )
-            for rows, row, reading in self._rescales(rescales, laid[0], left):
+            if bits not in groups:
+                groups[bits] = [
+                    (of_rows((*_ROW, *_EVALUATED), rows), *how)
+                    for rows, *how in self._rescales(rescales, laid[0], left)
+                ]
+            of_laid = of_rows(_LAID, np.array(laid))
+            for of_rescale, row, reading in groups[bits]:
                 good = _matching(sums, row, reading, y.ravel(), self.lone.output.dtype)
-                some = [np.array(laid), np.array(points)[good], rows]
-                if sum(map(len, found)) + len(laid) * int(good.sum()) * len(rows) > MOST_ROWS:
-                    return None
-                which = np.indices([len(part) for part in some]).reshape(3, -1)
-                found.append(np.concatenate([p[i] for p, i in zip(some, which, strict=True)], axis=1))
-        return np.concatenate(found)[:, [READ.index(f) for f in self.asks]]
+                if good.any():
+                    found.append(boxed([of_laid, of_rows(_POINT, np.array(points)[good]), of_rescale]).masks)
+        return Boxes(READ, np.concatenate(found)).project(self.asks).merged()
 
     def _laid(
         self, x: np.ndarray, boxes: np.ndarray, left: Mapping[str, Sequence[Any]]

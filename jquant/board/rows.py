@@ -102,24 +102,23 @@ class Rescaled:
     def _classes(self, space: Left) -> Iterator[tuple[np.ndarray, Sums, Constants]]:
         """The joint values of the other fields, those together that make the same sum; with it and its constants."""
         rows = space.rows(self.others)
-        groups: dict[tuple, tuple[Target, Constants, list[np.ndarray]]] = {}
+        groups: dict[tuple, tuple[tuple[Any, ...], Constants, list[np.ndarray]]] = {}
         reads = [i for i, f in enumerate(self.others) if f not in ONLY_EVALUATED]
         evaluated = [i for i, f in enumerate(self.others) if f not in ONLY_LOWERED]
         for row in rows:
             values = tuple(space.domains[f][i] for f, i in zip(self.others, row, strict=True))
-            if (target := self._target(values)) is None:
-                continue
             key = tuple(values[i] for i in reads)
             if key not in self._made:
-                constants = self._constants(target)
+                target = self._target(values)
+                constants = target and self._constants(target)
                 digest = constants and digest_of([np.asarray(constants[role]) for role in sorted(constants)])
                 self._made[key] = constants, digest
             constants, digest = self._made[key]
             if constants is not None:
-                of = groups.setdefault((digest, *row[evaluated]), (target, constants, []))
-                of[2].append(row)
-        for target, constants, same in groups.values():
-            sums = self._sums(target, constants)
+                groups.setdefault((digest, *row[evaluated]), (values, constants, []))[2].append(row)
+        for values, constants, same in groups.values():
+            target = self._target(values)
+            sums = target and self._sums(target, constants)
             if sums is not None:
                 yield np.array(same), sums, constants
 

@@ -9,15 +9,16 @@ import numpy as np
 
 from jquant.board.answers import Row
 from jquant.board.asking import Question
+from jquant.board.boxes import Boxes
 from jquant.board.rows import rescaled_of
-from jquant.board.worlds import Worlds, distinct
+from jquant.board.worlds import Worlds
 from jquant.targets import fields
 
 LIMIT = 40_000  # worlds of one question; more are left to other dumps, which make them fewer
 LISTED = 200  # worlds of a question that can be solved; more are solved together
 SOLVED = 5_000  # what a question costs that is solved, in worlds
-BOXED = 400_000  # worlds of a question that is a rescaled sum, which are laid over the boxes that explain it
 SUMMED = 20_000  # joint values of what a rescaled sum is made of
+MOST_LEFT = 400_000  # joint values that are left of the fields that a solved question tells something of
 SAMPLED = 500  # worlds that are tried to find the nearest of more than LIMIT
 
 # Where a field has a value, others read nothing. Each of its values is tried by itself, without them.
@@ -52,7 +53,7 @@ class Sifted:
 
     `unexplained`  the questions that no world explains with all the others before
     `postponed`    the questions that depend on too much that is not known
-    `late`         those of them that too many worlds explain
+    `late`         those of them that too many worlds explain, with the worlds that they were put to
     """
 
     worlds: Worlds
@@ -61,7 +62,8 @@ class Sifted:
     answered: list[Question] = field(default_factory=list)
     unexplained: list[Question] = field(default_factory=list)
     postponed: list[Question] = field(default_factory=list)
-    late: list[Question] = field(default_factory=list)
+    late: dict[Question, int] = field(default_factory=dict)
+    _counts: dict[Question, tuple[int, float]] = field(default_factory=dict)
 
     def put(self, question: Question) -> None:
         """Leaves out the worlds that have an integer of the question wrong."""
@@ -81,11 +83,13 @@ class Sifted:
 
     def _put_solved(self, question: Question, free: tuple[str, ...], before: Mapping[str, tuple[Any, ...]]) -> None:
         """The same for one that is solved. Of an excluded value one world near to those that are left is tried."""
-        good, worlds = self._solved(question), self.worlds.copy()
-        if good is None:
-            self.late.append(question)
+        worlds = self.worlds.copy()
+        if (explains := self._keep(self.worlds, question, free)) is None:
+            self.late[question] = self.worlds.count(free)
+            self._counts.pop(question, None)
             return
-        if not self.worlds.keep_rows(free, good):
+        self.late.pop(question, None)
+        if not explains:
             self.unexplained.append(question)
             return
         self.answered.append(question)
@@ -108,9 +112,7 @@ class Sifted:
     def _is_boxed(self, question: Question) -> bool:
         """Whether it is a rescaled sum, with few enough joint values of what the sum is made of."""
         solved, free = rescaled_of(question), self.free(question)
-        if solved is None or self.worlds.count(free) > BOXED:
-            return False
-        return self.worlds.count([f for f in solved.others if f in free]) <= SUMMED
+        return solved is not None and self.worlds.count([f for f in solved.others if f in free]) <= SUMMED
 
     def _left(self, question: Question) -> dict[str, tuple[Any, ...]]:
         free = self.free(question)
@@ -127,22 +129,31 @@ class Sifted:
     def _positions(self, field: str) -> np.ndarray:
         return np.array(sorted(self.worlds.domains[field].index(v) for v in self.worlds.values(field)))
 
-    def _solved(self, question: Question) -> np.ndarray | None:
+    def _keep(self, worlds: Worlds, question: Question, free: tuple[str, ...]) -> bool | None:
+        """Leaves the worlds that explain a question which is solved; None where they are too many."""
+        good = self._solved(question)
+        if good is None:
+            return None
+        if isinstance(good, Boxes):
+            return worlds.keep_boxes(free, good.project(free).masks, MOST_LEFT)
+        return worlds.keep_rows(free, good)
+
+    def _solved(self, question: Question) -> np.ndarray | Boxes | None:
         """The joint values of its free fields that explain a question, as positions; None: they are too many."""
         solver, free = question.answers.solver, self.free(question)
         if solver is None:
-            return self._boxed(question, free)
+            solved = rescaled_of(question)
+            assert solved is not None
+            return solved.good(
+                _Listed(self.worlds, free, dict(zip(question.asks, self._domains(question), strict=True)))
+            )
         rows = solver.good(question.operands.arrays, question.wanted, self._left(question), self._over)
         if rows is None:
             return None
+        if isinstance(rows, Boxes):
+            return rows.project(free).moved([self._positions(f) for f in free])
         columns = [self._positions(f)[rows[:, question.asks.index(f)]] for f in free]
         return np.stack(columns, axis=1)
-
-    def _boxed(self, question: Question, free: tuple[str, ...]) -> np.ndarray | None:
-        solved, every = rescaled_of(question), self.worlds.over(free)
-        assert solved is not None
-        good = solved.good(_Listed(question.asks, free, every, self._domains(question)))
-        return None if good is None else every[good.project(free).holds(every)]
 
     def _domains(self, question: Question) -> list[tuple[Any, ...]]:
         """The values of each field of a question, the one value of those that are not free."""
@@ -167,8 +178,7 @@ class Sifted:
     def explains(self, question: Question) -> bool:
         """Whether a world that is left explains a question."""
         if self.is_solved(question):
-            good = self._solved(question)
-            return good is not None and self.worlds.copy().keep_rows(self.free(question), good)
+            return bool(self._keep(self.worlds.copy(), question, self.free(question)))
         return self.fewest(question) == 0
 
     def fewest(self, question: Question) -> float:
@@ -199,27 +209,35 @@ class Sifted:
         """The one value of a field that is given or moot."""
         return self.given[field] if field in self.given else fields()[field][0]
 
-    def count(self, question: Question) -> int:
+    def count(self, question: Question) -> float:
         """How much a question costs: the worlds that it is put to; of one that is solved, as many as cost that much."""
+        stamp, known = self.worlds.changed(self.free(question)), self._counts.get(question)
+        if known is None or known[0] != stamp:
+            known = self._counts[question] = stamp, self._counted(question)
+        return known[1]
+
+    def _counted(self, question: Question) -> float:
         count = self.worlds.count(self.free(question))
+        if question in self.late and count > self.late[question] / 2:
+            return math.inf
         if not self.is_solved(question):
             return count
-        return SOLVED if question.answers.solver else count * LIMIT // BOXED
+        return SOLVED if question.answers.solver else min(count, count**0.5 * 10)
 
 
 class _Listed:
-    """Joint values of the free fields of a question, as `Rescaled` asks for them."""
+    """What is left of the fields of a question, as `Rescaled` asks for it; of those that are not free, one value."""
 
-    def __init__(
-        self, asks: Sequence[str], free: Sequence[str], rows: np.ndarray, domains: Sequence[tuple[Any, ...]]
-    ) -> None:
-        self.domains = dict(zip(asks, domains, strict=True))
-        self._rows = np.zeros((len(rows), len(asks)), np.int64)
-        self._rows[:, [asks.index(f) for f in free]] = rows
+    def __init__(self, worlds: Worlds, free: Sequence[str], domains: Mapping[str, tuple[Any, ...]]) -> None:
+        self.domains, self._worlds, self._free = domains, worlds, free
 
     def rows(self, fields: Sequence[str]) -> np.ndarray:
         """The distinct joint values of some fields, as positions."""
-        return distinct(self._rows[:, [list(self.domains).index(f) for f in fields]])[0]
+        free = [f for f in fields if f in self._free]
+        some = self._worlds.over(free) if free else np.zeros((1, 0), np.int64)
+        found = np.zeros((len(some), len(fields)), np.int64)
+        found[:, [fields.index(f) for f in free]] = some
+        return found
 
 
 class Left(Protocol):
@@ -276,6 +294,8 @@ def sift(
         at = min(range(len(pending)), key=counts.__getitem__)
         if counts[at] > LIMIT:
             break
-        result.put(pending.pop(at))
-    result.postponed = [*pending, *result.late]
+        result.put(question := pending.pop(at))
+        if question in result.late:
+            pending.append(question)  # once more, when other dumps have left fewer worlds
+    result.postponed = pending
     return result
