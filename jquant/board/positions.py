@@ -22,5 +22,11 @@ def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if prod(sizes.tolist()) > 2**62:  # more than one number holds
         whole = np.unique(rows, axis=0, return_index=True, return_inverse=True)
         return whole[0], whole[2].ravel()
-    _, first, which = np.unique(code(rows, sizes), return_index=True, return_inverse=True)
-    return rows[first], which
+    codes, most = code(rows, sizes), prod(sizes.tolist())
+    if most > 4 * len(rows) + 100_000:
+        _, first, which = np.unique(codes, return_index=True, return_inverse=True)
+        return rows[first], which
+    at = np.full(most, -1)  # where each code comes first, without sorting
+    at[codes[::-1]] = np.arange(len(rows) - 1, -1, -1)
+    there = at >= 0
+    return rows[at[there]], (np.cumsum(there) - 1)[codes]

@@ -158,14 +158,10 @@ class Rescaled:
             column = np.searchsorted(totals, t)
             top = None if upper is None else upper[at]
             near = made.near(acc[at], m[at], column[at], wanted[at], self.lone.output.dtype, top)
-            for d in np.flatnonzero(near):
-                pre, post = made.pre[d][column], made.post[d][column]
-                row = _Along(acc, m, pre, post, wanted, upper)
-                good = self._explaining(readings, sums, row, row.at(at))
-                if not len(good):
-                    yield None
-                    continue
-                yield self._boxes(_MANTISSA, rows), made.boxes(int(d)), self._boxes(self.evaluated, good)
+            good = self._explaining(readings, made, _Along(acc, m, column, wanted, upper), near)
+            for which, ds in _alike(good):
+                values = np.array([row for i in np.flatnonzero(which) for row in readings[i].rows])
+                yield self._boxes(_MANTISSA, rows), made.boxes(ds), self._boxes(self.evaluated, values)
 
     def _boxes(self, names: Sequence[str], rows: np.ndarray) -> Boxes:
         """Joint values of some fields as boxes; the same ones come again and again."""
@@ -218,12 +214,18 @@ class Rescaled:
             found.setdefault((first, v["rescale.post_rounding"]), []).append(row)
         return [_Reading(first, last, tuple(rows)) for (first, last), rows in found.items()]
 
-    def _explaining(self, readings: "list[_Reading]", sums: Sums, row: "_Along", some: "_Along") -> np.ndarray:
-        """The joint values of what evaluation reads that make the board's integers with a row of constants."""
-        dtype = self.lone.output.dtype
-        few = some.matching(readings, dtype)
-        few = few if len(some.acc) == len(row.acc) or not few else row.matching(few, dtype)
-        return np.array([values for reading in few for values in reading.rows])
+    def _explaining(self, readings: "list[_Reading]", made: "_Shifts", sums: "_Along", near: np.ndarray) -> np.ndarray:
+        """[shifts, readings] bool: which make the board's integers. A shift in all is looked at by itself: what it is
+        split into has few forms, though all of them together have many."""
+        good, dtype = np.repeat(near[:, None], len(readings), axis=1), self.lone.output.dtype
+        for column in range(made.pre.shape[1]):
+            own = sums.at(np.flatnonzero(sums.column == column))
+            left = np.flatnonzero(good.any(1))
+            pairs, which = np.unique(made.pre[left, column] * 64 + made.post[left, column], return_inverse=True)
+            for i, pair in enumerate(pairs):
+                of_pair = left[which.ravel() == i]
+                good[of_pair] &= own.matching(readings, *divmod(int(pair), 64), dtype)
+        return good
 
     def _constants(self, target: Target) -> Constants | None:
         try:
@@ -249,7 +251,7 @@ class _Shifts:
     which: np.ndarray
     pre: np.ndarray
     post: np.ndarray
-    _boxed: dict[int, Boxes] = field(default_factory=dict)
+    _boxed: dict[bytes, Boxes] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -266,10 +268,11 @@ class _Shifts:
         first = np.unique(code, return_index=True)[1]
         return cls(names, rows, code, pre[first], post[first])
 
-    def boxes(self, d: int) -> Boxes:
-        if d not in self._boxed:
-            self._boxed[d] = of_rows(self.names, self.rows[self.which == d])
-        return self._boxed[d]
+    def boxes(self, ds: np.ndarray) -> Boxes:
+        """The limits that make some of the shifts."""
+        if (key := ds.tobytes()) not in self._boxed:
+            self._boxed[key] = of_rows(self.names, self.rows[np.isin(self.which, ds)])
+        return self._boxed[key]
 
     def near(
         self, acc: np.ndarray, m: np.ndarray, column: np.ndarray, wanted: np.ndarray, dtype: str, top: np.ndarray | None
@@ -306,44 +309,44 @@ class _Reading:
 
 @dataclass(frozen=True, eq=False)
 class _Along:
-    """A sum, its row of constants and the board's integers, place by place: [n] each."""
+    """A sum, its mantissa, which shift in all it has, and the board's integers, place by place: [n] each."""
 
     acc: np.ndarray
     mantissa: np.ndarray
-    pre: np.ndarray
-    post: np.ndarray
+    column: np.ndarray
     wanted: np.ndarray
     upper: np.ndarray | None
 
     def at(self, places: np.ndarray) -> "_Along":
         upper = None if self.upper is None else self.upper[places]
-        acc, mantissa, pre, post = (v[places] for v in (self.acc, self.mantissa, self.pre, self.post))
-        return _Along(acc, mantissa, pre, post, self.wanted[places], upper)
+        acc, mantissa, column = (v[places] for v in (self.acc, self.mantissa, self.column))
+        return _Along(acc, mantissa, column, self.wanted[places], upper)
 
-    def matching(self, readings: Sequence[_Reading], dtype: str) -> list[_Reading]:
-        """The readings that make the board's integers."""
-        heads = rounded_all(self.acc, self.pre)
+    def matching(self, readings: Sequence[_Reading], pre: int, post: int, dtype: str) -> np.ndarray:
+        """[readings] bool: which make the board's integers with these shifts."""
+        heads = rounded_all(self.acc, np.int64(pre))
         enough = int(max(heads.max(), -1 - heads.min())).bit_length() + 1  # more bits cut nothing
         made = {}
-        for bits in dict.fromkeys(min(reading.bits, enough) for reading in self._by_bits(readings)):
+        for bits in {min(reading.bits, enough) for reading in readings}:
             limit = 2 ** max(bits - 1, 0)
             head = np.clip(heads, -limit, limit - 1) if bits else self.acc
-            made[bits] = self._equal(head, self.post if bits else self.pre + self.post, dtype)
-        if not any(equal.any() for equal in made.values()):
-            return []
-        return [reading for reading in readings if made[min(reading.bits, enough)][reading.at]]
+            made[bits] = self._equal(head, np.int64(post if bits else pre + post), dtype)
+        return np.array([made[min(reading.bits, enough)][reading.at] for reading in readings])
 
-    @staticmethod
-    def _by_bits(readings: Sequence[_Reading]) -> Iterator[_Reading]:
-        """One of each number of bits."""
-        return iter({reading.bits: reading for reading in readings}.values())
-
-    def _equal(self, head: np.ndarray, shift: np.ndarray, dtype: str) -> np.ndarray:
+    def _equal(self, head: np.ndarray, shift: np.int64, dtype: str) -> np.ndarray:
         """By the last rounding, whether a head of shape [..., n] becomes the board's integers: [5, ...]."""
         low, high = integer_range(dtype)
         y = np.clip(rounded_all(head * self.mantissa, shift), low, high)
         y = y if self.upper is None else np.minimum(y, self.upper)
-        return (y == self.wanted).all(-1)
+        return np.asarray((y == self.wanted).all(-1))
+
+
+def _alike(good: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """[shifts, readings] bool as the sets of readings that some shifts have, with these shifts."""
+    some = np.flatnonzero(good.any(1))
+    sets, which = np.unique(good[some], axis=0, return_inverse=True)
+    for i, own in enumerate(sets):
+        yield own, some[which.ravel() == i]
 
 
 def _sample(acc: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ SWITCHES: Mapping[str, Mapping[Any, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Why a value of a field is left out: the integers that the nearest world with it has wrong.
+    """Why a value of a field is left out: the integers that a world with it, of those tried a near one, has wrong.
 
     `differing` of `size`  how many are wrong there; None: the value has no march with what is known
     `index`, `wanted`, `found`  the first wrong one: where it is, what the board made, and what that world makes
@@ -72,7 +72,7 @@ class Sifted:
         if self.is_solved(question):
             self._put_solved(question, free, before)
             return
-        tried = Tried(question, self)
+        tried = Tried(question, self, exact=False)
         if not self.worlds.keep(free, tried):
             self.unexplained.append(question)
             return
@@ -123,11 +123,8 @@ class Sifted:
         return self._in_left(names, self.worlds.over(names)) if names else np.zeros((1, 0), np.int64)
 
     def _in_left(self, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
-        columns = [np.searchsorted(self._positions(f), column) for f, column in zip(names, rows.T, strict=True)]
+        columns = [np.searchsorted(self.worlds.positions(f), column) for f, column in zip(names, rows.T, strict=True)]
         return np.stack(columns, axis=1)
-
-    def _positions(self, field: str) -> np.ndarray:
-        return np.array(sorted(self.worlds.domains[field].index(v) for v in self.worlds.values(field)))
 
     def _keep(self, worlds: Worlds, question: Question, free: tuple[str, ...]) -> bool | None:
         """Leaves the worlds that explain a question which is solved; None where they are too many."""
@@ -151,8 +148,8 @@ class Sifted:
         if rows is None:
             return None
         if isinstance(rows, Boxes):
-            return rows.project(free).moved([self._positions(f) for f in free])
-        columns = [self._positions(f)[rows[:, question.asks.index(f)]] for f in free]
+            return rows.project(free).moved([self.worlds.positions(f) for f in free])
+        columns = [self.worlds.positions(f)[rows[:, question.asks.index(f)]] for f in free]
         return np.stack(columns, axis=1)
 
     def _domains(self, question: Question) -> list[tuple[Any, ...]]:
@@ -253,15 +250,15 @@ class Left(Protocol):
 class Tried:
     """Worlds tried on a question: how many integers each has wrong."""
 
-    def __init__(self, question: Question, sifted: Sifted) -> None:
-        self.question, self.free = question, sifted.free(question)
+    def __init__(self, question: Question, sifted: Sifted, *, exact: bool = True) -> None:
+        self.exact, self.question, self.free = exact, question, sifted.free(question)
         self.domains = sifted._domains(question)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """[n, free] positions to whether each explains the question."""
         self.rows = np.zeros((len(rows), len(self.question.asks)), np.int64)
         self.rows[:, [self.question.asks.index(name) for name in self.free]] = rows
-        self.counts = self.question.differing(self.rows, self.domains)
+        self.counts = self.question.differing(self.rows, self.domains, exact=self.exact)
         return self.counts == 0
 
     def nearest(self, field: str = "", value: Any = None) -> tuple[float, Row]:
@@ -281,7 +278,8 @@ def exclusion_of(question: Question, value: Any, count: float, row: Row) -> Excl
     found = question.answers(row, question.operands)
     assert found is not None
     index = tuple(int(i) for i in np.argwhere(found != question.wanted)[0])
-    return Exclusion(value, question.where, int(count), size, index, int(question.wanted[index]), int(found[index]))
+    count = int(np.count_nonzero(found != question.wanted))
+    return Exclusion(value, question.where, count, size, index, int(question.wanted[index]), int(found[index]))
 
 
 def sift(

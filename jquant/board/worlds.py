@@ -33,14 +33,25 @@ class Worlds:
 
     def __init__(self, domains: Mapping[str, Sequence[Any]]) -> None:
         self.domains = {field: tuple(values) for field, values in domains.items()}
-        self._sizes: dict[tuple[int, tuple[str, ...]], tuple[Table, int]] = {}  # that of a table, by its identity
+        # Of tables, by their identity: asked again and again while they stay.
+        self._sizes: dict[tuple[int, tuple[str, ...]], tuple[Table, int]] = {}
+        self._places: dict[tuple[int, str], tuple[Table, np.ndarray]] = {}
+        self._nearest: dict[tuple[int, bytes], tuple[Table, np.ndarray]] = {}
         self._tables = [Table((f,), np.arange(len(values))[:, None]) for f, values in self.domains.items()]
         self._changed = dict.fromkeys(self.domains, 0)  # when a field's table was last another one
 
     def values(self, field: str) -> tuple[Any, ...]:
         """What a field can still be."""
-        rows = self._table_of(field).project([field]).rows
-        return tuple(self.domains[field][i] for i in sorted(rows[:, 0].tolist()))
+        return tuple(self.domains[field][i] for i in self.positions(field))
+
+    def positions(self, field: str) -> np.ndarray:
+        """What a field can still be, as ascending positions."""
+        table = self._table_of(field)
+        known = self._places.get((id(table), field))
+        if known is None or known[0] is not table:
+            known = table, np.flatnonzero(np.bincount(table.rows[:, table.fields.index(field)]))
+            self._places[id(table), field] = known
+        return known[1]
 
     def tied(self, field: str) -> tuple[str, ...]:
         """The fields whose values depend on each other with this one, itself included."""
@@ -50,11 +61,18 @@ class Worlds:
         """A world that is left, with as many of the wanted values as each table allows; with a value of a field."""
         found: dict[str, Any] = {}
         for table in self._tables:
-            at = [self.domains[f].index(wanted[f]) if wanted.get(f) in self.domains[f] else -1 for f in table.fields]
-            rows = table.rows
+            places = [
+                self.domains[f].index(wanted[f]) if wanted.get(f) in self.domains[f] else -1 for f in table.fields
+            ]
+            at = np.array(places)
             if field in table.fields:
-                rows = rows[rows[:, table.fields.index(field)] == self.domains[field].index(value)]
-            row = rows[(rows == at).sum(1).argmax()]
+                own = table.rows[:, table.fields.index(field)] == self.domains[field].index(value)
+                row = _nearest(table.rows[own], at)
+            else:
+                known = self._nearest.get((id(table), at.tobytes()))
+                if known is None or known[0] is not table:
+                    known = self._nearest[id(table), at.tobytes()] = table, _nearest(table.rows, at)
+                row = known[1]
             found |= {f: self.domains[f][i] for f, i in zip(table.fields, row, strict=True)}
         return found
 
@@ -136,8 +154,7 @@ class Worlds:
             boxes = boxes.project(tells).merged()
 
     def _mask(self, field: str) -> np.uint64:
-        rows = self._table_of(field).project([field]).rows[:, 0]
-        return np.uint64(np.bitwise_or.reduce(np.uint64(1) << rows.astype(np.uint64)))
+        return np.uint64(np.bitwise_or.reduce(np.uint64(1) << self.positions(field).astype(np.uint64)))
 
     def _within(self, fields: tuple[str, ...], masks: np.ndarray, most: int) -> np.ndarray | None:
         """The joint values that are left of some fields and lie in a box; None: more than `most`."""
@@ -181,6 +198,7 @@ class Worlds:
     def copy(self) -> "Worlds":
         other = Worlds(self.domains)
         other._tables, other._changed = list(self._tables), dict(self._changed)
+        other._places, other._nearest = dict(self._places), dict(self._nearest)
         return other
 
     def _codes(self, rows: np.ndarray, fields: Sequence[str]) -> np.ndarray:
@@ -201,6 +219,12 @@ class Worlds:
     def _projected(self, fields: Sequence[str]) -> list[Table]:
         each = ((table, [f for f in table.fields if f in fields]) for table in self._tables)
         return [table.project(asked) for table, asked in each if asked]
+
+
+def _nearest(rows: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The row that has the most positions of `at`."""
+    found: np.ndarray = rows[(rows == at).sum(1).argmax()]
+    return found
 
 
 def joint(tables: Sequence[Table]) -> Table:
