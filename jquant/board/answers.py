@@ -127,6 +127,7 @@ class Answers:
         self._formats: dict[tuple[str, Row], dict[str, Any] | None] = {}
         self._lowered = Tree()
         self._found: dict[tuple[bytes, bytes], Tree] = {}
+        self.kept: dict[bytes, Any] = {}  # what a solver knows, by the operands that it knows it of
         self._bytes = 0
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jquant.board.worlds import distinct
+from jquant.board.positions import distinct
 
 MOST_PAIRS = 4_000_000  # of boxes that are laid over each other; beyond, a question is left
 
@@ -37,6 +37,14 @@ class Boxes:
         made = [_product([_positions(mask) for mask in box]) for box in self.masks]
         whole = np.concatenate(made) if made else np.zeros((0, len(self.fields)), np.int64)
         return distinct(whole)[0] if len(whole) else whole
+
+    def moved(self, positions: Sequence[np.ndarray]) -> "Boxes":
+        """The same boxes where the value i of a field is at `positions`[i]."""
+        masks = np.zeros_like(self.masks)
+        for column, places in enumerate(positions):
+            for i, place in enumerate(places):
+                masks[:, column] |= ((self.masks[:, column] >> np.uint64(i)) & np.uint64(1)) << np.uint64(place)
+        return Boxes(self.fields, masks)
 
     def merged(self) -> "Boxes":
         """The same union in fewer boxes: those that differ in one field are one."""
@@ -103,15 +111,23 @@ class Space:
         parts = [t.project([f for f in fields if f in t.fields]) for t in self._touched(fields)]
         return product(parts).project(fields)
 
-    def nearest(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """A joint value that is left, with as many of the wanted ones as each table allows."""
-        found: dict[str, Any] = {}
+    def rows(self, fields: Sequence[str]) -> np.ndarray:
+        """The joint values of the fields, [n, fields] positions in their order."""
+        return self.over(fields).rows()
+
+    def nearest(self, wanted: Mapping[str, Any], field: str = "", value: Any = None) -> dict[str, Any]:
+        """A joint value that is left, with as many of the wanted ones as each table allows; with a value of a field."""
+        found, near = {}, {**wanted, field: value} if field else wanted
         for table in self._tables:
-            at = [_bit(self.domains[f], wanted.get(f)) for f in table.fields]
-            has = (table.masks & np.array(at, np.uint64)) != 0
+            at = [_bit(self.domains[f], near.get(f)) for f in table.fields]
+            masks = table.masks
+            if field in table.fields:
+                column = table.fields.index(field)
+                masks = masks[(masks[:, column] & np.uint64(at[column])) != 0]
+            has = (masks & np.array(at, np.uint64)) != 0
             best = int(has.sum(1).argmax())
-            for f, mask, own in zip(table.fields, table.masks[best], has[best], strict=True):
-                found[f] = wanted[f] if own else self.domains[f][int(_positions(mask)[-1])]
+            for f, mask, own in zip(table.fields, masks[best], has[best], strict=True):
+                found[f] = near[f] if own else self.domains[f][int(_positions(mask)[-1])]
         return found
 
     def can_keep(self, good: Boxes) -> bool:

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jquant.board.sifting import Left, Question
+from jquant.board.asking import Question
+from jquant.board.sifting import Left
 
 
 @dataclass(frozen=True)

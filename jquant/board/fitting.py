@@ -4,10 +4,12 @@ import fnmatch
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from dataclasses import field as entry
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from jquant.board.asking import Question
 from jquant.board.cases import Case, case_of
 from jquant.board.dumps import Dumps, read_dumps
 from jquant.board.networks import Network, network_of
@@ -15,7 +17,7 @@ from jquant.board.noise import Suspect, suspects
 from jquant.board.probes import LIMITS, Probe, domains
 from jquant.board.questions import Asked, questions_of
 from jquant.board.searching import Searched, search
-from jquant.board.sifting import SWITCHES, Exclusion, Question, Sifted, sift
+from jquant.board.sifting import SWITCHES, Exclusion, Sifted, sift
 from jquant.board.telling import telling
 from jquant.board.worlds import Worlds
 from jquant.targets import NASH_E, dump, fields, value_of
@@ -65,6 +67,22 @@ class Fit:
     suspects: tuple[Suspect, ...]
     cases: tuple[Case, ...]
     problems: tuple[str, ...]
+    _alive: tuple[Sifted | Searched, ...] = entry(default=(), repr=False, compare=False)
+
+    def march_with(self, field: str, value: Any) -> Target:
+        """A march with a value that a field is left with, which explains all that `target` explains.
+
+        Of those the nearest to `base`. Its dumps show that the value is left because no dump tells it apart. Of a field
+        with `probes` it may fail to explain these.
+
+        Raises:
+          InputError: the field is not left with the value.
+        """
+        worlds = [world for branch in self._alive if (world := branch.world(_wanted(self.base), field, value))]
+        if not worlds:
+            left = _values(self.fields[field].values) if field in self.fields else ""
+            raise InputError(f"{field} is not left with {value!r}; it is with: {left or 'nothing'}")
+        return _valid(self.base, _most_of(worlds, self.base), self.fields, field)
 
     def of(self, state: State) -> tuple[str, ...]:
         """The fields of a state."""
@@ -271,7 +289,7 @@ def _assembled(
                 found[field] = FieldFit(field, "held", found[field].values)
     target = _valid(base, _nearest(alive, base), found)
     cases = tuple(case_of(question, alive[0]) for question in alive[0].unexplained)
-    return Fit(found, target, base, tuple(odd), cases, problems)
+    return Fit(found, target, base, tuple(odd), cases, problems, tuple(alive))
 
 
 def _field(
@@ -301,9 +319,9 @@ def _evidence(field: str, value: Any, branches: Sequence[Sifted] | Sequence[Sear
     return own[-1] if own else dead[0].dead_end(value) if dead else None
 
 
-def _valid(base: Target, values: dict[str, Any], found: Mapping[str, FieldFit]) -> Target:
+def _valid(base: Target, values: dict[str, Any], found: Mapping[str, FieldFit], kept: str = "") -> Target:
     """The march of these values. Where fields that no dump tied together do not go together, others of those left."""
-    loose = [f for f in ("tables.fraction_bits", "tables.entries", "resize.weight_bits") if f in values]
+    loose = [f for f in ("tables.fraction_bits", "tables.entries", "resize.weight_bits") if f in values and f != kept]
     choices = [[values[f], *(v for v in reversed(found[f].values) if v != values[f])] for f in loose]
     reason = QConfigError("no values are left")
     for chosen in product(*choices):
@@ -316,6 +334,14 @@ def _valid(base: Target, values: dict[str, Any], found: Mapping[str, FieldFit]) 
 
 def _nearest(alive: Sequence[Sifted] | Sequence[Searched], base: Target) -> dict[str, Any]:
     """Of all that explain the dumps, the values nearest to a march."""
-    wanted = {field: value_of(base, field) for field in domains()}
-    worlds = [{**branch.worlds.nearest(wanted), **branch.given} for branch in alive]
-    return max(worlds, key=lambda world: sum(wanted[field] == value for field, value in world.items()))
+    worlds = [world for branch in alive if (world := branch.world(_wanted(base)))]
+    return _most_of(worlds, base)
+
+
+def _wanted(base: Target) -> dict[str, Any]:
+    return {field: value_of(base, field) for field in domains()}
+
+
+def _most_of(worlds: Sequence[dict[str, Any]], base: Target) -> dict[str, Any]:
+    """The world with the most values of a march."""
+    return max(worlds, key=lambda world: sum(value_of(base, field) == value for field, value in world.items()))

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from jquant.board.answers import ONLY_EVALUATED, ONLY_LOWERED, Answers, Operands
+from jquant.board.asking import Question
 from jquant.board.comparison import expected_of_program
 from jquant.board.dumps import Declared, Dump, Dumps
 from jquant.board.lone import Constants, Lone, lone_values
 from jquant.board.probes import domains
 from jquant.board.questions import expected_of, with_moved
 from jquant.board.reading import fields_read
-from jquant.board.sifting import Question
 from jquant.board.values import Expected, take
 from jquant.graph.operator import Operand, lower_op
 from jquant.numerics.namespace import real, to_host

@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
+from jquant.board.asking import Question
 from jquant.board.questions import again
-from jquant.board.sifting import Left, Question
+from jquant.board.sifting import Left
 
 _DAMAGED = 0.1  # the share of integers that may be damaged for the rest to speak
 

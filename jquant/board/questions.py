@@ -7,11 +7,11 @@ from functools import cached_property
 import numpy as np
 
 from jquant.board.answers import Answers, Operands
+from jquant.board.asking import Question
 from jquant.board.dumps import Dumps
 from jquant.board.lone import Lone, lone_values
 from jquant.board.neutral import NEUTRAL
 from jquant.board.probes import Probe
-from jquant.board.sifting import Question
 from jquant.board.values import Expected, channels_last, take
 from jquant.types import Model
 

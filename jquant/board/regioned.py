@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jquant.board.boxes import Boxes, of_rows
+from jquant.board.boxes import product as boxed
 from jquant.board.lone import Constants, Lone
 from jquant.board.neutral import NEUTRAL
 from jquant.ops.regions import RoiAlign
@@ -30,8 +32,8 @@ _EVALUATED = (
     "rescale.inner_bits",
 )
 READ = (*_LAID, *_POINT, *_ROW, *_EVALUATED)
-MOST_ROWS = 400_000  # joint values that explain a question; more are left to other dumps
-MOST_ROWS_OF_RESCALE = 20_000  # joint values of the fields of section 3
+MOST_ROWS_OF_RESCALE = 400_000  # joint values of the fields of section 3
+_OPEN = {"rescale.max_post_shift": 31, "rescale.max_pre_shift": 31, "rescale.post_shift_int8": 31}
 _CHUNKS = (4, 16)  # integers that sums are tried on, before all of them
 
 Over = Callable[[Sequence[str]], np.ndarray]  # the joint values that are left of some fields, as positions
@@ -56,8 +58,8 @@ class Regioned:
 
     def good(
         self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]], over: Over
-    ) -> np.ndarray | None:
-        """The joint values that make `wanted`, [n, asks] positions in `left`; None: they are too many.
+    ) -> Boxes:
+        """The joint values that make `wanted`, as boxes of positions in `left`.
 
         Args:
           left: for each field, the values that are tried.
@@ -67,19 +69,23 @@ class Regioned:
         x, y = (channels_to_last(v, op.channels_last) for v in (operands[0], wanted))
         rescales = _whole((*_ROW, *_EVALUATED), left, over)
         points = list(product(*(range(len(left[f])) for f in _POINT)))
-        found: list[np.ndarray] = [np.zeros((0, len(READ)), np.int64)]
+        found: list[np.ndarray] = [np.zeros((0, len(READ)), np.uint64)]
+        groups: dict[int, list[Any]] = {}
         for laid, bits, ends in self._laid(x, operands[1], left):
             sums = self._sums(
                 x, ends, bits, [tuple(left[f][i] for f, i in zip(_POINT, p, strict=True)) for p in points]
             )
-            for rows, row, reading in self._rescales(rescales, laid[0], left):
+            if bits not in groups:
+                groups[bits] = [
+                    (of_rows((*_ROW, *_EVALUATED), rows), *how)
+                    for rows, *how in self._rescales(rescales, laid[0], left)
+                ]
+            of_laid = of_rows(_LAID, np.array(laid))
+            for of_rescale, row, reading in groups[bits]:
                 good = _matching(sums, row, reading, y.ravel(), self.lone.output.dtype)
-                some = [np.array(laid), np.array(points)[good], rows]
-                if sum(map(len, found)) + len(laid) * int(good.sum()) * len(rows) > MOST_ROWS:
-                    return None
-                which = np.indices([len(part) for part in some]).reshape(3, -1)
-                found.append(np.concatenate([p[i] for p, i in zip(some, which, strict=True)], axis=1))
-        return np.concatenate(found)[:, [READ.index(f) for f in self.asks]]
+                if good.any():
+                    found.append(boxed([of_laid, of_rows(_POINT, np.array(points)[good]), of_rescale]).masks)
+        return Boxes(READ, np.concatenate(found)).project(self.asks).merged()
 
     def _laid(
         self, x: np.ndarray, boxes: np.ndarray, left: Mapping[str, Sequence[Any]]
@@ -133,19 +139,28 @@ class Regioned:
     ) -> Iterator[tuple[np.ndarray, tuple[int, int, int], tuple[Any, ...]]]:
         """The joint values of section 3 that rescale alike, with (mantissa, pre, post) and how they are evaluated."""
         fixed = {f: left[f][i] for f, i in zip(_LAID, laid, strict=True)}
-        groups: dict[tuple[Any, ...], list[np.ndarray]] = {}
         bits = coordinate_bits(NEUTRAL.with_fields(fixed), *self.lone.inputs[0].shape[1:3])  # type: ignore[arg-type]
-        for row in rows:
-            v = {f: left[f][i] for f, i in zip((*_ROW, *_EVALUATED), row, strict=True)}
-            constants = self._made(bits, {**fixed, **{f: v[f] for f in _ROW}})
-            if constants is None:
-                continue
-            m, pre, post = (int(constants[role]) for role in ("mantissa", "pre", "post"))
-            last, first, wide, inner = (v[f] for f in _EVALUATED)
-            reading = (last,) if wide else (last, first if pre else "floor", inner)
-            groups.setdefault(((m, pre, post), reading), []).append(row)
-        for (constants, reading), same in groups.items():
-            yield np.array(same), constants, reading
+        made = [self._made(bits, {**fixed, **_OPEN, "rescale.mantissa_bits": v}) for v in left["rescale.mantissa_bits"]]
+        rows = rows[np.array([constants is not None for constants in made])[rows[:, 0]]]
+        if not len(rows):
+            return
+        whole = [(0, 0) if c is None else (int(c["mantissa"]), int(c["pre"]) + int(c["post"])) for c in made]
+        mantissa, total = np.array(whole)[rows[:, 0]].T
+        most_post, most_pre, after = (np.array(left[f])[i] for f, i in zip(_ROW[1:], rows.T[1:4], strict=True))
+        pre = np.clip(total - after, 0, most_pre)
+        post = np.clip(total - pre, 0, most_post)
+        last, first, wide, inner = rows.T[4:]
+        high = np.array(left["rescale.high_precision"])[wide]
+        first, inner = np.where(high | (pre == 0), 0, first), np.where(high, 0, inner)
+        pre, post = np.where(high, 0, pre), np.where(high, pre + post, post)
+        keys, which = np.unique(
+            np.stack([mantissa, pre, post, last, first, wide, inner], axis=1), axis=0, return_inverse=True
+        )
+        order = np.argsort(which.ravel(), kind="stable")
+        for key, same in zip(keys, np.split(rows[order], np.cumsum(np.bincount(which.ravel()))[:-1]), strict=True):
+            m, pre_shift, post_shift = map(int, key[:3])
+            last_, first_, wide_, inner_ = (left[f][i] for f, i in zip(_EVALUATED, key[3:], strict=True))
+            yield same, (m, pre_shift, post_shift), (last_,) if wide_ else (last_, first_, inner_)
 
 
 def _whole(names: Sequence[str], left: Mapping[str, Sequence[Any]], over: Over) -> np.ndarray:

@@ -7,16 +7,16 @@ distinct; and a row makes real numbers that no rounding moves by more than its s
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from jquant.board.answers import ONLY_EVALUATED, ONLY_LOWERED, digest_of
-from jquant.board.boxes import Boxes, Space, of_rows, product
+from jquant.board.asking import Question
+from jquant.board.boxes import Boxes, of_rows, product
 from jquant.board.lone import Constants, Lone
 from jquant.board.neutral import NEUTRAL
 from jquant.board.roundings import ORDER, rounded_all
-from jquant.board.sifting import Question
 from jquant.reference.arithmetic import round_shift, saturate
 from jquant.types import JQuantError, QConfigError, Target, integer_range
 
@@ -25,10 +25,19 @@ _MANTISSA = ("rescale.mantissa_bits", "rescale.mantissa_rounding", "rescale.mant
 _OPEN = {"rescale.max_pre_shift": 31, "rescale.max_post_shift": 31}
 _WIDEST = {"rescale.post_shift_int8": 31, "rescale.post_shift_int16": 31}
 _FINEST = dict(zip(_MANTISSA, (15, "floor", "clamp", 15), strict=True))
+_READ = {"rescale.post_rounding", "rescale.max_post_shift", "rescale.max_pre_shift", "rescale.high_precision"}
 _ALIKE = {"half_away": "half_up", "toward_zero": "floor"}  # of a mantissa, which is positive
 MOST_ROWS = 5_000  # of constants that are tried on the sums of a node; beyond, the question is left
-MOST_LOWERED = 3_000  # times that a node is lowered for one question
+MOST_LOWERED = 3_000  # times that a node is lowered for one question, in vain for those before it
 _SAMPLE = 96  # integers that each row is tried on before all of them
+
+
+class Left(Protocol):
+    """Values of fields, of which some joint ones are left: `rows` gives those of some fields, as positions."""
+
+    @property
+    def domains(self) -> Mapping[str, Sequence[Any]]: ...
+    def rows(self, fields: Sequence[str]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +55,7 @@ class Rescaled:
 
     question: Question
     _lowered: dict[tuple, Any] = field(default_factory=dict)
+    _made: dict[tuple, Any] = field(default_factory=dict)
     _boxed: dict[tuple, Boxes] = field(default_factory=dict)
 
     def again(self, question: Question) -> "Rescaled":
@@ -71,15 +81,15 @@ class Rescaled:
     def evaluated(self) -> tuple[str, ...]:
         return tuple(f for f in self.question.asks if f.startswith("rescale.") and f in ONLY_EVALUATED)
 
-    def good(self, space: Space) -> Boxes | None:
+    def good(self, space: Left) -> Boxes | None:
         """The joint values of the fields of the question that make the board's integers; None: too many are near."""
         by_totals: dict[bytes, _Shifts] = {}
-        found, tried = [], 0
+        found, tried, before = [], 0, len(self._lowered)
         for rows, sums, constants in self._classes(space):
             others = of_rows(self.others, rows)
             for parts in self._solved(space, sums, constants, by_totals):
                 tried += 1
-                if tried > MOST_ROWS or len(self._lowered) > MOST_LOWERED:
+                if tried > MOST_ROWS or len(self._lowered) - before > MOST_LOWERED:
                     return None
                 if parts is None:
                     continue
@@ -89,28 +99,26 @@ class Rescaled:
             return Boxes(self.question.asks, np.zeros((0, len(self.question.asks)), np.uint64))
         return Boxes(self.question.asks, np.concatenate(found)).merged()
 
-    def _classes(self, space: Space) -> Iterator[tuple[np.ndarray, Sums, Constants]]:
+    def _classes(self, space: Left) -> Iterator[tuple[np.ndarray, Sums, Constants]]:
         """The joint values of the other fields, those together that make the same sum; with it and its constants."""
-        rows = space.over(self.others).rows()
-        groups: dict[tuple, tuple[Target, Constants, list[np.ndarray]]] = {}
-        lowered: dict[tuple, Any] = {}
+        rows = space.rows(self.others)
+        groups: dict[tuple, tuple[tuple[Any, ...], Constants, list[np.ndarray]]] = {}
         reads = [i for i, f in enumerate(self.others) if f not in ONLY_EVALUATED]
         evaluated = [i for i, f in enumerate(self.others) if f not in ONLY_LOWERED]
         for row in rows:
-            target = self._target(space, self.others, row, {**_OPEN, **_WIDEST, **_FINEST})
-            if target is None:
-                continue
-            key = tuple(row[reads])
-            if key not in lowered:
-                constants = self._constants(target)
+            values = tuple(space.domains[f][i] for f, i in zip(self.others, row, strict=True))
+            key = tuple(values[i] for i in reads)
+            if key not in self._made:
+                target = self._target(values)
+                constants = target and self._constants(target)
                 digest = constants and digest_of([np.asarray(constants[role]) for role in sorted(constants)])
-                lowered[key] = constants, digest
-            constants, digest = lowered[key]
+                self._made[key] = constants, digest
+            constants, digest = self._made[key]
             if constants is not None:
-                of = groups.setdefault((digest, *row[evaluated]), (target, constants, []))
-                of[2].append(row)
-        for target, constants, same in groups.values():
-            sums = self._sums(target, constants)
+                groups.setdefault((digest, *row[evaluated]), (values, constants, []))[2].append(row)
+        for values, constants, same in groups.values():
+            target = self._target(values)
+            sums = target and self._sums(target, constants)
             if sums is not None:
                 yield np.array(same), sums, constants
 
@@ -128,14 +136,14 @@ class Rescaled:
         return Sums(acc, target, None if upper is None else np.asarray(upper, np.int64))
 
     def _solved(
-        self, space: Space, sums: Sums, constants: Constants, by_totals: "dict[bytes, _Shifts]"
+        self, space: Left, sums: Sums, constants: Constants, by_totals: "dict[bytes, _Shifts]"
     ) -> Iterator[tuple[Boxes, Boxes, Boxes] | None]:
         """For each row of constants that is near: boxes of mantissa, shifts and the rest that make the integers."""
         wanted, acc = self.question.wanted.ravel(), sums.acc.ravel()
         if wanted.shape != acc.shape or sums.acc.shape != self.question.wanted.shape:
             return
         at = _sample(acc, wanted)
-        shifts, readings = space.over(self.shifts).rows(), self._readings(space)
+        shifts, readings = space.rows(self.shifts), self._readings(space)
         upper = None if sums.upper is None else np.broadcast_to(sums.upper, sums.acc.shape).ravel()
         narrow = self._is_narrow(sums.target)
         every = tuple(space.domains[f] for f in self.shifts)
@@ -150,14 +158,10 @@ class Rescaled:
             column = np.searchsorted(totals, t)
             top = None if upper is None else upper[at]
             near = made.near(acc[at], m[at], column[at], wanted[at], self.lone.output.dtype, top)
-            for d in np.flatnonzero(near):
-                pre, post = made.pre[d][column], made.post[d][column]
-                row = _Along(acc, m, pre, post, wanted, upper)
-                good = self._explaining(readings, sums, row, row.at(at))
-                if not len(good):
-                    yield None
-                    continue
-                yield self._boxes(_MANTISSA, rows), made.boxes(int(d)), self._boxes(self.evaluated, good)
+            good = self._explaining(readings, made, _Along(acc, m, column, wanted, upper), near)
+            for which, ds in _alike(good):
+                values = np.array([row for i in np.flatnonzero(which) for row in readings[i].rows])
+                yield self._boxes(_MANTISSA, rows), made.boxes(ds), self._boxes(self.evaluated, values)
 
     def _boxes(self, names: Sequence[str], rows: np.ndarray) -> Boxes:
         """Joint values of some fields as boxes; the same ones come again and again."""
@@ -166,19 +170,18 @@ class Rescaled:
             self._boxed[key] = of_rows(self.own(names), rows)
         return self._boxed[key]
 
-    def _of_mantissas(self, space: Space, sums: Sums, constants: Constants) -> Any:
+    def _of_mantissas(self, space: Left, sums: Sums, constants: Constants) -> Any:
         """(joint values of the fields of a mantissa, mantissas, shifts in all), those together that are the same."""
         names = self.own(_MANTISSA)
-        rows = space.over(names).rows()
+        rows = space.rows(names)
         key = digest_of([np.asarray(constants[role]) for role in ROW])
         largest = 15 - int((np.asarray(constants["pre"]) + np.asarray(constants["post"])).min())  # exponent of a ratio
         groups: dict[bytes, tuple[list[np.ndarray], np.ndarray, np.ndarray]] = {}
         for row in rows:
             values = {f: space.domains[f][i] for f, i in zip(names, row, strict=True)}
-            values["rescale.mantissa_rounding"] = _ALIKE.get(
-                values["rescale.mantissa_rounding"], values["rescale.mantissa_rounding"]
-            )
-            if largest < 8:
+            if (rounding := values.get("rescale.mantissa_rounding")) in _ALIKE:
+                values["rescale.mantissa_rounding"] = _ALIKE[rounding]
+            if largest < 8 and "rescale.ratio_bits" in values:
                 values["rescale.ratio_bits"] = 15  # below 2^7 nothing is clamped
             own = key, tuple(values.values())
             if own not in self._lowered:
@@ -199,24 +202,30 @@ class Rescaled:
             self._lowered["narrow",] = not np.asarray(found["pre"]).any() and bool(np.asarray(found["post"]).any())
         return bool(self._lowered["narrow",])
 
-    def _readings(self, space: Space) -> "list[_Reading]":
+    def _readings(self, space: Left) -> "list[_Reading]":
         """What evaluation can read of section 3, with the joint values for each."""
         names = self.evaluated
         found: dict[tuple, list[np.ndarray]] = {}
         rounding = next(f for f in names if f.endswith("pre_rounding"))
-        for row in space.over(names).rows():
+        for row in space.rows(names):
             v = {f: space.domains[f][i] for f, i in zip(names, row, strict=True)}
             wide = v["rescale.high_precision"]
-            first = None if wide else (v[rounding], v["rescale.inner_bits"])
+            first = None if wide else (v[rounding], v.get("rescale.inner_bits", 32))  # where not asked, it cuts nothing
             found.setdefault((first, v["rescale.post_rounding"]), []).append(row)
         return [_Reading(first, last, tuple(rows)) for (first, last), rows in found.items()]
 
-    def _explaining(self, readings: "list[_Reading]", sums: Sums, row: "_Along", some: "_Along") -> np.ndarray:
-        """The joint values of what evaluation reads that make the board's integers with a row of constants."""
-        dtype = self.lone.output.dtype
-        few = some.matching(readings, dtype)
-        few = few if len(some.acc) == len(row.acc) or not few else row.matching(few, dtype)
-        return np.array([values for reading in few for values in reading.rows])
+    def _explaining(self, readings: "list[_Reading]", made: "_Shifts", sums: "_Along", near: np.ndarray) -> np.ndarray:
+        """[shifts, readings] bool: which make the board's integers. A shift in all is looked at by itself: what it is
+        split into has few forms, though all of them together have many."""
+        good, dtype = np.repeat(near[:, None], len(readings), axis=1), self.lone.output.dtype
+        for column in range(made.pre.shape[1]):
+            own = sums.at(np.flatnonzero(sums.column == column))
+            left = np.flatnonzero(good.any(1))
+            pairs, which = np.unique(made.pre[left, column] * 64 + made.post[left, column], return_inverse=True)
+            for i, pair in enumerate(pairs):
+                of_pair = left[which.ravel() == i]
+                good[of_pair] &= own.matching(readings, *divmod(int(pair), 64), dtype)
+        return good
 
     def _constants(self, target: Target) -> Constants | None:
         try:
@@ -224,9 +233,11 @@ class Rescaled:
         except JQuantError:
             return None
 
-    def _target(self, space: Space, names: Sequence[str], row: np.ndarray, more: Mapping[str, Any]) -> Target | None:
+    def _target(self, values: Sequence[Any]) -> Target | None:
+        """With these values of the other fields, and the finest of section 3."""
+        own = dict(zip(self.others, values, strict=True))
         try:
-            return NEUTRAL.with_fields({**more, **{f: space.domains[f][i] for f, i in zip(names, row, strict=True)}})
+            return NEUTRAL.with_fields({**_OPEN, **_WIDEST, **_FINEST, **own})
         except QConfigError:
             return None
 
@@ -240,7 +251,7 @@ class _Shifts:
     which: np.ndarray
     pre: np.ndarray
     post: np.ndarray
-    _boxed: dict[int, Boxes] = field(default_factory=dict)
+    _boxed: dict[bytes, Boxes] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -257,10 +268,11 @@ class _Shifts:
         first = np.unique(code, return_index=True)[1]
         return cls(names, rows, code, pre[first], post[first])
 
-    def boxes(self, d: int) -> Boxes:
-        if d not in self._boxed:
-            self._boxed[d] = of_rows(self.names, self.rows[self.which == d])
-        return self._boxed[d]
+    def boxes(self, ds: np.ndarray) -> Boxes:
+        """The limits that make some of the shifts."""
+        if (key := ds.tobytes()) not in self._boxed:
+            self._boxed[key] = of_rows(self.names, self.rows[np.isin(self.which, ds)])
+        return self._boxed[key]
 
     def near(
         self, acc: np.ndarray, m: np.ndarray, column: np.ndarray, wanted: np.ndarray, dtype: str, top: np.ndarray | None
@@ -297,44 +309,44 @@ class _Reading:
 
 @dataclass(frozen=True, eq=False)
 class _Along:
-    """A sum, its row of constants and the board's integers, place by place: [n] each."""
+    """A sum, its mantissa, which shift in all it has, and the board's integers, place by place: [n] each."""
 
     acc: np.ndarray
     mantissa: np.ndarray
-    pre: np.ndarray
-    post: np.ndarray
+    column: np.ndarray
     wanted: np.ndarray
     upper: np.ndarray | None
 
     def at(self, places: np.ndarray) -> "_Along":
         upper = None if self.upper is None else self.upper[places]
-        acc, mantissa, pre, post = (v[places] for v in (self.acc, self.mantissa, self.pre, self.post))
-        return _Along(acc, mantissa, pre, post, self.wanted[places], upper)
+        acc, mantissa, column = (v[places] for v in (self.acc, self.mantissa, self.column))
+        return _Along(acc, mantissa, column, self.wanted[places], upper)
 
-    def matching(self, readings: Sequence[_Reading], dtype: str) -> list[_Reading]:
-        """The readings that make the board's integers."""
-        heads = rounded_all(self.acc, self.pre)
+    def matching(self, readings: Sequence[_Reading], pre: int, post: int, dtype: str) -> np.ndarray:
+        """[readings] bool: which make the board's integers with these shifts."""
+        heads = rounded_all(self.acc, np.int64(pre))
         enough = int(max(heads.max(), -1 - heads.min())).bit_length() + 1  # more bits cut nothing
         made = {}
-        for bits in dict.fromkeys(min(reading.bits, enough) for reading in self._by_bits(readings)):
+        for bits in {min(reading.bits, enough) for reading in readings}:
             limit = 2 ** max(bits - 1, 0)
             head = np.clip(heads, -limit, limit - 1) if bits else self.acc
-            made[bits] = self._equal(head, self.post if bits else self.pre + self.post, dtype)
-        if not any(equal.any() for equal in made.values()):
-            return []
-        return [reading for reading in readings if made[min(reading.bits, enough)][reading.at]]
+            made[bits] = self._equal(head, np.int64(post if bits else pre + post), dtype)
+        return np.array([made[min(reading.bits, enough)][reading.at] for reading in readings])
 
-    @staticmethod
-    def _by_bits(readings: Sequence[_Reading]) -> Iterator[_Reading]:
-        """One of each number of bits."""
-        return iter({reading.bits: reading for reading in readings}.values())
-
-    def _equal(self, head: np.ndarray, shift: np.ndarray, dtype: str) -> np.ndarray:
+    def _equal(self, head: np.ndarray, shift: np.int64, dtype: str) -> np.ndarray:
         """By the last rounding, whether a head of shape [..., n] becomes the board's integers: [5, ...]."""
         low, high = integer_range(dtype)
         y = np.clip(rounded_all(head * self.mantissa, shift), low, high)
         y = y if self.upper is None else np.minimum(y, self.upper)
-        return (y == self.wanted).all(-1)
+        return np.asarray((y == self.wanted).all(-1))
+
+
+def _alike(good: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """[shifts, readings] bool as the sets of readings that some shifts have, with these shifts."""
+    some = np.flatnonzero(good.any(1))
+    sets, which = np.unique(good[some], axis=0, return_inverse=True)
+    for i, own in enumerate(sets):
+        yield own, some[which.ravel() == i]
 
 
 def _sample(acc: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -349,11 +361,24 @@ def _in_acc(lone: Lone) -> Lone:
     return replace(lone, output=replace(lone.output, dtype="int32"))
 
 
+def rescaled_of(question: Question) -> Rescaled | None:
+    """What solves the question, with all that it keeps from question to question; None where its node is no sum."""
+    kept, key = question.answers.kept, question.operands.digest
+    if key not in kept:
+        kept[key] = is_rescaled(question)
+    if not kept[key]:
+        return None
+    found: Rescaled = kept.setdefault(b"", Rescaled(question))
+    return found.again(question)
+
+
 def is_rescaled(question: Question) -> bool:
-    """Whether the node is a sum and its rescale, as two marches that have all fields at random show."""
+    """Whether the node is a sum and its rescale, as some marches show."""
     lone, operands = question.answers.lone, question.operands.arrays
     asks = question.asks
-    if lone.node is None or not {"rescale.post_rounding", "rescale.max_post_shift"} <= set(asks):
+    if lone.node is None or not set(asks) >= _READ or not any(f in asks for f in _WIDEST):
+        return False
+    if not any(f.endswith("pre_rounding") for f in asks):
         return False
     return all(_is_sum(question, march, operands) for march in _tests())
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from jquant.board.answers import Row
+from jquant.board.asking import Question
 from jquant.board.boxes import Boxes, Space, of_rows
 from jquant.board.networks import Given
 from jquant.board.probes import domains
-from jquant.board.rows import Rescaled, is_rescaled
-from jquant.board.sifting import Exclusion, Question, exclusion_of
+from jquant.board.rows import Rescaled, rescaled_of
+from jquant.board.sifting import Exclusion, exclusion_of
 from jquant.targets import value_of
 from jquant.types import Target
 
@@ -34,7 +35,6 @@ class Searched:
     unexplained: list[Question] = field(default_factory=list)
     postponed: list[Question] = field(default_factory=list)
     _left: dict[int, int] = field(default_factory=dict)
-    _rescaled: dict[int, Rescaled | None] = field(default_factory=dict)
 
     def put(self, question: Question) -> bool:
         """Leaves out the joint values that have an integer of the question wrong; False where they are too many."""
@@ -65,6 +65,15 @@ class Searched:
     def values(self, field: str) -> tuple[Any, ...]:
         """What a field can still be; nothing where no question depends on it."""
         return self.worlds.values(field) if field in self.worlds.domains else ()
+
+    def world(self, wanted: Mapping[str, Any], field: str = "", value: Any = None) -> dict[str, Any] | None:
+        """What is left that has as many of the wanted values as each table allows; with a value of a field.
+
+        None where the field is not left with it.
+        """
+        if field and value not in self.values(field):
+            return None
+        return self.worlds.nearest(wanted, field, value)
 
     def explains(self, question: Question) -> bool:
         """Whether one of those that were tried explains a question."""
@@ -144,13 +153,9 @@ class Searched:
         more = question.wanted - found
         return bool(((more == 0) | (more == 1)).all())
 
-    def _solver(self, question: Question) -> Rescaled | None:
-        key = id(question.answers)
-        if key not in self._rescaled:
-            able = not isinstance(question.answers.lone, Given) and is_rescaled(question)
-            self._rescaled[key] = Rescaled(question) if able else None
-        found = self._rescaled[key]
-        return found and found.again(question)
+    @staticmethod
+    def _solver(question: Question) -> Rescaled | None:
+        return None if isinstance(question.answers.lone, Given) else rescaled_of(question)
 
     def _row(self, question: Question, boxes: Boxes) -> Row:
         """The joint values in some boxes that are nearest to the base."""

@@ -1,19 +1,24 @@
 """Questions, and what they leave of the worlds: values of fields go where an integer of the board is not theirs."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from jquant.board.answers import Answers, Operands, Row
-from jquant.board.worlds import Worlds, distinct
+from jquant.board.answers import Row
+from jquant.board.asking import Question
+from jquant.board.boxes import Boxes
+from jquant.board.rows import rescaled_of
+from jquant.board.worlds import Worlds
 from jquant.targets import fields
 
 LIMIT = 40_000  # worlds of one question; more are left to other dumps, which make them fewer
 LISTED = 200  # worlds of a question that can be solved; more are solved together
 SOLVED = 5_000  # what a question costs that is solved, in worlds
+SUMMED = 20_000  # joint values of what a rescaled sum is made of
+MOST_LEFT = 400_000  # joint values that are left of the fields that a solved question tells something of
 SAMPLED = 500  # worlds that are tried to find the nearest of more than LIMIT
 
 # Where a field has a value, others read nothing. Each of its values is tried by itself, without them.
@@ -25,70 +30,9 @@ SWITCHES: Mapping[str, Mapping[Any, tuple[str, ...]]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One dumped value with its dumped operands: all that it takes to try values of fields on it.
-
-    `where`    (probe, value)
-    `answers`  what it can be, by the values of the fields that it depends on
-    `wanted`   the board's integers
-    """
-
-    where: tuple[str, str]
-    answers: Answers
-    operands: Operands
-    wanted: np.ndarray
-
-    @property
-    def asks(self) -> tuple[str, ...]:
-        return self.answers.asks
-
-    def differing(self, rows: np.ndarray, domains: Sequence[Sequence[Any]]) -> np.ndarray:
-        """How many integers each row of values has wrong; infinity where they make no march.
-
-        Args:
-          rows: [n, asks] positions in `domains`.
-        """
-
-        def values(row: np.ndarray) -> Row:
-            return tuple(domain[i] for domain, i in zip(domains, row, strict=True))
-
-        digests: dict[bytes | None, int] = {}
-        _, lowered = distinct(rows[:, self.answers.lowering])
-        of_lowered = np.array(
-            [digests.setdefault(self._digest(map(values, group)), len(digests)) for group in groups(rows, lowered)]
-        )
-        keys = np.concatenate([of_lowered[lowered][:, None], rows[:, self.answers.evaluation]], axis=1)
-        _, evaluated = distinct(keys)
-        counts = np.array([self.wrong(values(rows[i])) for i in first(evaluated)])
-        return counts[evaluated]
-
-    def _digest(self, rows: Iterable[Row]) -> bytes | None:
-        """That of the constants of rows which lower alike; some of them may be no march."""
-        known = next((row for row in rows if self.answers.is_march(row)), None)
-        return None if known is None else self.answers.digest(known)
-
-    def wrong(self, row: Row) -> float:
-        found = self.answers(row, self.operands)
-        if found is None or found.shape != self.wanted.shape:
-            return math.inf
-        return int(np.count_nonzero(found != self.wanted))
-
-
-def groups(rows: np.ndarray, which: np.ndarray) -> list[np.ndarray]:
-    """The rows of each number of [0, n)."""
-    order = np.argsort(which, kind="stable")
-    return np.split(rows[order], np.flatnonzero(np.diff(which[order])) + 1)
-
-
-def first(which: np.ndarray) -> np.ndarray:
-    """Where each number of [0, n) comes first."""
-    return np.unique(which, return_index=True)[1]
-
-
 @dataclass(frozen=True)
 class Exclusion:
-    """Why a value of a field is left out: the integers that the nearest world with it has wrong.
+    """Why a value of a field is left out: the integers that a world with it, of those tried a near one, has wrong.
 
     `differing` of `size`  how many are wrong there; None: the value has no march with what is known
     `index`, `wanted`, `found`  the first wrong one: where it is, what the board made, and what that world makes
@@ -109,7 +53,7 @@ class Sifted:
 
     `unexplained`  the questions that no world explains with all the others before
     `postponed`    the questions that depend on too much that is not known
-    `late`         those of them that too many worlds explain
+    `late`         those of them that too many worlds explain, with the worlds that they were put to
     """
 
     worlds: Worlds
@@ -118,7 +62,8 @@ class Sifted:
     answered: list[Question] = field(default_factory=list)
     unexplained: list[Question] = field(default_factory=list)
     postponed: list[Question] = field(default_factory=list)
-    late: list[Question] = field(default_factory=list)
+    late: dict[Question, int] = field(default_factory=dict)
+    _counts: dict[Question, tuple[int, float]] = field(default_factory=dict)
 
     def put(self, question: Question) -> None:
         """Leaves out the worlds that have an integer of the question wrong."""
@@ -127,7 +72,7 @@ class Sifted:
         if self.is_solved(question):
             self._put_solved(question, free, before)
             return
-        tried = Tried(question, self)
+        tried = Tried(question, self, exact=False)
         if not self.worlds.keep(free, tried):
             self.unexplained.append(question)
             return
@@ -138,11 +83,13 @@ class Sifted:
 
     def _put_solved(self, question: Question, free: tuple[str, ...], before: Mapping[str, tuple[Any, ...]]) -> None:
         """The same for one that is solved. Of an excluded value one world near to those that are left is tried."""
-        good, worlds = self._solved(question), self.worlds.copy()
-        if good is None:
-            self.late.append(question)
+        worlds = self.worlds.copy()
+        if (explains := self._keep(self.worlds, question, free)) is None:
+            self.late[question] = self.worlds.count(free)
+            self._counts.pop(question, None)
             return
-        if not self.worlds.keep_rows(free, good):
+        self.late.pop(question, None)
+        if not explains:
             self.unexplained.append(question)
             return
         self.answered.append(question)
@@ -156,9 +103,16 @@ class Sifted:
     def is_solved(self, question: Question) -> bool:
         """Whether all joint values are tried together, since one by one they are many."""
         solver = question.answers.solver
-        if solver is None or self.worlds.count(self.free(question)) <= LISTED:
+        if self.worlds.count(self.free(question)) <= LISTED:
             return False
+        if solver is None:
+            return self._is_boxed(question)
         return solver.is_within(self._left(question), self.worlds.count)
+
+    def _is_boxed(self, question: Question) -> bool:
+        """Whether it is a rescaled sum, with few enough joint values of what the sum is made of."""
+        solved, free = rescaled_of(question), self.free(question)
+        return solved is not None and self.worlds.count([f for f in solved.others if f in free]) <= SUMMED
 
     def _left(self, question: Question) -> dict[str, tuple[Any, ...]]:
         free = self.free(question)
@@ -169,21 +123,39 @@ class Sifted:
         return self._in_left(names, self.worlds.over(names)) if names else np.zeros((1, 0), np.int64)
 
     def _in_left(self, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
-        columns = [np.searchsorted(self._positions(f), column) for f, column in zip(names, rows.T, strict=True)]
+        columns = [np.searchsorted(self.worlds.positions(f), column) for f, column in zip(names, rows.T, strict=True)]
         return np.stack(columns, axis=1)
 
-    def _positions(self, field: str) -> np.ndarray:
-        return np.array(sorted(self.worlds.domains[field].index(v) for v in self.worlds.values(field)))
+    def _keep(self, worlds: Worlds, question: Question, free: tuple[str, ...]) -> bool | None:
+        """Leaves the worlds that explain a question which is solved; None where they are too many."""
+        good = self._solved(question)
+        if good is None:
+            return None
+        if isinstance(good, Boxes):
+            return worlds.keep_boxes(free, good.project(free).masks, MOST_LEFT)
+        return worlds.keep_rows(free, good)
 
-    def _solved(self, question: Question) -> np.ndarray | None:
+    def _solved(self, question: Question) -> np.ndarray | Boxes | None:
         """The joint values of its free fields that explain a question, as positions; None: they are too many."""
         solver, free = question.answers.solver, self.free(question)
-        assert solver is not None
+        if solver is None:
+            solved = rescaled_of(question)
+            assert solved is not None
+            return solved.good(
+                _Listed(self.worlds, free, dict(zip(question.asks, self._domains(question), strict=True)))
+            )
         rows = solver.good(question.operands.arrays, question.wanted, self._left(question), self._over)
         if rows is None:
             return None
-        columns = [self._positions(f)[rows[:, question.asks.index(f)]] for f in free]
+        if isinstance(rows, Boxes):
+            return rows.project(free).moved([self.worlds.positions(f) for f in free])
+        columns = [self.worlds.positions(f)[rows[:, question.asks.index(f)]] for f in free]
         return np.stack(columns, axis=1)
+
+    def _domains(self, question: Question) -> list[tuple[Any, ...]]:
+        """The values of each field of a question, the one value of those that are not free."""
+        free = self.free(question)
+        return [self.worlds.domains[f] if f in free else (self.fixed(f),) for f in question.asks]
 
     def values(self, field: str) -> tuple[Any, ...]:
         """What a field can still be; nothing where no question depends on it."""
@@ -191,11 +163,19 @@ class Sifted:
             return (self.given[field],)
         return self.worlds.values(field) if field in self.worlds.domains else ()
 
+    def world(self, wanted: Mapping[str, Any], field: str = "", value: Any = None) -> dict[str, Any] | None:
+        """What is left that has as many of the wanted values as each table allows; with a value of a field.
+
+        None where the field is not left with it.
+        """
+        if field and value not in self.values(field):
+            return None
+        return {**self.worlds.nearest(wanted, field, value), **self.given}
+
     def explains(self, question: Question) -> bool:
         """Whether a world that is left explains a question."""
         if self.is_solved(question):
-            good = self._solved(question)
-            return good is not None and self.worlds.copy().keep_rows(self.free(question), good)
+            return bool(self._keep(self.worlds.copy(), question, self.free(question)))
         return self.fewest(question) == 0
 
     def fewest(self, question: Question) -> float:
@@ -226,9 +206,35 @@ class Sifted:
         """The one value of a field that is given or moot."""
         return self.given[field] if field in self.given else fields()[field][0]
 
-    def count(self, question: Question) -> int:
-        """How much a question costs: the worlds that it is put to; of one that is solved, more than of most others."""
-        return SOLVED if self.is_solved(question) else self.worlds.count(self.free(question))
+    def count(self, question: Question) -> float:
+        """How much a question costs: the worlds that it is put to; of one that is solved, as many as cost that much."""
+        stamp, known = self.worlds.changed(self.free(question)), self._counts.get(question)
+        if known is None or known[0] != stamp:
+            known = self._counts[question] = stamp, self._counted(question)
+        return known[1]
+
+    def _counted(self, question: Question) -> float:
+        count = self.worlds.count(self.free(question))
+        if question in self.late and count > self.late[question] / 2:
+            return math.inf
+        if not self.is_solved(question):
+            return count
+        return SOLVED if question.answers.solver else min(count, count**0.5 * 10)
+
+
+class _Listed:
+    """What is left of the fields of a question, as `Rescaled` asks for it; of those that are not free, one value."""
+
+    def __init__(self, worlds: Worlds, free: Sequence[str], domains: Mapping[str, tuple[Any, ...]]) -> None:
+        self.domains, self._worlds, self._free = domains, worlds, free
+
+    def rows(self, fields: Sequence[str]) -> np.ndarray:
+        """The distinct joint values of some fields, as positions."""
+        free = [f for f in fields if f in self._free]
+        some = self._worlds.over(free) if free else np.zeros((1, 0), np.int64)
+        found = np.zeros((len(some), len(fields)), np.int64)
+        found[:, [fields.index(f) for f in free]] = some
+        return found
 
 
 class Left(Protocol):
@@ -244,16 +250,15 @@ class Left(Protocol):
 class Tried:
     """Worlds tried on a question: how many integers each has wrong."""
 
-    def __init__(self, question: Question, sifted: Sifted) -> None:
-        self.question, self.free = question, sifted.free(question)
-        domains = sifted.worlds.domains
-        self.domains = [domains[f] if f in self.free else (sifted.fixed(f),) for f in question.asks]
+    def __init__(self, question: Question, sifted: Sifted, *, exact: bool = True) -> None:
+        self.exact, self.question, self.free = exact, question, sifted.free(question)
+        self.domains = sifted._domains(question)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """[n, free] positions to whether each explains the question."""
         self.rows = np.zeros((len(rows), len(self.question.asks)), np.int64)
         self.rows[:, [self.question.asks.index(name) for name in self.free]] = rows
-        self.counts = self.question.differing(self.rows, self.domains)
+        self.counts = self.question.differing(self.rows, self.domains, exact=self.exact)
         return self.counts == 0
 
     def nearest(self, field: str = "", value: Any = None) -> tuple[float, Row]:
@@ -273,7 +278,8 @@ def exclusion_of(question: Question, value: Any, count: float, row: Row) -> Excl
     found = question.answers(row, question.operands)
     assert found is not None
     index = tuple(int(i) for i in np.argwhere(found != question.wanted)[0])
-    return Exclusion(value, question.where, int(count), size, index, int(question.wanted[index]), int(found[index]))
+    count = int(np.count_nonzero(found != question.wanted))
+    return Exclusion(value, question.where, count, size, index, int(question.wanted[index]), int(found[index]))
 
 
 def sift(
@@ -286,6 +292,8 @@ def sift(
         at = min(range(len(pending)), key=counts.__getitem__)
         if counts[at] > LIMIT:
             break
-        result.put(pending.pop(at))
-    result.postponed = [*pending, *result.late]
+        result.put(question := pending.pop(at))
+        if question in result.late:
+            pending.append(question)  # once more, when other dumps have left fewer worlds
+    result.postponed = pending
     return result

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jquant.board.boxes import Boxes
+from jquant.board.positions import code, distinct
+
 
 class Table(NamedTuple):
     """The joint values of `fields`: distinct `rows`, [n, fields] positions."""
@@ -30,13 +33,25 @@ class Worlds:
 
     def __init__(self, domains: Mapping[str, Sequence[Any]]) -> None:
         self.domains = {field: tuple(values) for field, values in domains.items()}
-        self._sizes: dict[tuple[int, tuple[str, ...]], tuple[Table, int]] = {}  # that of a table, by its identity
+        # Of tables, by their identity: asked again and again while they stay.
+        self._sizes: dict[tuple[int, tuple[str, ...]], tuple[Table, int]] = {}
+        self._places: dict[tuple[int, str], tuple[Table, np.ndarray]] = {}
+        self._nearest: dict[tuple[int, bytes], tuple[Table, np.ndarray]] = {}
         self._tables = [Table((f,), np.arange(len(values))[:, None]) for f, values in self.domains.items()]
+        self._changed = dict.fromkeys(self.domains, 0)  # when a field's table was last another one
 
     def values(self, field: str) -> tuple[Any, ...]:
         """What a field can still be."""
-        rows = self._table_of(field).project([field]).rows
-        return tuple(self.domains[field][i] for i in sorted(rows[:, 0].tolist()))
+        return tuple(self.domains[field][i] for i in self.positions(field))
+
+    def positions(self, field: str) -> np.ndarray:
+        """What a field can still be, as ascending positions."""
+        table = self._table_of(field)
+        known = self._places.get((id(table), field))
+        if known is None or known[0] is not table:
+            known = table, np.flatnonzero(np.bincount(table.rows[:, table.fields.index(field)]))
+            self._places[id(table), field] = known
+        return known[1]
 
     def tied(self, field: str) -> tuple[str, ...]:
         """The fields whose values depend on each other with this one, itself included."""
@@ -46,13 +61,24 @@ class Worlds:
         """A world that is left, with as many of the wanted values as each table allows; with a value of a field."""
         found: dict[str, Any] = {}
         for table in self._tables:
-            at = [self.domains[f].index(wanted[f]) if wanted.get(f) in self.domains[f] else -1 for f in table.fields]
-            rows = table.rows
+            places = [
+                self.domains[f].index(wanted[f]) if wanted.get(f) in self.domains[f] else -1 for f in table.fields
+            ]
+            at = np.array(places)
             if field in table.fields:
-                rows = rows[rows[:, table.fields.index(field)] == self.domains[field].index(value)]
-            row = rows[(rows == at).sum(1).argmax()]
+                own = table.rows[:, table.fields.index(field)] == self.domains[field].index(value)
+                row = _nearest(table.rows[own], at)
+            else:
+                known = self._nearest.get((id(table), at.tobytes()))
+                if known is None or known[0] is not table:
+                    known = self._nearest[id(table), at.tobytes()] = table, _nearest(table.rows, at)
+                row = known[1]
             found |= {f: self.domains[f][i] for f, i in zip(table.fields, row, strict=True)}
         return found
+
+    def changed(self, fields: Sequence[str]) -> int:
+        """A number that is another one once what is left of the fields may be."""
+        return max((self._changed[field] for field in fields), default=0)
 
     def count(self, fields: Sequence[str]) -> int:
         """How many joint values the fields have."""
@@ -89,8 +115,7 @@ class Worlds:
             whole = joint(touched)
             codes = self._codes(whole.rows[:, [whole.fields.index(f) for f in fields]], fields)
             left = whole.rows[np.isin(codes, self._codes(rows[good], fields))]
-            rest = [t for t in self._tables if t.fields[0] not in whole.fields]
-            self._tables = rest + list(split(Table(whole.fields, left)))
+            self._replace(Table(whole.fields, left))
         return True
 
     def keep_rows(self, fields: Sequence[str], good: np.ndarray) -> bool:
@@ -101,9 +126,61 @@ class Worlds:
             kept = self._joined(kept, table)
         if not len(kept.rows):
             return False
-        rest = [t for t in self._tables if t.fields[0] not in kept.fields]
-        self._tables = rest + list(split(kept))
+        self._replace(kept)
         return True
+
+    def keep_boxes(self, fields: Sequence[str], masks: np.ndarray, most: int) -> bool | None:
+        """Leaves the worlds whose values of `fields` are in a box, as `keep_rows`; None where they are too many.
+
+        Args:
+          masks: [n, fields] uint64, as those of `Boxes`.
+          most: how many joint values of the fields that the boxes say something of can be listed.
+        """
+        names, masks = self._telling(fields, masks)
+        if not names or not len(masks):
+            return bool(len(masks))
+        rows = self._within(names, masks, most)
+        return None if rows is None else len(rows) > 0 and self.keep_rows(names, rows)
+
+    def _telling(self, fields: Sequence[str], masks: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+        """The boxes as far as they leave something out: without the fields of which each has all that is left."""
+        left = np.array([self._mask(field) for field in fields], np.uint64)
+        masks = masks & left
+        boxes = Boxes(tuple(fields), masks[(masks != 0).all(1)]).merged()
+        while True:
+            tells = [f for f in boxes.fields if (boxes.project([f]).masks != self._mask(f)).any()]
+            if len(tells) == len(boxes.fields) or not len(boxes.masks):
+                return boxes.fields, boxes.masks
+            boxes = boxes.project(tells).merged()
+
+    def _mask(self, field: str) -> np.uint64:
+        return np.uint64(np.bitwise_or.reduce(np.uint64(1) << self.positions(field).astype(np.uint64)))
+
+    def _within(self, fields: tuple[str, ...], masks: np.ndarray, most: int) -> np.ndarray | None:
+        """The joint values that are left of some fields and lie in a box; None: more than `most`."""
+        parts = self._projected(fields)
+        bits = [np.uint64(1) << part.rows.astype(np.uint64) for part in parts]
+        columns = [[fields.index(f) for f in part.fields] for part in parts]
+        order = [[f for part in parts for f in part.fields].index(f) for f in fields]
+        found, count = [], 0
+        for box in masks:
+            inside = [
+                part.rows[((bit & box[column]) != 0).all(1)]
+                for part, bit, column in zip(parts, bits, columns, strict=True)
+            ]
+            count += prod(map(len, inside))
+            if count > 4 * most:
+                return None
+            found.append(joint([Table(p.fields, rows) for p, rows in zip(parts, inside, strict=True)]).rows[:, order])
+        rows = distinct(np.concatenate(found))[0]
+        return rows if len(rows) <= most else None
+
+    def _replace(self, table: Table) -> None:
+        """A table in place of those that have its fields, as independent ones."""
+        rest = [t for t in self._tables if t.fields[0] not in table.fields]
+        self._tables = rest + list(split(table))
+        stamp = max(self._changed.values()) + 1
+        self._changed |= dict.fromkeys(table.fields, stamp)
 
     def _joined(self, a: Table, b: Table) -> Table:
         """Every row of one with each row of the other that has the same values of the fields which both have."""
@@ -120,7 +197,8 @@ class Worlds:
 
     def copy(self) -> "Worlds":
         other = Worlds(self.domains)
-        other._tables = list(self._tables)
+        other._tables, other._changed = list(self._tables), dict(self._changed)
+        other._places, other._nearest = dict(self._places), dict(self._nearest)
         return other
 
     def _codes(self, rows: np.ndarray, fields: Sequence[str]) -> np.ndarray:
@@ -143,20 +221,10 @@ class Worlds:
         return [table.project(asked) for table, asked in each if asked]
 
 
-def code(rows: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """One number for each row of positions below `sizes`."""
-    found = np.zeros(len(rows), np.int64)
-    for column, size in zip(rows.T, sizes, strict=True):
-        found = found * size + column
+def _nearest(rows: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The row that has the most positions of `at`."""
+    found: np.ndarray = rows[(rows == at).sum(1).argmax()]
     return found
-
-
-def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows of positions, and which of them each row is."""
-    if not rows.shape[1]:
-        return rows[:1], np.zeros(len(rows), np.int64)
-    _, first, which = np.unique(code(rows, rows.max(0, initial=0) + 1), return_index=True, return_inverse=True)
-    return rows[first], which
 
 
 def joint(tables: Sequence[Table]) -> Table:

@@ -7,8 +7,9 @@ import pytest
 from support.board import board_of, hidden
 
 import jquant as jq
+from jquant.board.asking import Question
 from jquant.board.questions import Asked, questions_of
-from jquant.board.sifting import Question, Sifted
+from jquant.board.sifting import Sifted
 from jquant.board.worlds import Worlds
 
 ASKED = [Asked(probe) for probe in jq.board.probe(["tables", "grid"])]
@@ -61,7 +62,8 @@ def test_a_question_of_millions_of_joint_values_is_decided() -> None:
     sifted = Sifted(Worlds({f: domains[f] for f in question.asks}))
     assert sifted.worlds.count(question.asks) > 10**7
     sifted.put(question)
-    assert sifted.unexplained == sifted.late == []
+    assert not sifted.unexplained
+    assert not sifted.late
     for field in question.asks:
         assert jq.targets.value_of(march, field) in sifted.values(field)
     assert sifted.values("tables.entries") == (march.tables.entries,)
