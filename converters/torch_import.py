@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from jquant.host.progress import stages
 from jquant.types import Array, ConversionError, Graph
 
 from .aten.quantized import Pair
@@ -22,6 +23,8 @@ from .habits import visible_habits
 from .naming import name_graph
 from .promotion import with_conversions
 from .reader import Reader
+
+_STAGES = ("torch.export", "operators", "other batch sizes")
 
 
 def from_torch(
@@ -140,14 +143,18 @@ def _import(
     check: bool,
 ) -> tuple[Graph, dict[str, Array]]:
     set_branches(module, train_branch)
-    with visible_habits(module):
-        program = export(module, arguments, dynamic_batch, batch_axis)
-        if train_branch:
-            leave_dropout_to_training(program)
-        reader, read = _read(batch_first(program, batch_axis), dynamic_batch)
-        made = name_graph(module, read, reader.drafts, reader.inputs, reader.outputs)
-    if check:
-        check_batch_sizes(module, program, arguments, batch_axis)
+    with stages("importing", _STAGES if check else _STAGES[:-1]) as begin:
+        with visible_habits(module):
+            begin("torch.export")
+            program = export(module, arguments, dynamic_batch, batch_axis)
+            if train_branch:
+                leave_dropout_to_training(program)
+            begin("operators")
+            reader, read = _read(batch_first(program, batch_axis), dynamic_batch)
+            made = name_graph(module, read, reader.drafts, reader.inputs, reader.outputs)
+        if check:
+            begin("other batch sizes")
+            check_batch_sizes(module, program, arguments, batch_axis)
     return made
 
 

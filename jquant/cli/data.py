@@ -3,10 +3,10 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 from zipfile import BadZipFile
 
 import jax.numpy as jnp
@@ -18,6 +18,21 @@ from jquant.types import Array, FormatError, Graph, InputError
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 
 Batch = tuple[tuple[np.ndarray, ...], np.ndarray | None]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Counted(Generic[Item]):
+    """Items of which it is known how many there are."""
+
+    items: Iterable[Item]
+    count: int
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return self.count
 
 
 @dataclass(frozen=True)
@@ -51,9 +66,16 @@ class Data:
             return size
         return next((n for n in range(size, size // 2, -1) if total % n == 0), size)
 
-    def inputs(self, size: int, limit: int | None = None) -> Iterator[tuple[Array, ...]]:
-        for arrays, _ in self.batches(size, limit):
-            yield tuple(jnp.asarray(x) for x in arrays)
+    def steps(self, size: int, limit: int | None = None) -> int | None:
+        """How many batches there are, where that is known."""
+        total = limit if self.count is None else min(self.count, limit or self.count)
+        return None if total is None else -(-total // self.even_size(size, limit))
+
+    def inputs(self, size: int, limit: int | None = None) -> Iterable[tuple[Array, ...]]:
+        """The batches without their labels; their number is the length, where it is known."""
+        steps = self.steps(size, limit)
+        found = (tuple(jnp.asarray(x) for x in arrays) for arrays, _ in self.batches(size, limit))
+        return found if steps is None else Counted(found, steps)
 
 
 def check_data(source: str) -> None:

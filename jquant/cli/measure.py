@@ -24,7 +24,7 @@ from jquant.evaluation.loop import evaluate as evaluate_on
 from jquant.evaluation.metrics import Accuracy, Agreement, HostMean, first_output
 from jquant.evaluation.sources import Source, sources_of
 from jquant.graph.float import evaluate_float
-from jquant.host.progress import track
+from jquant.host.progress import PATIENCE, stages, track
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
 from jquant.program import integers
@@ -105,7 +105,7 @@ def _evaluated(
         data.batches(batch, samples),
         {what: measure},
         inputs=_inputs_of,
-        total=_steps(data, batch, samples),
+        total=data.steps(batch, samples),
         position=position,
     )
 
@@ -153,11 +153,6 @@ def _flat(outputs: Any) -> Any:
     return first.reshape(first.shape[0], -1)
 
 
-def _steps(data: Data, batch: int, samples: int | None) -> int | None:
-    count = samples if data.count is None else min(data.count, samples or data.count)
-    return None if count is None else -(-count // data.even_size(batch, samples))
-
-
 @command
 def run(
     model: ModelPath,
@@ -187,7 +182,7 @@ def run(
     host = replace(program, scales=to_host(program.scales))  # real values are made here, without compiling a product
     names = program.graph.values if taps else program.graph.outputs
     collected: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for inputs, _ in track(loaded.batches(batch, samples), "running", _steps(loaded, batch, samples)):
+    for inputs, _ in track(loaded.batches(batch, samples), "running", loaded.steps(batch, samples)):
         values = to_host(integers.run_with_taps(program, *map(jnp.asarray, inputs)))
         values = {name: values[name] for name in names}
         for name, value in (values if raw else integers.dequantize_values(host, values)).items():
@@ -328,7 +323,8 @@ def sensitivity(
     metric_of(chosen)
     state, settings = load_state_of(model, config)
     calibrated = state.calibrated()
-    batches = list(load_data(data, state.graph, settings.image).inputs(batch, samples))
+    read = load_data(data, state.graph, settings.image).inputs(batch, samples)
+    batches = list(track(read, "reading data", after=PATIENCE))
     formats: dict[str, Any] = {}
     if budget is not None:
         formats = {"activations": ("int8", "int16"), "weights": ("int4", "int8")}
@@ -427,25 +423,32 @@ def write_reports(
     if x is None:
         raise JQuantError("no samples")
     sides: dict[str, Mode] = {"Quantization": "fake_quant", "All of it": "bit_true"}
-    found = {title: analysis.compare(calibrated, x, "float", mode) for title, mode in sides.items()}
-    checks = analysis.check_model(
-        state.graph, state.params, state.qconfig, target=state.target, qparams=calibrated.qparams
-    )
-    advice = analysis.layer_advice(found["Quantization"])
-    notes = [f"{plan.target.name}; {len(x[0])} samples. The integers follow a specification, not a board."]
-    ranking = analysis.sensitivity(calibrated, [x])
-    written = analysis.write_report(
-        folder,
-        "jquant report",
-        _summary(plan, found, measured or {}),
-        found,
-        notes,
-        plan=plan,
-        ranking=ranking,
-        findings=[*checks, *advice],
-        about=about,
-        steps=analysis.next_steps(found["Quantization"], plan),
-    )
+    found = {}
+    with stages("report", (*sides, "checks", "ranking", "page")) as begin:
+        for title, mode in sides.items():
+            begin(title)
+            found[title] = analysis.compare(calibrated, x, "float", mode)
+        begin("checks")
+        checks = analysis.check_model(
+            state.graph, state.params, state.qconfig, target=state.target, qparams=calibrated.qparams
+        )
+        advice = analysis.layer_advice(found["Quantization"])
+        notes = [f"{plan.target.name}; {len(x[0])} samples. The integers follow a specification, not a board."]
+        begin("ranking")
+        ranking = analysis.sensitivity(calibrated, [x])
+        begin("page")
+        written = analysis.write_report(
+            folder,
+            "jquant report",
+            _summary(plan, found, measured or {}),
+            found,
+            notes,
+            plan=plan,
+            ranking=ranking,
+            findings=[*checks, *advice],
+            about=about,
+            steps=analysis.next_steps(found["Quantization"], plan),
+        )
     console.wrote(written.html)
     return {"html": written.html, "json": written.json}
 

@@ -21,7 +21,7 @@ from jquant.cli.losses import Loss, check_labels, loss_of
 from jquant.cli.models import Config, DataOption, ModelPath, Output, load_state_of, used_on
 from jquant.cli.settings import TrainSettings
 from jquant.cli.state import save_state
-from jquant.host.progress import track
+from jquant.host.progress import PATIENCE, track
 from jquant.meanings.apply import apply
 from jquant.training import (
     History,
@@ -209,7 +209,7 @@ class Run:
         state, metrics, seen, clock = start, {}, 0, time.perf_counter()
         totals: dict[str, Any] = {}
         name = f"epoch {epoch + 1} of {self.recipe.epochs}"
-        for count, batch in enumerate(track(self._batches(epoch), name, self._steps()), 1):
+        for count, batch in enumerate(track(self._batches(epoch), name, self._steps), 1):
             state, metrics = step(state, batch)
             seen += len(batch[1])
             totals = {name: totals.get(name, 0.0) + value * len(batch[1]) for name, value in metrics.items()}
@@ -270,7 +270,8 @@ class Run:
         """The loss and metrics over all data, a mean over samples."""
         totals: dict[str, float] = {}
         count = 0
-        for inputs, labels in self._checked(self.data.batches(self.recipe.batch)):
+        batches = self._checked(self.data.batches(self.recipe.batch))
+        for inputs, labels in track(batches, f"loss of {mode}", self.data.steps(self.recipe.batch), after=PATIENCE):
             outputs = apply(model, *map(jnp.asarray, inputs), mode=mode)
             if count == 0:
                 check_labels(self.recipe.loss, labels, outputs, self.recipe.ignore_label)
@@ -289,7 +290,7 @@ class Run:
         return self.loss(outputs, batch[1])
 
     def _optimizer(self) -> Any:
-        recipe, steps = self.recipe, self.recipe.epochs * self._steps()
+        recipe, steps = self.recipe, self.recipe.epochs * self._steps
 
         def schedule(rate: float) -> Any:
             match recipe.schedule:
@@ -309,9 +310,12 @@ class Run:
             clip=recipe.clip or None,
         )
 
+    @cached_property
     def _steps(self) -> int:
         """Of an epoch."""
-        count = self.data.count or sum(len(x[0]) for x, _ in self.data.batches(256))
+        count = self.data.count
+        if count is None:
+            count = sum(len(x[0]) for x, _ in track(self.data.batches(256), "counting samples", after=PATIENCE))
         return max(1, math.ceil(count / self.recipe.batch))
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
