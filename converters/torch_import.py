@@ -111,9 +111,11 @@ def import_with_pairs(
         reader, program = _read(batch_first(module, batch_axis), dynamic_batch)
         return name_graph(None, program, reader.drafts, reader.inputs, reader.outputs)
     if not isinstance(module, torch.nn.Module):
+        called = f"; call it first: {module.__name__}()" if hasattr(module, "__name__") and callable(module) else ""
+        weights = "; these are weights: load them into the module that they belong to" if _is_weights(module) else ""
         raise ConversionError(
             f"from_torch needs a torch.nn.Module, an ExportedProgram or the path of a .pt2 file, not "
-            f"{type(module).__name__}"
+            f"{type(module).__name__}{called or weights}"
         )
     if example_inputs is None:
         raise ConversionError("a module needs example_inputs, the arguments of its forward, such as (x,)")
@@ -132,6 +134,14 @@ def import_with_pairs(
         for submodule, training in flags.items():
             submodule.training = training
     return graph, params
+
+
+def _is_weights(found: Any) -> bool:
+    """Whether something is a state dict, or a checkpoint that holds one."""
+    if not isinstance(found, dict):
+        return False
+    values = [part for value in found.values() for part in (value.values() if isinstance(value, dict) else (value,))]
+    return any(isinstance(value, torch.Tensor) for value in values)
 
 
 def _import(

@@ -127,7 +127,7 @@ def calibrate(
     console = Console(json, quiet, verbose)
     check_data(data)
     check_file(output)
-    state, settings = load_state_of(model, config, checkpoint, shape)
+    state, settings = load_state_of(model, config, checkpoint, shape, needs_qconfig=True)
     state = _calibrated(state, settings, data, batch, samples)
     save_state(output, state)
     calibrated = state.calibrated()
@@ -167,7 +167,7 @@ def quantize(
             raise JQuantError("a report compares on data: give --data")
         check_folder(report, "--report")
         check_packages("--report", "jinja2", "matplotlib")
-    state, settings = load_state_of(model, config, checkpoint, shape)
+    state, settings = load_state_of(model, config, checkpoint, shape, needs_qconfig=True)
     if data is not None and state.trained is None:
         state = _calibrated(state, settings, data, batch, samples)
     program = lower(state.calibrated())

@@ -78,6 +78,11 @@ class Data:
         return found if steps is None else Counted(found, steps)
 
 
+def are_pictures(path: Path) -> bool:
+    """Whether data are a folder of pictures, or one picture."""
+    return path.is_dir() or (path.suffix.lower() in PICTURES and path.is_file())
+
+
 def check_data(source: str) -> None:
     """Raises what `load_data` would for a source that is not there, before a model is loaded."""
     module, is_function, _ = source.rpartition(":")
@@ -92,7 +97,7 @@ def load_data(source: str, graph: Graph, image: ImageSettings) -> Data:
     """Data for a graph.
 
     Args:
-      source: a folder of pictures, a .npy or .npz file, or `module:function`.
+      source: a folder of pictures, a picture, a .npy or .npz file, or `module:function`.
       graph: says which inputs there are, and their dtypes.
       image: the preprocessing of pictures.
 
@@ -101,8 +106,8 @@ def load_data(source: str, graph: Graph, image: ImageSettings) -> Data:
     """
     check_data(source)
     path = Path(source)
-    if path.is_dir():
-        return _folder(path, image)
+    if are_pictures(path):
+        return _folder(path, graph, image)
     if path.suffix in (".npy", ".npz"):
         return _arrays(read_arrays(path), graph, source)
     if ":" in source:
@@ -225,18 +230,37 @@ def _callable(source: str, graph: Graph) -> Data:
 # Pictures
 
 
-def _folder(folder: Path, image: ImageSettings) -> Data:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+def _folder(folder: Path, graph: Graph, image: ImageSettings) -> Data:
+    if len(graph.inputs) != 1:
+        names = ", ".join(entry.name for entry in graph.inputs)
+        raise InputError(f"{folder}: pictures are one input, and the graph has {names}: give .npz or module:function")
+    wanted = graph.inputs[0].shape[1:]
+    files = [folder] if folder.is_file() else folder.rglob("*")
+    paths = sorted(p for p in files if p.suffix.lower() in PICTURES and p.is_file())
     if not paths:
         raise FormatError(f"{folder}: no pictures ({', '.join(PICTURES)}) in it or its folders")
-    labels = _labels(folder, paths, image)
+    labels = None if folder.is_file() else _labels(folder, paths, image)
 
     def read(size: int) -> Iterator[Batch]:
         for i in range(0, len(paths), size):
-            batch = np.stack([read_image(path, image) for path in paths[i : i + size]])
+            batch = np.stack([_fitting(read_image(path, image), wanted, path) for path in paths[i : i + size]])
             yield (batch,), None if labels is None else labels[i : i + size]
 
     return Data(read, len(paths), labels is not None)
+
+
+def _fitting(picture: np.ndarray, wanted: tuple[int | None, ...], path: Path) -> np.ndarray:
+    """A picture that has the shape of the input.
+
+    Raises:
+      InputError: another shape, with the settings that decide it.
+    """
+    if picture.shape != wanted:
+        raise InputError(
+            f"{path}: the picture becomes {list(picture.shape)}, and the graph takes {list(wanted)}. The table [image] "
+            "of the --config file says its size (resize, crop), channels (color) and order (layout)"
+        )
+    return picture
 
 
 def _labels(folder: Path, paths: list[Path], image: ImageSettings) -> np.ndarray | None:

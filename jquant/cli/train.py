@@ -21,7 +21,7 @@ from jquant.cli.losses import Loss, check_labels, loss_of
 from jquant.cli.models import Config, DataOption, ModelPath, Output, load_state_of, used_on
 from jquant.cli.settings import TrainSettings
 from jquant.cli.state import save_state
-from jquant.host.progress import PATIENCE, track
+from jquant.host.progress import PATIENCE, stages, track
 from jquant.meanings.apply import apply
 from jquant.training import (
     History,
@@ -186,8 +186,10 @@ class Run:
         Raises:
           TrainingError: a loss that is not finite, or far above that before training.
         """
-        step = self._make_step()
-        state, first, history = TrainState.create(self.model, tx=self._optimizer()), 0, History()
+        with stages("preparing", ("the optimizer",)) as begin:
+            begin("the optimizer")
+            step = self._make_step()
+            state, first, history = TrainState.create(self.model, tx=self._optimizer()), 0, History()
         with nullcontext() if folder is None else closing(open_checkpoints(folder, self.model)) as kept:
             if kept is not None and (found := kept.restore(state)) is not None:
                 state, first = found.state, int(found.position["epoch"])
