@@ -14,6 +14,7 @@ from jquant.types import Array, ConversionError, FormatError, Graph, Model
 from .files import why_unreadable
 from .torch_import import from_torch
 from .torch_out.module import to_torch
+from .torch_out.prefixes import indexed, parts_with_keys
 
 
 def import_module(
@@ -25,7 +26,8 @@ def import_module(
       module: a torch.nn.Module.
       example: its example inputs, or None to take float inputs of `shapes`.
       shapes: of the inputs.
-      checkpoint: a state dict, or a mapping with one under "state_dict" or "model"; None leaves the module as it is.
+      checkpoint: a state dict, or a mapping that holds one, whose keys may have a prefix such as "module."; None leaves
+        the module as it is.
 
     Raises:
       FormatError: a checkpoint that is not readable, or does not fit. ConversionError: as `from_torch`.
@@ -45,14 +47,48 @@ def _load(module: torch.nn.Module, path: Path) -> None:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the zip, the unpickler or its own checks raise
-        raise FormatError(f"{path}: not a readable checkpoint of plain tensors: {why_unreadable(error)}") from error
+        raise FormatError(
+            f"{path}: not a readable checkpoint of plain tensors: {why_unreadable(error, path)}"
+        ) from error
+    try:
+        module.load_state_dict(_weights(module, found, path), strict=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def _weights(module: torch.nn.Module, found: Any, path: Path) -> Any:
+    """The part of a checkpoint whose keys are those of the module, behind a prefix that all of them have or none.
+
+    Raises:
+      FormatError: no part has the keys of the module, or several have and none is under a usual name.
+    """
+    wanted = module.state_dict()
+    parts = parts_with_keys(wanted, found) if isinstance(found, Mapping) else {}
+    usual = [way for way in parts if way in ((), ("state_dict",), ("model",))]
+    if len(parts) == 1 or usual:
+        return parts[usual[0] if usual else next(iter(parts))]
+    if parts:
+        names = " and ".join(map(indexed, parts))
+        raise FormatError(
+            f"{path}: {names} all fit the module. Save one of them: torch.save(torch.load({str(path)!r})"
+            f"{indexed(next(iter(parts)))}, 'weights.pth')"
+        )
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    try:
-        module.load_state_dict(found, strict=True)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}: {error}") from error
+    if isinstance(found, Mapping):
+        missing, unexpected = [k for k in wanted if k not in found], [str(k) for k in found if k not in wanted]
+        if missing or unexpected:
+            raise FormatError(
+                f"{path}: not the weights of {type(module).__name__}: of its {len(wanted)} keys {_some(missing)} are "
+                f"missing; of {len(found)} keys in the file {_some(unexpected)} are not of the module"
+            )
+    return found
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{len(keys)} ({', '.join(keys[:3])}{more})" if keys else "none"
 
 
 def torch_archive(source: Model | Graph, params: Mapping[str, Array] | None = None) -> bytes:

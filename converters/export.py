@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,13 @@ def check_arguments(example_inputs: Any, dynamic_batch: bool, axis: int = 0) -> 
                 raise ConversionError(
                     f"example input {i} is a {type(leaf).__name__}; give it as torch.from_numpy(array)"
                 )
+            if isinstance(example_inputs, Mapping):
+                names = ", ".join(map(repr, example_inputs))
+                raise ConversionError(
+                    f"example inputs go by position: a tuple in the order of the forward, not a mapping of {names}"
+                )
+            if all(isinstance(n, int) for n in leaves):
+                raise ConversionError(f"example inputs are tensors, not a shape: (torch.zeros{tuple(leaves)},)")
             raise ConversionError(f"example input {i} is {leaf!r}, not a tensor; wrap the module to fix this argument")
         if leaf.is_nested or leaf.layout != torch.strided or is_traceable_wrapper_subclass(leaf):
             kind = "nested" if leaf.is_nested else type(leaf).__name__ if leaf.layout == torch.strided else leaf.layout
@@ -172,13 +179,13 @@ def _trace(module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_batch: b
     batch = torch.export.Dim("batch")
     for leaf in pytree.tree_leaves(arguments) if dynamic_batch else ():
         shapes[leaf] = {batch_axis: batch}
-    with warnings.catch_warnings(), torch.no_grad(), _without_fast_paths():
+    with warnings.catch_warnings(), torch.no_grad(), without_fast_paths():
         warnings.simplefilter("ignore")
         return torch.export.export(module, arguments, dynamic_shapes=shapes if dynamic_batch else None, strict=False)
 
 
 @contextmanager
-def _without_fast_paths() -> Iterator[None]:
+def without_fast_paths() -> Iterator[None]:
     """nn.TransformerEncoderLayer as operators, instead of as one that no backend but torch's own has."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

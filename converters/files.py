@@ -71,7 +71,7 @@ def read_state_dict(path: str | os.PathLike[str], entry: Sequence[str] = ()) -> 
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
-        raise FormatError(f"{path}: not a readable state dict: {why_unreadable(error)}") from error
+        raise FormatError(f"{path}: not a readable state dict: {why_unreadable(error, path)}") from error
     state = inside(state, entry, path)
     if not isinstance(state, Mapping):
         raise FormatError(f"{path}: it holds a {type(state).__name__}, not tensors by name")
@@ -113,7 +113,7 @@ def _where_weights(state: Mapping[Any, Any]) -> str:
     return f"; the weights are in {indexed(found[0])}{also}: load_state_dict(graph, params, path, {as_entry(found[0])})"
 
 
-def why_unreadable(error: Exception) -> str:
+def why_unreadable(error: Exception, path: str | os.PathLike[str]) -> str:
     """What torch says, or the class that the file needs beside tensors: training scripts store more than weights."""
     found = re.search(_FOREIGN, str(error))
     if found is None:
@@ -122,7 +122,7 @@ def why_unreadable(error: Exception) -> str:
     return (
         f"it holds {name} beside tensors, and reading that could run code. If you trust the file, take the weights out "
         "where its framework is installed, with two lines:\n"
-        "  checkpoint = torch.load(path, map_location='cpu', weights_only=False)\n"
+        f"  checkpoint = torch.load({os.fspath(path)!r}, map_location='cpu', weights_only=False)\n"
         f"  torch.save({_weights_of(name)}, 'weights.pth')"
     )
 

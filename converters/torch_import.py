@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from jquant.host.progress import stages
 from jquant.types import Array, ConversionError, Graph
 
 from .aten.quantized import Pair
@@ -22,6 +23,8 @@ from .habits import visible_habits
 from .naming import name_graph
 from .promotion import with_conversions
 from .reader import Reader
+
+_STAGES = ("torch.export", "operators", "other batch sizes")
 
 
 def from_torch(
@@ -108,9 +111,11 @@ def import_with_pairs(
         reader, program = _read(batch_first(module, batch_axis), dynamic_batch)
         return name_graph(None, program, reader.drafts, reader.inputs, reader.outputs)
     if not isinstance(module, torch.nn.Module):
+        called = f"; call it first: {module.__name__}()" if hasattr(module, "__name__") and callable(module) else ""
+        weights = "; these are weights: load them into the module that they belong to" if _is_weights(module) else ""
         raise ConversionError(
             f"from_torch needs a torch.nn.Module, an ExportedProgram or the path of a .pt2 file, not "
-            f"{type(module).__name__}"
+            f"{type(module).__name__}{called or weights}"
         )
     if example_inputs is None:
         raise ConversionError("a module needs example_inputs, the arguments of its forward, such as (x,)")
@@ -131,6 +136,14 @@ def import_with_pairs(
     return graph, params
 
 
+def _is_weights(found: Any) -> bool:
+    """Whether something is a state dict, or a checkpoint that holds one."""
+    if not isinstance(found, dict):
+        return False
+    values = [part for value in found.values() for part in (value.values() if isinstance(value, dict) else (value,))]
+    return any(isinstance(value, torch.Tensor) for value in values)
+
+
 def _import(
     module: torch.nn.Module,
     arguments: tuple[Any, ...],
@@ -140,14 +153,18 @@ def _import(
     check: bool,
 ) -> tuple[Graph, dict[str, Array]]:
     set_branches(module, train_branch)
-    with visible_habits(module):
-        program = export(module, arguments, dynamic_batch, batch_axis)
-        if train_branch:
-            leave_dropout_to_training(program)
-        reader, read = _read(batch_first(program, batch_axis), dynamic_batch)
-        made = name_graph(module, read, reader.drafts, reader.inputs, reader.outputs)
-    if check:
-        check_batch_sizes(module, program, arguments, batch_axis)
+    with stages("importing", _STAGES if check else _STAGES[:-1]) as begin:
+        with visible_habits(module):
+            begin("torch.export")
+            program = export(module, arguments, dynamic_batch, batch_axis)
+            if train_branch:
+                leave_dropout_to_training(program)
+            begin("operators")
+            reader, read = _read(batch_first(program, batch_axis), dynamic_batch)
+            made = name_graph(module, read, reader.drafts, reader.inputs, reader.outputs)
+        if check:
+            begin("other batch sizes")
+            check_batch_sizes(module, program, arguments, batch_axis)
     return made
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 _LONGEST_MESSAGE = 600
 _LONGEST_VALUE = 60
+_NARROWEST = 12  # characters of a column that is cut
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -48,6 +49,56 @@ def format_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def fitted(text: str, width: int) -> str:
+    """A text whose tables, as `format_table` makes them, are cut to a width.
+
+    The widest columns lose characters first, shown by "~": names in the middle, numbers at the end. Where that is not
+    enough, columns at the right are left out, and named below.
+    """
+    lines = text.splitlines()
+    found: list[str] = []
+    at = 0
+    while at < len(lines):
+        is_table = at + 1 < len(lines) and len(lines[at + 1]) > 3 and set(lines[at + 1]) == {"-"}
+        if not is_table or len(lines[at + 1]) <= width:
+            found.append(lines[at])
+            at += 1
+            continue
+        starts = [i for i in range(len(lines[at])) if lines[at][i] != " " and (i == 0 or lines[at][:i].endswith("  "))]
+        rows = [_cells(lines[at], starts)]
+        at += 2
+        while at < len(lines) and len(lines[at].rstrip()) > starts[1]:
+            rows.append(_cells(lines[at], starts))
+            at += 1
+        found += _narrow(rows, width)
+    return "\n".join(found)
+
+
+def _cells(line: str, starts: Sequence[int]) -> list[str]:
+    return [line[a:b].rstrip() for a, b in zip(starts, (*starts[1:], None), strict=True)]
+
+
+def _narrow(rows: list[list[str]], width: int) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left_out: list[str] = []
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        if max(widths) > _NARROWEST:
+            widths[widths.index(max(widths))] -= 1
+        else:
+            left_out.insert(0, rows[0][len(widths) - 1])
+            widths.pop()
+    header, *others = (tuple(_shortened(c, n) for c, n in zip(row, widths, strict=False)) for row in rows)
+    note = f"; left out: {', '.join(left_out)}" if left_out else ""
+    return [*format_table(header, list(others)).splitlines(), f"(cut to {width} columns; a pipe has all{note})"]
+
+
+def _shortened(cell: str, width: int) -> str:
+    if len(cell) <= width:
+        return cell
+    head = width - 1 if cell[0].isdigit() else (width - 1) // 2
+    return f"{cell[:head]}~{cell[len(cell) - (width - 1 - head) :]}"
 
 
 def format_node(node: Any) -> tuple[str, str, str, str]:

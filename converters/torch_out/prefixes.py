@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 State = Mapping[str, Any]
+_COUNTER = "num_batches_tracked"
 _ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
 
@@ -26,6 +27,21 @@ def containers(state: State, before: tuple[str, ...] = ()) -> Iterator[tuple[tup
                 yield way, value
             elif len(way) < 2:
                 yield from containers(value, way)
+
+
+def parts_with_keys(wanted: Mapping[str, Any], state: State) -> dict[tuple[str, ...], dict[str, Any]]:
+    """{keys on the way: tensors} of the parts that have just the wanted keys behind one prefix, or behind none.
+
+    Where the prefix is not empty, entries without it are left out. Counters of batches may be missing.
+    """
+    keys = {key for key in wanted if not key.endswith(_COUNTER)}
+    found = {}
+    for way, inner in (((), state), *containers(state)):
+        for prefix in sorted(_prefixes(list(keys), inner)):
+            part = without_prefix(inner, prefix)
+            if keys == {key for key in part if not key.endswith(_COUNTER)}:
+                found[way] = part
+    return found
 
 
 def indexed(way: Sequence[str]) -> str:

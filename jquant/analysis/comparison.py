@@ -14,6 +14,7 @@ from jquant.analysis.metrics import Histogram, cosine, difference, histogram, kl
 from jquant.graph.checks import is_finite
 from jquant.graph.evaluate import bind_inputs
 from jquant.graph.float import value_shapes
+from jquant.host.progress import stages
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
@@ -249,12 +250,27 @@ def _metrics(
     given: Sequence[Arrays | None],
 ) -> tuple[dict, dict]:
     """The numbers of every row: in both modes all values, then numpy, which needs no program for each shape."""
-    first, second = (
-        _values(side, mode, inputs) if arrays is None else arrays
-        for mode, side, arrays in zip(modes, sides, given, strict=True)
-    )
-    alone = _alone(sides[0], modes[0], dict(second)) if given[0] is None else {}
-    first, second, alone = (to_host(values) for values in (first, second, alone))
+    names = (f"baseline, {modes[0]}", f"against it, {modes[1]}", "each node alone", "errors")
+    with stages("comparing", names) as begin:
+        both = []
+        for name, mode, side, arrays in zip(names, modes, sides, given, strict=False):
+            begin(name)
+            both.append(jax.block_until_ready(_values(side, mode, inputs)) if arrays is None else arrays)
+        begin(names[2])
+        alone = to_host(_alone(sides[0], modes[0], dict(both[1])) if given[0] is None else {})
+        begin(names[3])
+        return _errors_of(plan, modes, sides, [to_host(values) for values in both], alone, given)
+
+
+def _errors_of(
+    plan: Plan,
+    modes: Sequence[Any],
+    sides: Sequence[Side],
+    values: Sequence[Arrays],
+    alone: Arrays,
+    given: Sequence[Arrays | None],
+) -> tuple[dict, dict]:
+    first, second = values
     on_host = [Model(plan, to_host(side.model.params), to_host(side.model.qparams)) for side in sides]
     scales = value_scales(plan, on_host[1].qparams)
     found, weights = {}, {}

@@ -19,6 +19,7 @@ from jquant.analysis.cost import elements, macs
 from jquant.analysis.metrics import MetricFunction, badness, metric_of
 from jquant.graph.evaluate import bind_inputs, evaluate
 from jquant.graph.float import float_rule
+from jquant.host.progress import PATIENCE, track
 from jquant.meanings.meaning import meaning_of
 from jquant.numerics.rounding import expand
 from jquant.ops.matmul import MatMul
@@ -262,15 +263,18 @@ def _measure(
     """The metric of every candidate, and with all quantizers of the plan on, averaged over batches."""
     chunks = [list(range(i, min(i + lanes, len(candidates)))) for i in range(0, len(candidates), lanes)]
     sums, all_on = np.zeros(len(candidates)), 0.0
-    for inputs in batches:
-        float_values = _outputs(model, "float", inputs)
-        all_on += float(_all_on(model, metric[1], inputs, float_values))
-        for chunk in chunks:
-            # The last chunk is filled up with lanes that go unread, so that one compilation serves all.
-            switches = np.zeros((lanes, len(candidates)), bool)
-            switches[range(len(chunk)), chunk] = True
-            found = _lanes(model, candidates, mode, metric[1], inputs, jnp.asarray(switches), float_values)
-            sums[chunk] += np.asarray(found, np.float64)[: len(chunk)]
+    float_values: list[Array] = []
+    steps = [(inputs, chunk) for inputs in batches for chunk in (None, *chunks)]
+    for inputs, chunk in track(steps, "ranking quantizers", after=PATIENCE):
+        if chunk is None:
+            float_values = _outputs(model, "float", inputs)
+            all_on += float(_all_on(model, metric[1], inputs, float_values))
+            continue
+        # The last chunk is filled up with lanes that go unread, so that one compilation serves all.
+        switches = np.zeros((lanes, len(candidates)), bool)
+        switches[range(len(chunk)), chunk] = True
+        found = _lanes(model, candidates, mode, metric[1], inputs, jnp.asarray(switches), float_values)
+        sums[chunk] += np.asarray(found, np.float64)[: len(chunk)]
     return [float(s) for s in sums / len(batches)], all_on / len(batches)
 
 

@@ -61,11 +61,12 @@ class Question:
 
     def _with_like_bits(self, rows: np.ndarray, domains: Sequence[Sequence[Any]]) -> np.ndarray:
         """Of a grid of coordinates: the first row with as many fraction bits, which is all that it reads."""
-        if self.answers.lone.operator != "GridSample" or not set(_FRACTION) <= set(self.asks):
+        node = self.answers.lone.node
+        if node is None or self.answers.lone.operator != "GridSample" or not set(_FRACTION) <= set(self.asks):
             return rows
         columns = [self.asks.index(f) for f in _FRACTION]
         pairs, which = distinct(rows[:, columns])
-        axes = [slice(1, 3) if getattr(self.answers.lone.node.op, "channels_last", False) else slice(2, 4), slice(1, 3)]
+        axes = [slice(1, 3) if getattr(node.op, "channels_last", False) else slice(2, 4), slice(1, 3)]
         sides = [n for v, axis in zip(self.operands.arrays, axes, strict=True) for n in v.shape[axis]]
         firsts: dict[int, np.ndarray] = {}
         for pair in pairs:

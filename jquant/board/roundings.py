@@ -5,7 +5,7 @@ import numpy as np
 ORDER = {rounding: i for i, rounding in enumerate(("floor", "half_up", "half_even", "half_away", "toward_zero"))}
 
 
-def rounded_all(v: np.ndarray, shift: np.ndarray) -> np.ndarray:
+def rounded_all(v: np.ndarray, shift: np.ndarray | np.int64) -> np.ndarray:
     """v / 2^shift by every rounding, [5, *v.shape] in the order of `ORDER`; as `round_shift`, which has one."""
     floor = v >> shift
     rest, half = v - (floor << shift), (np.int64(1) << shift) >> 1

@@ -118,7 +118,7 @@ class Rescaled:
                 groups.setdefault((digest, *row[evaluated]), (values, constants, []))[2].append(row)
         for values, constants, same in groups.values():
             target = self._target(values)
-            sums = target and self._sums(target, constants)
+            sums = None if target is None else self._sums(target, constants)
             if sums is not None:
                 yield np.array(same), sums, constants
 

@@ -16,6 +16,7 @@ from jquant.calibration.observe import Stats, checked_finite, finalize_with, ini
 from jquant.calibration.outliers import warn_of_outliers
 from jquant.calibration.tables import warn_of_tables
 from jquant.graph.memory import fitting
+from jquant.host.progress import stages
 from jquant.plan.scales import check_model
 from jquant.types import InputError, Model
 
@@ -55,9 +56,13 @@ def calibrate(
       Model(1 nodes for nash-e, 1 parameters, 2 scales)
     """
     stats = collect(model, batches, microbatch=microbatch, mesh=mesh, axis=axis)
-    model = checked_finite(finalize_stats(model, stats))
-    warn_of_outliers(model, stats)
-    warn_of_tables(model.plan, model.qparams, stats)
+    with stages("scales", ("of values and weights", "outliers", "tables")) as begin:
+        begin("of values and weights")
+        model = checked_finite(finalize_stats(model, stats))
+        begin("outliers")
+        warn_of_outliers(model, stats)
+        begin("tables")
+        warn_of_tables(model.plan, model.qparams, stats)
     return model
 
 

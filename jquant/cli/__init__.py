@@ -31,8 +31,12 @@ def main() -> None:
     """The entry point: help and version at once, everything else by the application, which loads jax."""
     if (code := answer(sys.argv[1:])) is not None:
         raise SystemExit(code)
+    from jquant.host.progress import stages
+
     try:
-        from jquant.cli.application import main as run
+        with stages("starting", ("jax",)) as begin:
+            begin("jax")
+            from jquant.cli.application import main as run
     except ModuleNotFoundError as error:
         if error.name != "typer":
             raise

@@ -132,7 +132,7 @@ def calibrate(
     console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     check_data(data)
     check_file(output)
-    state, settings = load_state_of(model, config, checkpoint, shape)
+    state, settings = load_state_of(model, config, checkpoint, shape, needs_qconfig=True)
     state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
     save_state(output, state)
     calibrated = state.calibrated()
@@ -174,7 +174,7 @@ def quantize(
             raise JQuantError("a report compares on data: give --data")
         check_folder(report, "--report")
         check_packages("--report", "jinja2", "matplotlib")
-    state, settings = load_state_of(model, config, checkpoint, shape)
+    state, settings = load_state_of(model, config, checkpoint, shape, needs_qconfig=True)
     if data is not None and state.trained is None:
         state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
     program = lower(state.calibrated())

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from jquant.host import whole_files
 from jquant.host.interrupts import INTERRUPTED, TEXT
-from jquant.text import format_table
+from jquant.text import fitted, format_table
 from jquant.types import JQuantError
 
 FAILED, USAGE, UNMET = 1, 2, 3
@@ -44,9 +45,9 @@ class Console:
     verbose: bool = False
 
     def text(self, text: str) -> None:
-        """The result, for people."""
+        """The result, for people. Tables fit a terminal; a pipe gets all of them."""
         if not (self.json or self.quiet):
-            print(text)
+            print(fitted(text, get_terminal_size().columns) if sys.stdout.isatty() else text)
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of rows with the same keys."""

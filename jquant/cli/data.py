@@ -3,11 +3,11 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 from zipfile import BadZipFile
 
 import jax.numpy as jnp
@@ -20,6 +20,21 @@ DECODERS = 8  # threads; more than cores, since they wait for files
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 
 Batch = tuple[tuple[np.ndarray, ...], np.ndarray | None]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Counted(Generic[Item]):
+    """Items of which it is known how many there are."""
+
+    items: Iterable[Item]
+    count: int
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return self.count
 
 
 @dataclass(frozen=True)
@@ -66,9 +81,21 @@ class Data:
             return size
         return next((n for n in range(size, size // 2, -1) if total % n == 0), size)
 
-    def inputs(self, size: int, limit: int | None = None) -> Iterator[tuple[Array, ...]]:
-        for arrays, _ in self.batches(size, limit):
-            yield tuple(jnp.asarray(x) for x in arrays)
+    def steps(self, size: int, limit: int | None = None) -> int | None:
+        """How many batches there are, where that is known."""
+        total = limit if self.count is None else min(self.count, limit or self.count)
+        return None if total is None else -(-total // self.even_size(size, limit))
+
+    def inputs(self, size: int, limit: int | None = None) -> Iterable[tuple[Array, ...]]:
+        """The batches without their labels; their number is the length, where it is known."""
+        steps = self.steps(size, limit)
+        found = (tuple(jnp.asarray(x) for x in arrays) for arrays, _ in self.batches(size, limit))
+        return found if steps is None else Counted(found, steps)
+
+
+def are_pictures(path: Path) -> bool:
+    """Whether data are a folder of pictures, or one picture."""
+    return path.is_dir() or (path.suffix.lower() in PICTURES and path.is_file())
 
 
 def check_data(source: str) -> None:
@@ -85,7 +112,7 @@ def load_data(source: str, graph: Graph, image: ImageSettings) -> Data:
     """Data for a graph.
 
     Args:
-      source: a folder of pictures, a .npy or .npz file, or `module:function`.
+      source: a folder of pictures, a picture, a .npy or .npz file, or `module:function`.
       graph: says which inputs there are, and their dtypes.
       image: the preprocessing of pictures.
 
@@ -94,8 +121,8 @@ def load_data(source: str, graph: Graph, image: ImageSettings) -> Data:
     """
     check_data(source)
     path = Path(source)
-    if path.is_dir():
-        return _folder(path, image)
+    if are_pictures(path):
+        return _folder(path, graph, image)
     if path.suffix in (".npy", ".npz"):
         return _arrays(read_arrays(path), graph, source)
     if ":" in source:
@@ -222,36 +249,50 @@ def _callable(source: str, graph: Graph) -> Data:
 # Pictures
 
 
-def _folder(folder: Path, image: ImageSettings) -> Data:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+def _folder(folder: Path, graph: Graph, image: ImageSettings) -> Data:
+    if len(graph.inputs) != 1:
+        names = ", ".join(entry.name for entry in graph.inputs)
+        raise InputError(f"{folder}: pictures are one input, and the graph has {names}: give .npz or module:function")
+    wanted = graph.inputs[0].shape[1:]
+    files = [folder] if folder.is_file() else folder.rglob("*")
+    paths = sorted(p for p in files if p.suffix.lower() in PICTURES and p.is_file())
     if not paths:
         raise FormatError(f"{folder}: no pictures ({', '.join(PICTURES)}) in it or its folders")
-    labels = _labels(folder, paths, image)
+    labels = None if folder.is_file() else _labels(folder, paths, image)
 
     def take(order: np.ndarray, size: int) -> Iterator[Batch]:
-        pictures = _decoded([paths[i] for i in order], image, size)
+        pictures = _decoded(
+            [paths[i] for i in order], lambda path: _fitting(read_image(path, image), wanted, path), size
+        )
         for start, pixels in zip(range(0, len(order), size), pictures, strict=True):
             yield (pixels,), None if labels is None else labels[order[start : start + size]]
 
     return Data(partial(take, np.arange(len(paths))), len(paths), labels is not None, take, by_class=True)
 
 
-def _decoded(paths: list[Path], image: ImageSettings, size: int) -> Iterator[np.ndarray]:
+def _decoded(paths: list[Path], read: Callable[[Path], np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Batches of pictures, decoded in threads ahead of their use."""
     try:
         import grain
     except ImportError as error:
         raise ImportError("folders of pictures need grain: pip install 'jquant[cli]'") from error
     options = grain.ReadOptions(num_threads=DECODERS, prefetch_buffer_size=2 * size)
-    pictures = grain.MapDataset.source(paths).map(lambda path: read_image(path, image)).to_iter_dataset(options)
-    yield from pictures.batch(size, drop_remainder=False, batch_fn=_stacked)
+    pictures = grain.MapDataset.source(paths).map(read).to_iter_dataset(options)
+    yield from pictures.batch(size, drop_remainder=False)
 
 
-def _stacked(pictures: list[np.ndarray]) -> np.ndarray:
-    if len(shapes := {picture.shape for picture in pictures}) > 1:
-        shown = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
-        raise FormatError(f"pictures of several sizes, {shown}; set image.resize and image.crop")
-    return np.stack(pictures)
+def _fitting(picture: np.ndarray, wanted: tuple[int | None, ...], path: Path) -> np.ndarray:
+    """A picture that has the shape of the input.
+
+    Raises:
+      InputError: another shape, with the settings that decide it.
+    """
+    if picture.shape != wanted:
+        raise InputError(
+            f"{path}: the picture becomes {list(picture.shape)}, and the graph takes {list(wanted)}. The table [image] "
+            "of the --config file says its size (resize, crop), channels (color) and order (layout)"
+        )
+    return picture
 
 
 def _labels(folder: Path, paths: list[Path], image: ImageSettings) -> np.ndarray | None:

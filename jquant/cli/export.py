@@ -10,6 +10,7 @@ from jquant.cli.console import Console, Json, Quiet, UsageError, Verbose, comman
 from jquant.cli.models import Config, ModelPath, Output, load_model
 from jquant.cli.settings import read_settings
 from jquant.cli.state import State
+from jquant.host.progress import stages
 from jquant.program import integers
 from jquant.program.lower import lower
 from jquant.types import Program
@@ -41,10 +42,12 @@ def export(
     check_file(output)
     found = load_model(model)
     state = found if isinstance(found, Program) else found.under(read_settings(config), model)
-    if to in ("onnx", "torch"):
-        data = _foreign(state, to)
-    else:
-        data = stablehlo(state if isinstance(state, Program) else lower(state.calibrated()), batch)
+    with stages("exporting", (to,)) as begin:
+        begin(to)
+        if to in ("onnx", "torch"):
+            data = _foreign(state, to)
+        else:
+            data = stablehlo(state if isinstance(state, Program) else lower(state.calibrated()), batch)
     with replacing(output) as partial:
         partial.write_bytes(data)
     console.wrote(output)

@@ -39,7 +39,7 @@ from jquant.evaluation.metrics import Accuracy, Agreement, HostMean, first_outpu
 from jquant.evaluation.sources import Source, sources_of
 from jquant.graph.float import evaluate_float
 from jquant.host.growing import GrowingArray
-from jquant.host.progress import track
+from jquant.host.progress import PATIENCE, stages, track
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
 from jquant.program import integers
@@ -122,7 +122,7 @@ def _evaluated(
         data.batches(batch, samples),
         {what: measure},
         inputs=_inputs_of,
-        total=_steps(data, batch, samples),
+        total=data.steps(batch, samples),
         position=position,
         mesh=mesh,
     )
@@ -171,11 +171,6 @@ def _flat(outputs: Any) -> Any:
     return first.reshape(first.shape[0], -1)
 
 
-def _steps(data: Data, batch: int, samples: int | None) -> int | None:
-    count = samples if data.count is None else min(data.count, samples or data.count)
-    return None if count is None else -(-count // data.even_size(batch, samples))
-
-
 @command
 def run(
     model: ModelPath,
@@ -207,7 +202,7 @@ def run(
     names = program.graph.values if taps else program.graph.outputs
     with replacing(output) as path, path.open("wb") as file, ExitStack() as stack:
         growing = {name: stack.enter_context(GrowingArray(path.parent)) for name in names}
-        for inputs, _ in track(loaded.batches(batch, samples), "running", _steps(loaded, batch, samples)):
+        for inputs, _ in track(loaded.batches(batch, samples), "running", loaded.steps(batch, samples)):
             count = len(inputs[0])
             found_here = integers.run_with_taps(program, *(_spread(x, mesh) for x in inputs))
             values = {name: value[:count] for name, value in to_host(found_here).items() if name in names}
@@ -357,7 +352,8 @@ def sensitivity(
     metric_of(chosen)
     state, settings = load_state_of(model, config)
     calibrated = state.calibrated()
-    batches = list(load_data(data, state.graph, settings.image).inputs(batch, samples))
+    read = load_data(data, state.graph, settings.image).inputs(batch, samples)
+    batches = list(track(read, "reading data", after=PATIENCE))
     formats: dict[str, Any] = {}
     if budget is not None:
         formats = {"activations": ("int8", "int16"), "weights": ("int4", "int8")}
@@ -456,25 +452,32 @@ def write_reports(
     if x is None:
         raise JQuantError("no samples")
     sides: dict[str, Mode] = {"Quantization": "fake_quant", "All of it": "bit_true"}
-    found = {title: analysis.compare(calibrated, x, "float", mode) for title, mode in sides.items()}
-    checks = analysis.check_model(
-        state.graph, state.params, state.qconfig, target=state.target, qparams=calibrated.qparams
-    )
-    advice = analysis.layer_advice(found["Quantization"])
-    notes = [f"{plan.target.name}; {len(x[0])} samples. The integers follow a specification, not a board."]
-    ranking = analysis.sensitivity(calibrated, [x])
-    written = analysis.write_report(
-        folder,
-        "jquant report",
-        _summary(plan, found, measured or {}),
-        found,
-        notes,
-        plan=plan,
-        ranking=ranking,
-        findings=[*checks, *advice],
-        about=about,
-        steps=analysis.next_steps(found["Quantization"], plan),
-    )
+    found = {}
+    with stages("report", (*sides, "checks", "ranking", "page")) as begin:
+        for title, mode in sides.items():
+            begin(title)
+            found[title] = analysis.compare(calibrated, x, "float", mode)
+        begin("checks")
+        checks = analysis.check_model(
+            state.graph, state.params, state.qconfig, target=state.target, qparams=calibrated.qparams
+        )
+        advice = analysis.layer_advice(found["Quantization"])
+        notes = [f"{plan.target.name}; {len(x[0])} samples. The integers follow a specification, not a board."]
+        begin("ranking")
+        ranking = analysis.sensitivity(calibrated, [x])
+        begin("page")
+        written = analysis.write_report(
+            folder,
+            "jquant report",
+            _summary(plan, found, measured or {}),
+            found,
+            notes,
+            plan=plan,
+            ranking=ranking,
+            findings=[*checks, *advice],
+            about=about,
+            steps=analysis.next_steps(found["Quantization"], plan),
+        )
     console.wrote(written.html)
     return {"html": written.html, "json": written.json}
 

@@ -10,10 +10,11 @@ import typer
 from jax.sharding import Mesh
 
 from jquant.cli.console import UsageError
-from jquant.cli.data import load_object
+from jquant.cli.data import are_pictures, load_object
 from jquant.cli.settings import Settings, joined_image, read_settings
-from jquant.cli.state import State, load_state, program_image, read_header
+from jquant.cli.state import NO_QCONFIG, State, load_state, program_image, read_header
 from jquant.functions.trace import trace
+from jquant.host.progress import stages
 from jquant.program.files import load
 from jquant.types import ConversionError, FormatError, Graph, Program
 
@@ -85,12 +86,17 @@ def load_state_of(
     config: Path | None = None,
     checkpoint: Path | None = None,
     shapes: list[str] | None = None,
+    *,
+    needs_qconfig: bool = False,
 ) -> tuple[State, Settings]:
     """A model that is not a program yet, under the qconfig of a file.
 
     Raises:
-      UsageError: a program. Otherwise as `load_model`.
+      UsageError: a program, or a model that can have no qconfig where one is needed: said before it is imported.
+      Otherwise as `load_model`.
     """
+    if needs_qconfig and config is None and (":" in source or Path(source).suffix.lower() in (".pt2", ".onnx")):
+        raise UsageError(NO_QCONFIG)
     model, settings = load_with_settings(source, config, checkpoint, shapes)
     if isinstance(model, Program):
         raise UsageError(f"{source} is a program; this command needs the state it was made from, or the float model")
@@ -119,22 +125,28 @@ def load_with_settings(
 
 
 def _foreign(path: Path, kind: str) -> State:
-    import jquant_converters
-
     if not path.is_file():
         raise FileNotFoundError(f"no model at {path}")
     name = {".pt2": "from_torch", ".onnx": "from_onnx"}[kind]
-    convert = getattr(jquant_converters, name, None)
-    if convert is None:
-        raise ConversionError(f"{path}: reading {kind} files is not available in this release; use module:function")
-    return State(*convert(path)[:2])
+    with stages("loading", ("the converters", path.name)) as begin:
+        begin("the converters")
+        import jquant_converters
+
+        convert = getattr(jquant_converters, name, None)
+        if convert is None:
+            raise ConversionError(f"{path}: reading {kind} files is not available in this release; use module:function")
+        begin(path.name)
+        return State(*convert(path)[:2])
 
 
 def _called(source: str, checkpoint: Path | None, shapes: list[str] | None) -> State:
-    from jquant_converters.command_line import import_module
+    with stages("loading", ("the converters", source)) as begin:
+        begin("the converters")
+        from jquant_converters.command_line import import_module
 
-    make = load_object(source)
-    made: Any = make() if callable(make) and not hasattr(make, "state_dict") else make
+        begin(source)
+        make = load_object(source)
+        made: Any = make() if callable(make) and not hasattr(make, "state_dict") else make
     if isinstance(made, tuple) and len(made) == 3 and callable(made[0]) and not hasattr(made[0], "state_dict"):
         return State(*trace(made[0], made[1], *made[2]))
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Graph):
@@ -178,4 +190,4 @@ def mesh_of(devices: int | None) -> Mesh | None:
 
 def used_on(state: State, settings: Settings, data: str) -> State:
     """The state that remembers how the pictures of a folder became its inputs, defaults included."""
-    return replace(state, image=settings.image) if Path(data).is_dir() else state
+    return replace(state, image=settings.image) if are_pictures(Path(data)) else state

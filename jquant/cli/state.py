@@ -24,6 +24,11 @@ from jquant.graph.serialize import decode, encode
 from jquant.plan.prepare import prepare
 from jquant.types import Array, FormatError, Graph, Model, Target
 
+NO_QCONFIG = (
+    "the model has no qconfig yet: give one with --config FILE.toml; `jquant init -o FILE.toml` writes one with int8 "
+    "everywhere, to begin with"
+)
+
 _HEADER = {"jquant", "graph", "qconfig", "march", "calibrated", "trained", "image"}
 
 
@@ -50,7 +55,7 @@ class State:
           UsageError: no qconfig. FormatError: parameters or scales that do not belong to the model.
         """
         if self.qconfig is None or self.target is None:
-            raise UsageError("the model has no qconfig yet: give one with --config FILE.toml")
+            raise UsageError(NO_QCONFIG)
         model = prepare(self.graph, dict(self.params), self.qconfig, target=self.target)
         _check_names("trained", self.trained, model.params)
         _check_names("scale", self.qparams, model.plan.trained)

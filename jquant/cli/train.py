@@ -22,7 +22,7 @@ from jquant.cli.losses import Loss, check_labels, loss_of
 from jquant.cli.models import Config, DataOption, Devices, ModelPath, Output, load_state_of, mesh_of, used_on
 from jquant.cli.settings import TrainSettings
 from jquant.cli.state import save_state
-from jquant.host.progress import track
+from jquant.host.progress import PATIENCE, stages, track
 from jquant.host.termination import TERMINATED, noting_termination
 from jquant.meanings.apply import apply
 from jquant.meanings.meaning import Mode
@@ -238,8 +238,10 @@ class Run:
           TrainingError: a loss that is not finite, or far above that before training.
           StoppedError: SIGTERM came, and a checkpoint was written.
         """
-        step = self._make_step()
-        state, epoch, behind, history = TrainState.create(self.model, tx=self._optimizer()), 0, 0, History()
+        with stages("preparing", ("the optimizer",)) as begin:
+            begin("the optimizer")
+            step = self._make_step()
+            state, epoch, behind, history = TrainState.create(self.model, tx=self._optimizer()), 0, 0, History()
         with nullcontext() if folder is None else closing(open_checkpoints(folder, self.model)) as kept:
             if kept is None:
                 for epoch in range(self.recipe.epochs):
@@ -345,7 +347,9 @@ class Run:
         """Of each mode the loss and metrics over all data, a mean over samples. The data are read once."""
         totals: list[dict[str, float]] = [{} for _ in modes]
         samples = 0
-        for inputs, labels in track(self._checked(self.data.batches(self.recipe.batch)), "measuring", self._steps):
+        batches = self._checked(self.data.batches(self.recipe.batch))
+        shown = f"loss of {' and '.join(modes)}"
+        for inputs, labels in track(batches, shown, self.data.steps(self.recipe.batch), after=PATIENCE):
             arrays, wanted = [jnp.asarray(x) for x in inputs], _as_labels(labels)
             for mode, total in zip(modes, totals, strict=True):
                 outputs = apply(model, *arrays, mode=mode)
@@ -391,7 +395,7 @@ class Run:
         """Of an epoch. Where only reading tells, all data are read once for it."""
         count = self.data.count
         if count is None:
-            count = sum(len(inputs[0]) for inputs, _ in track(self.data.batches(256), "counting the samples"))
+            count = sum(len(x[0]) for x, _ in track(self.data.batches(256), "counting samples", after=PATIENCE))
         return max(1, count // self.recipe.batch if self.mesh is not None else math.ceil(count / self.recipe.batch))
 
     def _batches(self, epoch: int, behind: int = 0) -> Iterator[Batch]:

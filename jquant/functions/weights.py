@@ -87,7 +87,9 @@ def _name(path: Any) -> str:
 def _weight_specs(named: list[tuple[str, Any]], qconfig: QConfig, min_rank: int) -> dict[str, QuantSpec]:
     """The spec of every leaf that is to be quantized."""
     if not isinstance(qconfig, QConfig):
-        raise QConfigError(f"quantize_params takes a jq.QConfig, not {type(qconfig).__name__}")
+        raise QConfigError(
+            f"quantize_params takes a jq.QConfig, not {type(qconfig).__name__}: jq.QConfig({{pattern: policy}})"
+        )
     names = [name for name, _ in named]
     for pattern in qconfig.rules:
         if pattern.startswith("type:"):

@@ -1,6 +1,7 @@
 """The one evaluation loop. Float, fake-quant and integer meanings differ only in the rule applied at a node."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import jax.numpy as jnp
@@ -93,13 +94,14 @@ def bind_inputs(graph: Graph, inputs: Sequence[Any], dtypes: Mapping[str, str] |
         if not hasattr(array, "dtype") or not hasattr(array, "shape"):
             raise InputError(f"input {entry.name!r} must be an array, not {type(array).__name__}")
         if str(array.dtype) != want:
-            raise InputError(f"input {entry.name!r} is {array.dtype}, expected {want}; convert it before the call")
+            raise InputError(f"input {entry.name!r} is {array.dtype}, expected {want}; {_conversion(array, want)}")
         fits = len(array.shape) == len(entry.shape) and all(
             n is None or n == m for n, m in zip(entry.shape, array.shape, strict=True)
         )
         if not fits:
             shown = ", ".join("batch" if n is None else str(n) for n in entry.shape)
-            raise InputError(f"input {entry.name!r} has shape {list(array.shape)}, expected [{shown}]")
+            hint = _axes_hint(entry.shape, array.shape)
+            raise InputError(f"input {entry.name!r} has shape {list(array.shape)}, expected [{shown}]{hint}")
         if entry.shape and entry.shape[0] is None:
             if batch is not None and array.shape[0] != batch:
                 raise InputError(f"input {entry.name!r} has batch {array.shape[0]}, other inputs {batch}")
@@ -110,3 +112,32 @@ def bind_inputs(graph: Graph, inputs: Sequence[Any], dtypes: Mapping[str, str] |
             raise InputError(f"input {entry.name!r} contains NaN or infinite values; check the preprocessing")
         bound[entry.name] = array if array is given else jnp.asarray(array)
     return bound
+
+
+def _conversion(array: Any, want: str) -> str:
+    """The step from an array of another dtype to the input."""
+    kind = jnp.dtype(array.dtype).kind if want == "float32" else ""
+    if kind in ("i", "u"):
+        return "make it what the model was trained on, such as (x.astype(np.float32) / 255 - mean) / std"
+    if kind == "f":
+        return "convert it: x.astype(np.float32)"
+    if want == "int32":
+        return "convert it: x.astype(np.int32), of torch x.int()"
+    return "convert it before the call"
+
+
+def _axes_hint(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> str:
+    """The step to the wanted shape where the batch axis is missing, or the axes are in another order."""
+
+    def fits(found: tuple[int, ...]) -> bool:
+        return len(found) == len(wanted) and all(n in (None, m) for n, m in zip(wanted, found, strict=True))
+
+    if wanted[:1] == (None,) and fits((1, *shape)):
+        return "; the batch axis is missing: x[None]"
+    if wanted[:1] == (None,) and 2 < len(shape) == len(wanted) < 7:
+        for rest in permutations(range(1, len(shape))):
+            if fits((shape[0], *(shape[i] for i in rest))):
+                return f"; the axes are in another order: x.transpose{(0, *rest)}"
+    if wanted[:1] == (None,) and 1 < len(shape) == len(wanted):
+        return "; the batch alone is free: pad or resize to the size of the import, or import with this one"
+    return ""

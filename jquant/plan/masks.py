@@ -13,6 +13,7 @@ import numpy as np
 
 from jquant.graph.float import value_shapes
 from jquant.graph.passes import prune
+from jquant.ops.attention import Attention
 from jquant.ops.compare import LessEqual, LogicalNot, MaskedFill, Where
 from jquant.ops.composite import Softmax
 from jquant.ops.elementwise import Add, Constant, IntegerConstant, Mul, Scale
@@ -27,6 +28,8 @@ Empty = Literal["zero", "mean", "scores", "nan"]
 def join_masks(graph: Graph, params: Params, policies: Mapping[str, Requested]) -> tuple[Graph, dict[str, Requested]]:
     """Gives every softmax that is to be quantized its mask as an operand; the fill or the addition goes.
 
+    An attention whose added mask is a choice between 0 and a very negative number gets the choice, as bool.
+
     Returns the graph, and the policies of its values.
     """
     nodes: list[Node] = []
@@ -38,6 +41,15 @@ def join_masks(graph: Graph, params: Params, policies: Mapping[str, Requested]) 
                 x, mask, made, empty = found
                 nodes += made
                 node = replace(node, op=replace(node.op, empty=empty), inputs=(x, mask))
+        if isinstance(node.op, Attention) and node.op.mask == "add" and policies[node.name].output is not None:
+            chosen = finder.chosen_mask(node, node.inputs[3])
+            if chosen is not None:
+                mask, made, least = chosen
+                allowed = Node(f"{node.name}.allowed", LogicalNot(), (mask,))
+                nodes += [*made, allowed]
+                empty = _of_addend(least) if np.isfinite(least) else node.op.empty
+                op = replace(node.op, mask="bool", empty=empty)
+                node = replace(node, op=op, inputs=(*node.inputs[:3], allowed.name))
         nodes.append(node)
     graph = prune(replace(graph, nodes=tuple(nodes)))
     return graph, {name: policies.get(name, Requested()) for name in graph.values}
@@ -80,10 +92,17 @@ class _Finder:
                 op: Op = IntegerConstant(shape=array.shape, values=values, dtype="bool")
                 return f"{softmax.name}.masked", [Node(f"{softmax.name}.masked", op, ())], float(array.min())
             return self.compared(softmax, addend, float(array.min()))
-        if base == addend and (chosen := self.chosen(softmax, maker)) is not None:
+        if (chosen := self.chosen_mask(softmax, addend)) is not None:
             return chosen
         factor = self.factor(maker)
         return self.compared(softmax, addend, factor) if factor is not None else None
+
+    def chosen_mask(self, softmax: Node, addend: str) -> tuple[str, list[Node], float] | None:
+        """As `added_mask`, of a choice by a mask."""
+        base = self.moved_from(addend)
+        maker = self.graph.by_name.get(base)
+        chosen = None if maker is None else self.chosen(softmax, maker)
+        return chosen if chosen is None or base == addend else self.moved(softmax, addend, base, chosen)
 
     def compared(self, softmax: Node, addend: str, least: float) -> tuple[str, list[Node], float]:
         name = f"{softmax.name}.masked"
@@ -124,6 +143,26 @@ class _Finder:
         name = f"{softmax.name}.masked"
         return name, [Node(name, LogicalNot(), (mask,))], least
 
+    def moved(
+        self, softmax: Node, addend: str, base: str, chosen: tuple[str, list[Node], float]
+    ) -> tuple[str, list[Node], float] | None:
+        """The mask of a choice, moved as the choice is: as nn.TransformerEncoder does with its padding mask."""
+        mask, made, least = chosen
+        shape = self.shapes[made[0].inputs[0] if made else mask]
+        if shape != self.shapes[base]:
+            return None
+        moves: list[Node] = []
+        while addend != base:
+            moves.append(self.graph.by_name[addend])
+            addend = moves[-1].inputs[0]
+        if any(type(node.op).__name__ not in _OF_ANY_DTYPE for node in moves):
+            return None
+        for i, node in enumerate(reversed(moves)):
+            name = f"{softmax.name}.masked.{i}"
+            made = [*made, replace(node, name=name, inputs=(mask, *node.inputs[1:]))]
+            mask = name
+        return mask, made, least
+
     def moved_from(self, name: str) -> str:
         """The value of which another one is made by moving and repeating elements."""
         node = self.graph.by_name.get(name)
@@ -140,7 +179,8 @@ class _Finder:
         return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
-MOVES = {"Expand", "Reshape", "Flatten", "Slice", "Permute", "Tile", "Requantize", "QuantStub", "Dropout"}
+_OF_ANY_DTYPE = {"Expand", "Reshape", "Flatten", "Slice", "Permute", "Tile"}
+MOVES = {*_OF_ANY_DTYPE, "Requantize", "QuantStub", "Dropout"}
 
 
 def _is_mask(array: np.ndarray) -> bool:

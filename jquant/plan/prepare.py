@@ -95,7 +95,7 @@ def prepare(
     """
     validate(graph, params)
     if not isinstance(qconfig, QConfig):
-        raise QConfigError(f"prepare takes a jq.QConfig, not {type(qconfig).__name__}")
+        raise QConfigError(f"prepare takes a jq.QConfig, not {type(qconfig).__name__}: jq.QConfig({{pattern: policy}})")
     if unknown := sorted(set(unfused) - set(graph.by_name)):
         raise QConfigError(f"unfused: the graph has no node {unknown[0]!r}{did_you_mean(unknown[0], graph.by_name)}")
     options = Options(high_precision_outputs, strict, batch_norm, tuple(unfused))

@@ -10,6 +10,7 @@ from jquant.graph.checks import deployed
 from jquant.graph.float import value_shapes
 from jquant.graph.operator import Lowered, Operand, lower_op
 from jquant.graph.passes import prune
+from jquant.host.progress import PATIENCE, track
 from jquant.numerics.namespace import all_to_device, real, to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
 from jquant.plan.batch_norm import fold_kept
@@ -99,7 +100,7 @@ def lower_nodes(
     constants: dict[str, dict[str, Array]] = {}
     formats: dict[str, NodeFormat] = {}
     accumulators: dict[str, Accumulator] = {}
-    for node in nodes:
+    for node in track(nodes, "lowering", after=PATIENCE):
         for value in (*node.inputs, node.name):
             _check_format(_where(node), value, plan, scales[value])
         operands, output = [operand(v) for v in node.inputs], operand(node.name)

@@ -105,9 +105,7 @@ def test_a_part_of_a_folder_is_of_all_classes(classes: Path) -> None:
 
 def test_a_picture_that_cannot_be_read_is_named_and_sizes_that_differ_are(classes: Path) -> None:
     Image.fromarray(np.zeros((5, 6, 3), np.uint8)).save(classes / "class0" / "00.png")
-    with pytest.raises(
-        jq.FormatError, match=r"pictures of several sizes, \[3, 4, 6\] and \[3, 5, 6\]; set image.resize"
-    ):
+    with pytest.raises(jq.InputError, match=r"00.png: the picture becomes \[3, 5, 6\], and the graph takes"):
         list(load_data(str(classes), GRAPH, ImageSettings()).read(8))
     (classes / "class0" / "00.png").write_bytes(b"no picture")
     with pytest.raises(jq.FormatError, match=r"00\.png: not a readable picture"):
