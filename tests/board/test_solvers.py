@@ -8,6 +8,7 @@ from support.board import board_of, hidden
 
 import jquant as jq
 from jquant.board.asking import Question
+from jquant.board.boxes import Boxes
 from jquant.board.questions import Asked, questions_of
 from jquant.board.sifting import Sifted
 from jquant.board.worlds import Worlds
@@ -49,7 +50,8 @@ def test_what_is_solved_is_what_explains_one_by_one(name: str, seed: int) -> Non
     rows = every[rng.sample(range(len(every)), min(len(every), 400))]
     domains = [left[f] for f in question.asks]
     explains = question.differing(rows, domains) == 0
-    found = {tuple(row) for row in good.tolist()}
+    rows_of = good.rows() if isinstance(good, Boxes) else good
+    found = {tuple(row) for row in rows_of.tolist()}
     assert tuple(left[f].index(jq.targets.value_of(march, f)) for f in question.asks) in found
     for row, one in zip(rows.tolist(), explains, strict=True):
         assert (tuple(row) in found) == one, dict(zip(question.asks, row, strict=True))
