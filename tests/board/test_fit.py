@@ -43,6 +43,26 @@ def test_roundings_of_numbers_are_decided(seed: int) -> None:
     assert found.suspects == ()
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_value_that_is_left_has_a_march_with_the_same_dumps(seed: int) -> None:
+    """Played by the reference once more: no dump tells the values of an undecided field apart."""
+    march, asked = hidden(seed), [*NUMBERS, *RESIZE]
+    found, witnesses = fitted(asked, march), 0
+    board = {one.probe.name: played(one.probe, march) for one in asked}
+    for field in found.of("undecided"):
+        assert not found.fields[field].probes
+        for value in found.fields[field].values[:3]:
+            witness = found.march_with(field, value)
+            assert jq.targets.value_of(witness, field) == value
+            for one in asked:
+                for name, dumped in played(one.probe, witness).items():
+                    np.testing.assert_array_equal(dumped, board[one.probe.name][name], err_msg=f"{field} {value}")
+            witnesses += 1
+    assert witnesses
+    with pytest.raises(jq.InputError, match="quantize_rounding is not left with 'sideways'"):
+        found.march_with("quantize_rounding", "sideways")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_resizes_are_fitted(seed: int) -> None:
     """What is left explains every dump, whichever of the values is taken."""
