@@ -561,6 +561,8 @@ def _biases(
     A file has the scale of a bias as float32(s_x * s_w), and the chip rounds by the exact product. At 2^24 LSB and more
     their difference is a step.
     """
+    if any(name not in qparams for name in plan.trained):  # batches will tell the others
+        return {}
     scales, found = value_scales(plan, qparams), {}
     for node in plan.graph.nodes:
         key, weight = node.params.get("bias", ""), node.params.get("weight", "")
