@@ -30,7 +30,7 @@ GRAPH = jq.Graph((jq.Input("x", (None, 3, 4, 6)),), (jq.Node("y", jq.ops.Relu(),
 )
 def test_an_array_that_does_not_fit_names_the_step(array: np.ndarray, step: str) -> None:
     with pytest.raises(jq.InputError, match=step):
-        jq.graph.evaluate_float(GRAPH, {}, array)
+        jq.graph.evaluate_float(GRAPH, {}, array)  # type: ignore[arg-type]  (numpy arrays are taken too)
 
 
 def small() -> nn.Module:
