@@ -249,7 +249,7 @@ class _Reader:
         if any(n is not None and n < 1 for n in shape) or max(sizes) >= MAX_ELEMENTS or len(shape) > 16:
             raise ConversionError(f"input {name!r} has the shape {list(shape)[:16]}")
         axis = self.batch_axis if None in shape else 0
-        shape = _in_front(shape, axis)
+        shape = _in_front(shape, axis) if axis else shape
         self.inputs.append(Input(self.unique(name), shape, dtype))
         small, large = (tuple(b if n is None else n for n in shape) for b in BATCHES)
         value = self.made[self.inputs[-1].name] = Value(self.inputs[-1].name, (small, large), dtype)
@@ -496,7 +496,7 @@ class _Reader:
 
 
 def _in_front(items: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
-    return (items[axis : axis + 1]) + items[:axis] + items[axis + 1 :]
+    return (items[axis], *items[:axis], *items[axis + 1 :])
 
 
 def _free(name: str, shape: tuple[int | None, ...], axis: int, batch_axis: int) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -386,9 +386,9 @@ def _(op: Pad, inputs: Sequence[Operand], output: Operand, params: dict[str, Any
     if op.mode != "constant":
         return Lowered({})
     if output.dtype in EXACT_DTYPES:
-        return Lowered({"fill": to_device(_exact_fill(op, output.dtype))})
+        return Lowered({"fill": to_device(cast(Array, _exact_fill(op, output.dtype)))})
     if op.value == 0:  # of an accumulator too, whose channels have scales of their own
-        return Lowered({"fill": to_device(np.zeros((), storage_dtype(output.dtype)))})
+        return Lowered({"fill": to_device(cast(Array, np.zeros((), storage_dtype(output.dtype))))})
     return Lowered({"fill": quantize(real(op.value), output.scale, output.dtype, target.number_rounding)})
 
 

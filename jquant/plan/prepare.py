@@ -12,7 +12,7 @@ from jquant.graph.checks import validate
 from jquant.graph.float import value_types
 from jquant.graph.operator import Operand, constraints
 from jquant.graph.passes import prune
-from jquant.numerics.namespace import all_to_device, real, to_host
+from jquant.numerics.namespace import real, to_device, to_host
 from jquant.ops.conv import kernel_limits
 from jquant.ops.elementwise import Constant
 from jquant.ops.matmul import Embedding
@@ -109,7 +109,7 @@ def prepare(
             "the input in the model"
         )
     kept = {key: params[key] if value is made.given.get(key) else value for key, value in made.params.items()}
-    return Model(plan, all_to_device(kept))
+    return Model(plan, to_device(kept))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

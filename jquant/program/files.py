@@ -12,7 +12,7 @@ import jquant.ops  # noqa: F401  (the operators that a file names)
 from jquant.graph.sealed import VERSION, read_sealed_arrays, read_versioned, refusing, sealed_arrays, short
 from jquant.graph.serialize import decode, encode, read_graph
 from jquant.host.whole_files import replacing
-from jquant.numerics.namespace import all_to_device
+from jquant.numerics.namespace import to_device
 from jquant.targets import find_target
 from jquant.types import (
     MIN_SCALE,
@@ -157,7 +157,7 @@ def _arrays_of(
     if extra := saturating.keys() - worst_cases.keys():
         raise FormatError(f"node {short(min(extra))} has saturating channels without a worst case")
     accumulators = {n: Accumulator(bound, saturating.get(n)) for n, bound in worst_cases.items()}
-    return all_to_device((constants, scales, accumulators))
+    return to_device((constants, scales, accumulators))
 
 
 def _least_scale(name: str, graph: Graph, formats: FrozenMap[NodeFormat]) -> float:

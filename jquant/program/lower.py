@@ -11,7 +11,7 @@ from jquant.graph.float import value_shapes
 from jquant.graph.operator import Lowered, Operand, lower_op
 from jquant.graph.passes import prune
 from jquant.host.progress import PATIENCE, track
-from jquant.numerics.namespace import all_to_device, real, to_host
+from jquant.numerics.namespace import real, to_device, to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
 from jquant.plan.batch_norm import fold_kept
 from jquant.plan.scales import check_model, quantizer_of, scale_of, value_scales
@@ -81,7 +81,7 @@ def lower_traced(model: Model, outputs: Sequence[str] | str | None = None) -> Pr
             )
     scales = value_scales(plan, qparams)
     constants, formats, accumulators = lower_nodes(plan, params, qparams, graph.nodes, scales)
-    kept = all_to_device({n: scale for n in graph.values if (scale := scales[n]) is not None})
+    kept = to_device({n: scale for n in graph.values if (scale := scales[n]) is not None})
     inputs = FrozenMap({i.name: dtype_of(i.name, plan) for i in graph.inputs})
     return Program(constants, kept, accumulators, graph, FrozenMap(formats), inputs, plan.target, str(plan.target))
 
@@ -110,7 +110,7 @@ def lower_nodes(
         accumulators |= accumulator_of(node, lowered)
     for constant in jax.tree.leaves(constants):
         assert constant.dtype.itemsize <= 4, constant.dtype  # JAX would cut a 64-bit number in silence
-    return all_to_device(constants), formats, all_to_device(accumulators)
+    return to_device(constants), formats, to_device(accumulators)
 
 
 def lower_node(

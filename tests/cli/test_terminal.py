@@ -1,29 +1,16 @@
 """What a terminal sees and a pipe does not: progress; and the completion of a shell."""
 
-import os
-import pty
 import subprocess
 import sys
 
-from support.terminal import ENVIRONMENT
+from support.terminal import ENVIRONMENT, on_terminal
 
 TRACK = "from jquant.host.progress import track; print(sum(track(range(3), 'counting')))"
 
 
 def test_progress_is_for_a_terminal_alone() -> None:
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-c", TRACK], env=ENVIRONMENT, stderr=theirs, stdout=subprocess.PIPE
-    ) as shown:
-        os.close(theirs)
-        seen = b""
-        try:
-            while part := os.read(ours, 4096):
-                seen += part
-        except OSError:  # how Linux says that the other side has closed
-            pass
-        assert shown.communicate()[0] == b"3\n"
-    os.close(ours)
+    out, seen = on_terminal(TRACK)
+    assert out == b"3\n"
     assert b"counting" in seen
     assert b"100%" in seen
     hidden = subprocess.run([sys.executable, "-c", TRACK], env=ENVIRONMENT, capture_output=True, check=True)

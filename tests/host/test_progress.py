@@ -1,12 +1,7 @@
 """How long work takes: the time left by the steps that are done, and what a terminal sees of stages."""
 
-import os
-import pty
-import subprocess
-import sys
-
 import pytest
-from support.terminal import ENVIRONMENT
+from support.terminal import on_terminal
 
 from jquant.host.progress import stages, time_left, track
 
@@ -43,23 +38,6 @@ def test_without_a_terminal_there_is_nothing(capsys: pytest.CaptureFixture[str])
         begin("float")
     assert list(track(range(3), "counting", after=0.0)) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
-
-
-def on_terminal(code: str) -> tuple[bytes, bytes]:
-    """What a process writes to stdout, a pipe, and to stderr, a terminal."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=theirs, stdout=subprocess.PIPE) as process:
-        os.close(theirs)
-        seen = b""
-        try:
-            while part := os.read(ours, 4096):
-                seen += part
-        except OSError:  # how Linux says that the other side has closed
-            pass
-        out = process.communicate()[0]
-    os.close(ours)
-    return out, seen
 
 
 def test_stages_are_shown_with_their_times() -> None:

@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -58,3 +59,20 @@ def run_all(folder: Path, commands: dict[str, str], **settings: str) -> dict[str
     assert done.returncode == 0, done.stderr[-3000:]
     results = [Result(*json.loads(line)) for line in done.stdout.splitlines()]
     return dict(zip(commands, results, strict=True))
+
+
+def on_terminal(code: str) -> tuple[bytes, bytes]:
+    """What a process writes to stdout, a pipe, and to stderr, a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=theirs, stdout=subprocess.PIPE) as process:
+        os.close(theirs)
+        seen = b""
+        try:
+            while part := os.read(ours, 4096):
+                seen += part
+        except OSError:  # how Linux says that the other side has closed
+            pass
+        out = process.communicate()[0]
+    os.close(ours)
+    return out, seen

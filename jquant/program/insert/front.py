@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jquant.graph.checks import validate
 from jquant.graph.operator import Lowered, Operand, constraints, lower_op
 from jquant.graph.passes import rewire
-from jquant.numerics.namespace import all_to_device
+from jquant.numerics.namespace import to_device
 from jquant.program.lower import accumulator_of, format_of
 from jquant.text import did_you_mean
 from jquant.types import Accumulator, FrozenMap, Graph, Input, InputError, LoweringError, Node, Program, Target
@@ -61,7 +61,7 @@ def front_of(inputs: Mapping[str, Operand], steps: Sequence[Step], value: str, t
     return Program(
         constants,
         scales,
-        all_to_device(accumulators),
+        to_device(accumulators),
         graph,
         FrozenMap(formats),
         FrozenMap({n: x.dtype for n, x in inputs.items()}),
