@@ -6,12 +6,13 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DOCS   := .venv-docs
+MUTANTS := .venv-mutants
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-models architectures conformance foreign support figures fuzz docs lint \
-  format wheel clean
+.PHONY: help venv demo test test-slow test-models architectures conformance foreign support figures fuzz mutants docs \
+  lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +65,15 @@ architectures: $(STAMP)  ## measure the networks of the tests that are not yet, 
 fuzz: $(STAMP)  ## damage 10,000 files a reader, draw 2,000 graphs, write docs/reliability.md (hours)
 	@$(BIN)/python tests/fuzz/run.py --count 10000 --write
 	@$(BIN)/python tests/fuzz/graphs.py --count 2000 --write
+
+# A run that was stopped goes on, behind the lines of tests/mutants/results.jsonl.
+$(MUTANTS)/.installed: requirements-mutants.txt
+	@$(PYTHON) -m venv $(MUTANTS)
+	@$(MUTANTS)/bin/python -m pip --quiet --disable-pip-version-check --no-input install -r $<
+	@touch $@
+
+mutants: $(STAMP) $(MUTANTS)/.installed  ## change 400 expressions of the integer code, write docs/reliability.md (hours)
+	@$(MUTANTS)/bin/python tests/mutants/run.py --write
 
 # Each tool goes into an environment of its own, which is removed in the end.
 foreign: $(STAMP)  ## install other tools and make the files in tests/foreign anew, then docs/other-tools.md

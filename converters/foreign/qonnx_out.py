@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import onnx
 from onnx import helper
@@ -11,7 +13,13 @@ from jquant.types import ConversionError
 from .edit import PLAIN, Editor, operand
 from .qonnx import DOMAINS
 
+_SHOWN = 5  # names in a warning
+
 _BITS = {"int4": 4, "int8": 8, "int16": 16, "int32": 32}
+
+
+class BiasWarning(UserWarning):
+    """Biases of which a file cannot hold every bit."""
 
 
 def to_quant(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -19,6 +27,9 @@ def to_quant(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Raises:
       ConversionError: an integer that is neither a constant nor made by QuantizeLinear.
+
+    Warns:
+      BiasWarning: integers that become others. A Quant node rounds float32 numbers, which have 24 bits.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -26,6 +37,8 @@ def to_quant(model: onnx.ModelProto) -> onnx.ModelProto:
     makers = editor.makers()
     zero = editor.add("quant:zero", np.float32(0))
     bits = {n: editor.add(f"quant:bits_{n}", np.float32(n)) for n in sorted(_BITS.values())}
+
+    lost: dict[str, int] = {}
 
     def quant(x: str, scale: str, dtype: str, result: str, name: str) -> onnx.NodeProto:
         given = [x, scale, zero, bits[_BITS[dtype]]]
@@ -50,11 +63,27 @@ def to_quant(model: onnx.ModelProto) -> onnx.ModelProto:
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
         if scale.size > 1:
             scale = scale.reshape([-1 if i == axis % integers.ndim else 1 for i in range(integers.ndim)])
-        reals = (integers.astype(np.float32) * scale).astype(np.float32)
+        reals = (integers * scale.astype(np.float64)).astype(np.float32)
+        if off := int(np.abs(np.rint(reals / scale).astype(np.int64) - integers).max(initial=0)):
+            lost[node.input[0]] = off
         real = editor.replace(node.input[0], reals, "float32", 1)
         step = editor.add(f"{node.input[0]}:steps", scale)
         return quant(real, step, dtype, node.output[0], node.name)
 
     editor.rewrite(rule)
+    _warn_of(lost)
     copy.opset_import.append(helper.make_opsetid(DOMAINS[0], 2))
     return copy
+
+
+def _warn_of(lost: dict[str, int]) -> None:
+    """Warns of constants that come back as other integers: {name: the largest difference in LSB}."""
+    if not lost:
+        return
+    shown = ", ".join(f"{name!r} (up to {off} LSB)" for name, off in list(lost.items())[:_SHOWN])
+    warnings.warn(
+        f"a QONNX file holds integers as float32 numbers, of 24 bits, and loses bits of {shown}"
+        f"{' and others' if len(lost) > _SHOWN else ''}; form='qdq' keeps them",
+        BiasWarning,
+        stacklevel=4,
+    )

@@ -22,6 +22,7 @@ from .values import Known, Result, Unsupported, Value, known, require
 PLAIN: dict[str, Op] = {row.onnx: row.op for row in FUNCTIONS if row.onnx}
 PLAIN |= {"Not": ops.LogicalNot(), "BitwiseNot": ops.BitwiseNot()}
 _OF_SUM: dict[str, Callable[..., Op]] = {"Log": ops.Log, "Sqrt": ops.Sqrt, "Reciprocal": ops.Reciprocal}
+MASK = -1e4  # a number at or below it means minus infinity in front of a softmax
 _EXACT_FUNCTIONS = ("Abs", "Neg", "Not", "BitwiseNot")
 
 
@@ -209,6 +210,22 @@ def several(op: Op) -> Handler:
     return handler
 
 
+def extreme(op: Op, bound: str) -> Handler:
+    """Of a value and one number it is a clamp, as in the other doors, which takes no scale for the number."""
+
+    def handler(call: Call) -> Result:
+        operands = [call.operand(i) for i in range(len(call.inputs))]
+        values = [x for x in operands if isinstance(x, Value) and x.dtype == "float32"]
+        if len(operands) == 2 and len(values) == 1:
+            i = 1 if operands[0] is values[0] else 0
+            number, known_one = scalar(call, i, values[0]), operands[i]
+            if number is not None and isfinite(number) and isinstance(known_one, Known) and known_one.grid is None:
+                return call.make(ops.Clamp(**{bound: number}), values[0])
+        return several(op)(call)
+
+    return handler
+
+
 def mean(call: Call) -> Result:
     values = call.values()
     if len(values) == 1:
@@ -317,22 +334,33 @@ def where(call: Call) -> Result:
     mask = call.value(0)
     for i, other in ((1, 2), (2, 1)):
         x = call.operand(other)
+        if isinstance(x, Known):
+            x = _masked_constant(call, i, other)
         if not isinstance(x, Value) or x.dtype != "float32":
             continue
         value = scalar(call, i, x)
         same = all(m <= n for m, n in zip(mask.shapes[0][::-1], x.shapes[0][::-1], strict=False))
-        if value is not None and mask.rank <= x.rank and same:
+        if value is not None and (value <= MASK or (mask.rank <= x.rank and same)):
             at = mask if i == 1 else call.make(ops.LogicalNot(), mask, part="not")
             filled = call.make(ops.MaskedFill(value=value), x, at)
             return _softmax_with_mask(call, filled, value, mask) if i == 1 and value == 0 else filled
     return call.make(ops.Where(), mask, call.value(1), call.value(2))
 
 
+def _masked_constant(call: Call, fill: int, other: int) -> Value | None:
+    """A constant, such as the bias of an attention, into which a mask is filled: a number that means minus infinity."""
+    number, constant = call.operand(fill), call.operand(other)
+    if not isinstance(number, Known) or not isinstance(constant, Known) or number.at[0].size != 1:
+        return None
+    is_mask = number.at[0].dtype == np.float32 and number.at[0].item() <= MASK and np.isfinite(constant.at[0]).all()
+    return call.value(other) if is_mask else None
+
+
 def _softmax_with_mask(call: Call, filled: Value, value: float, mask: Value) -> Value:
     """where(mask, 0, softmax(where(mask, very negative, x))): the mask is an operand of the softmax."""
     op, (source, *_) = call.maker(call.operand(2))[0], (*call.maker(call.operand(2))[1], "")
     inner = call.graph.maker_of(source) if source else None
-    if not isinstance(op, ops.Softmax) or not isinstance(inner, ops.MaskedFill) or inner.value > -1e4:
+    if not isinstance(op, ops.Softmax) or not isinstance(inner, ops.MaskedFill) or inner.value > MASK:
         return filled
     x, masked = call.graph.operands_of(source)
     if masked != mask.name:
@@ -421,9 +449,9 @@ TABLE: dict[str, Handler] = {
     "LeakyRelu": with_alpha(ops.LeakyRelu, "negative_slope", 0.01),
     "Less": comparison(ops.Less),
     "LessOrEqual": comparison(ops.LessEqual),
-    "Max": several(ops.Maximum()),
+    "Max": extreme(ops.Maximum(), "minimum"),
     "Mean": mean,
-    "Min": several(ops.Minimum()),
+    "Min": extreme(ops.Minimum(), "maximum"),
     "Mod": mod,
     "Mul": mul,
     "Or": plain(ops.LogicalOr()),

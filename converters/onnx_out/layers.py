@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import jquant.ops as ops
-from jquant.ops.attention import LEAST_ADDED
+from jquant.ops.attention import LEAST_ADDED, allowed_of
 from jquant.ops.composite import MASKED
 
 from .writer import Call, Operand, emit
@@ -215,7 +215,7 @@ def _(op: ops.Attention, call: Call) -> None:
     if op.mask == "add":
         bias = call.add("Max", masks[0], call.constant(LEAST_ADDED, "least_added"), part="bias")
         scores = call.add("Add", scores, bias, part="biased")
-    left_out = [call.add("Not", masks[0], part="not_allowed")] if op.mask == "bool" else []
+    left_out = [call.add("Not", mask, part="not_allowed") for mask in allowed_of(op, masks)]
     if op.causal:
         length, keys = call.static((query.shape[-2], key.shape[-2]))
         left_out.append(call.constant(~np.tril(np.ones((length, keys), bool)), "later", np.bool_))

@@ -152,19 +152,29 @@ def _(op: ops.InstanceNorm, site: Site, x: Any, *, weight: Any = None, bias: Any
 
 
 @torch_rule.register
-def _(op: ops.Attention, site: Site, query: Any, key: Any, value: Any, mask: Any = None) -> Any:
+def _(op: ops.Attention, site: Site, query: Any, key: Any, value: Any, mask: Any = None, allowed: Any = None) -> Any:
     """A query whose keys are all masked gets 0, in torch as here, unless `empty` says otherwise."""
     if op.mask == "add":
         mask = mask.clamp(min=LEAST_ADDED)
+    if allowed is not None:
+        if op.causal:
+            allowed = allowed.logical_and(_earlier(site))
+        scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
+        scores = query @ key.transpose(-1, -2) * scale + mask
+        return _masked_softmax(scores, ~allowed, -1, op.empty) @ value
     causal = op.causal
     if causal and mask is not None:  # torch takes one of the two
-        causal, earlier = False, torch.ones(site.shapes[0][-2], site.shapes[1][-2], dtype=torch.bool).tril()
-        earlier = site.constant(earlier)
+        causal, earlier = False, _earlier(site)
         mask = mask.logical_and(earlier) if op.mask == "bool" else mask.masked_fill(earlier.logical_not(), -1e30)
     if op.empty != "zero" and op.mask == "bool":
         scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
         return _masked_softmax(query @ key.transpose(-1, -2) * scale, ~mask, -1, op.empty) @ value
     return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=op.scale)
+
+
+def _earlier(site: Site) -> Any:
+    """bool [L, S]: True where the key does not come after the query."""
+    return site.constant(torch.ones(site.shapes[0][-2], site.shapes[1][-2], dtype=torch.bool).tril())
 
 
 @torch_rule.register(ops.Lstm)

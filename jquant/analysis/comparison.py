@@ -18,10 +18,12 @@ from jquant.host.progress import stages
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
+from jquant.ops.composite import MASKED
+from jquant.ops.table import Exp
 from jquant.plan.batch_norm import fold_kept
 from jquant.plan.scales import check_model, expand_weight, quantizer_of, scale_of, value_scales
 from jquant.text import did_you_mean, format_table
-from jquant.types import Array, InputError, JQuantError, Model, Params, Plan, QuantSpec
+from jquant.types import Array, InputError, JQuantError, Model, Node, Params, Plan, QuantSpec
 
 Arrays = Mapping[str, Any]
 GIVEN = "given"  # the name of a side that is arrays from elsewhere
@@ -40,6 +42,7 @@ class LayerError:
     `own_sqnr`, `own_max_error`, `own_max_lsb`  the same of this node alone: `b` against the node of `a` on the operands
                  that it has in `b`. None for graph inputs and weights, and where a side is arrays that lack an operand
     For a high-precision or float value `max_lsb` and `saturated` are None, and `differing` counts every difference.
+    Elements that a mask leaves out of a softmax count nowhere, not in `size` either: in float they are minus infinity.
     """
 
     name: str
@@ -275,9 +278,12 @@ def _errors_of(
     scales = value_scales(plan, on_host[1].qparams)
     found, weights = {}, {}
     with np.errstate(all="ignore"):
+        masked: dict[str, np.ndarray] = {}
         for name in plan.graph.values:
             if name in first and name in second and name not in plan.exact:
-                found[name] = _errors(first[name], second[name], alone.get(name), scales[name], plan.values[name])
+                masked[name] = _masked(plan.graph.by_name.get(name), first[name], second[name], masked)
+                rows = _unmasked(masked[name], first[name], second[name], alone.get(name), scales[name])
+                found[name] = _errors(*rows, plan.values[name])
         for key, x, y in _weights(plan, *zip(modes, on_host, given, strict=True)):
             scale = expand(scale_of(key, plan, on_host[1].qparams), plan.weight_axis.get(key), x.ndim)
             weights[key] = _errors(x, y, None, scale, plan.weights[key])
@@ -333,6 +339,21 @@ def _errors(
         "own_max_lsb": None if alone is None or step is None else (abs(difference(alone, b)) / step).max(),
         "histogram": counts,
     }
+
+
+def _masked(node: Node | None, a: Array, b: Array, masked: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Where a value has no number: a mask filled it in for a softmax, or it is exp of such elements."""
+    if node is not None and isinstance(node.op, Exp) and node.inputs[0] in masked:
+        return masked[node.inputs[0]]
+    return np.asarray((a <= MASKED / 2) | (b <= MASKED / 2))
+
+
+def _unmasked(masked: np.ndarray, a: Array, b: Array, alone: Array | None, scale: Array | None) -> tuple[Any, ...]:
+    """The elements of a row that are numbers, and their scales; all where there are no others."""
+    if not masked.any() or masked.all():
+        return a, b, alone, scale
+    scales = scale if scale is None or scale.size == 1 else np.broadcast_to(scale, masked.shape)[~masked]
+    return a[~masked], b[~masked], None if alone is None else alone[~masked], scales
 
 
 def _saturated(a: Array, scale: Array, spec: QuantSpec) -> Array:

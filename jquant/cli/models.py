@@ -73,7 +73,13 @@ def load_model(source: str, checkpoint: Path | None = None, shapes: list[str] | 
     if kind in (".pt2", ".onnx"):
         return _foreign(path, kind)
     if path.is_file() and kind != ".py":
-        return load(path) if "program" in read_header(path) else load_state(path)
+        header = read_header(path)
+        if "model" in header:
+            raise FormatError(
+                f"{source} is a model that jq.plan.save wrote: jq.plan.load reads it in Python. Commands take the "
+                "program that jq.lower makes of it and jq.save writes"
+            )
+        return load(path) if "program" in header else load_state(path)
     if ":" in source:
         return _called(source, checkpoint, shapes)
     if path.exists():

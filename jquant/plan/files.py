@@ -1,17 +1,37 @@
-"""Plans as versioned JSON: to record what was trained, to compare it, and to read it back. No code is run."""
+"""Plans as versioned JSON, to record what was trained and to compare it; models as files. No code is run."""
 
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jquant.config.files import Own, spec_from_dict, spec_to_dict
-from jquant.graph.sealed import read_sealed_text, refusing, sealed_text, short
+from jquant.graph.checks import validate
+from jquant.graph.sealed import (
+    VERSION,
+    read_sealed_arrays,
+    read_sealed_text,
+    read_versioned,
+    refusing,
+    sealed_arrays,
+    sealed_text,
+    short,
+)
 from jquant.graph.serialize import decode, encode, read_graph
-from jquant.targets import differences
+from jquant.host.whole_files import replacing
+from jquant.numerics.namespace import to_device
+from jquant.plan.scales import check_model
+from jquant.targets import differences, find_target
 from jquant.types import (
     EXACT_DTYPES,
     ROUNDINGS,
     FormatError,
     FrozenMap,
+    Model,
     Plan,
     QConfigError,
     QuantSpec,
@@ -50,6 +70,107 @@ def plan_from_json(text: str, *, own: Own = ()) -> Plan:
     data = read_sealed_text(text, "plan")
     with refusing("plan"):
         return _plan_from_dict(data, own)
+
+
+def save(path: str | os.PathLike[str], model: Model, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a model: plan, parameters and scales. An interrupted save leaves an existing file as it was.
+
+    `jq.save` writes the program that `jq.lower` makes of it, which runs on without the model. This file goes on where
+    the model was: it is calibrated, trained, compared and lowered as before. The state of an optimizer is no part of a
+    model; `jq.training.open_checkpoints` keeps both.
+
+    Args:
+      path: the file.
+      model: what `jq.prepare` or `jq.calibrate` returned, or a trained one.
+      metadata: further entries of the file's header, text by text; the digest covers them. "model" and "digest" are
+        taken.
+
+    Raises:
+      JQuantError: no model. GraphError, CalibrationError: parameters or scales that are missing or broken.
+      FormatError: an operator that no file can hold, or metadata that are not text.
+      QConfigError: a quantizer or observer of one's own, without a `source` by which a file can name it.
+      OSError: what the system says.
+
+    Example:
+      >>> import pathlib, tempfile, jax.numpy as jnp, jquant as jq
+      >>> x, weights = jnp.array([[1.0, 0.5], [-0.25, 0.75]]), {"w": jnp.array([[0.5, 1.0], [-1.0, 0.25]])}
+      >>> graph, params = jq.trace(lambda p, x: x @ p["w"], weights, x)
+      >>> model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target="nash-e")
+      >>> model = jq.calibrate(model, [x])
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jq.plan.save(pathlib.Path(folder) / "net.jqm", model)
+      ...     again = jq.plan.load(pathlib.Path(folder) / "net.jqm", target="nash-e")
+      >>> bool((jq.apply(again, x) == jq.apply(model, x)).all())
+      True
+    """
+    check_model(model, scales=False)
+    if model.qparams:
+        check_model(model)
+    if "model" in (metadata or {}):
+        raise FormatError("the metadata key 'model' is that of the model itself")
+    arrays = {f"param:{name}": np.asarray(model.params[name]) for name in model.plan.graph.param_names}
+    arrays |= {f"scale:{name}": np.asarray(value) for name, value in model.qparams.items()}
+    header = {"jquant": VERSION, "plan": _plan_to_dict(model.plan), "calibrated": bool(model.qparams)}
+    content = sealed_arrays(arrays, {"model": json.dumps(header), **(metadata or {})})
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def load(path: str | os.PathLike[str], *, target: Target | str | None = None, own: Own = ()) -> Model:
+    """Reads a model that `save` wrote.
+
+    Args:
+      path: the file.
+      target: the march that the model has to be prepared for; None: any.
+      own: quantizers and observers of your own that the file may name, by their `source`. No code is imported.
+
+    Raises:
+      FormatError: a file that is truncated, damaged, of another version, of another march or no model.
+      FileNotFoundError: no file.
+
+    Example:
+      >>> import jquant as jq
+      >>> jq.plan.load("no.jqm")  # `save` has an example of both
+      Traceback (most recent call last):
+      FileNotFoundError: no model at no.jqm
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no model at {path}")
+    with refusing(path):
+        metadata, arrays = read_sealed_arrays(path)
+        if "model" not in metadata:
+            raise FormatError(f"no model: the file holds {', '.join(map(short, metadata)) or 'arrays alone'}")
+        model = _assembled(read_versioned(metadata["model"]), arrays, own)
+    if target is not None and find_target(target) != model.plan.target:
+        raise FormatError(
+            f"{path}: prepared for {model.plan.target}, not for {find_target(target)}; call jq.prepare for that"
+        )
+    return model
+
+
+def _assembled(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], own: Own) -> Model:
+    wanted = {"jquant", "plan", "calibrated"}
+    if odd := header.keys() ^ wanted:
+        raise FormatError(f"the header {'lacks' if min(odd) in wanted else 'has an unknown'} {short(min(odd))}")
+    if not isinstance(header["calibrated"], bool):
+        raise FormatError(f"calibrated: expected true or false, found {short(header['calibrated'])}")
+    found: dict[str, dict[str, Any]] = {"param": {}, "scale": {}}
+    for key, array in arrays.items():
+        kind, _, name = key.partition(":")
+        if kind not in found:
+            raise FormatError(f"unexpected array {short(key)}")
+        found[kind][name] = array
+    plan = _plan_from_dict(header["plan"], own)
+    if unknown := found["param"].keys() - set(plan.graph.param_names):
+        raise FormatError(f"array {short(f'param:{min(unknown)}')} is a parameter of no node")
+    if found["scale"] and not header["calibrated"]:
+        raise FormatError(f"unexpected array {short('scale:' + min(found['scale']))}: the model is not calibrated")
+    validate(plan.graph, found["param"])
+    params, qparams = to_device((found["param"], found["scale"]))
+    model = Model(plan, params, qparams)
+    check_model(model, scales=header["calibrated"])
+    return model
 
 
 def _plan_from_dict(data: Any, own: Own) -> Plan:

@@ -1,6 +1,8 @@
 """`from_onnx` and `model_from_onnx`: what to_onnx writes, the cases of the onnx package, old opsets, QDQ models."""
 
 import json
+import re
+import warnings
 from collections import Counter
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from support import architectures, onnx_cases
 from support import onnx_helpers as helpers
 from support.onnx_helpers import draw, model_of, quantized_conv
@@ -201,8 +203,8 @@ def test_plans_come_back(name, dtype):
     check_integer_round_trip(name, dtype)
 
 
-def test_biases_beyond_24_bits_come_back():
-    """A file has them as int32, at float32(s_x * s_w); float32 holds 24 bits, and the chip has the exact product."""
+def with_large_biases():
+    """A linear layer of int16 values, most biases of which have more than 24 bits."""
     rng = np.random.default_rng(0)
     params = {
         "w": jnp.asarray(rng.normal(size=(64, 8)) * 0.003, jnp.float32),
@@ -212,11 +214,34 @@ def test_biases_beyond_24_bits_come_back():
     graph = jq.Graph((jq.Input("x", (None, 8)),), (node,), ("y",))
     qconfig = jq.QConfig({"*": jq.Policy(output=jq.int16(), weight=jq.int8(axis="out"))})
     model = jq.prepare(graph, params, qconfig, target=jq.targets.NASH_E)
-    model = jq.calibrate(model, [jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)])
+    return jq.calibrate(model, [jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)])
+
+
+def test_biases_beyond_24_bits_come_back():
+    """A file has them as int32, at float32(s_x * s_w); float32 holds 24 bits, and the chip has the exact product."""
+    model = with_large_biases()
     again = model_from_onnx(to_onnx(model), target=model.plan.target)
     first, second = (np.asarray(jq.lower(m).constants["y"]["bias"]) for m in (model, again))
     assert (np.abs(first) > 2**24).sum() > 20
     np.testing.assert_array_equal(second, first)
+
+
+def test_qonnx_says_how_far_its_biases_are_off():
+    """A Quant node rounds float32 numbers, of 24 bits. The figure is that of its own rounding, x / scale."""
+    model = with_large_biases()
+    integers = np.asarray(jq.lower(model).constants["y"]["bias"], np.int64)
+    with pytest.warns(UserWarning, match=r"loses bits of '.*' \(up to (\d+) LSB\); form='qdq' keeps them") as caught:
+        file = to_onnx(model, form="qonnx")
+    (said,) = re.findall(r"up to (\d+) LSB", str(caught[0].message))
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in file.graph.initializer}
+    quants = [node for node in file.graph.node if node.op_type == "Quant" and node.input[0] in constants]
+    (bias,) = (node for node in quants if constants[node.input[0]].shape == (64,))
+    read = np.rint(constants[bias.input[0]] / constants[bias.input[1]]).astype(np.int64)
+    assert np.abs(read - integers).max() == int(said) > 0
+    small = model.replace(params=model.params | {"b": model.params["b"] * 1e-3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_onnx(small, form="qonnx")
 
 
 def quantized_by_onnxruntime(name, folder):

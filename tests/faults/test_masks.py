@@ -32,6 +32,11 @@ WRITTEN: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] 
     "added, by a product": lambda x, allowed, v: x + (1.0 - allowed.float()) * v,
     "added, the inverse of a mask": lambda x, allowed, v: x + (~allowed).float() * v,
     "added, filled into zeros": lambda x, allowed, v: x + torch.zeros(1, 1, SHAPE[-1]).masked_fill(~allowed, v),
+    "a bias, filled": lambda x, allowed, v: x + torch.linspace(-2, 1, SHAPE[-1]).masked_fill(~allowed, v),
+    "a bias, chosen": lambda x, allowed, v: x + torch.where(allowed, x.flip(-1) / 4, torch.tensor(v)),
+    "a bias, chosen and moved": lambda x, allowed, v: (
+        x + torch.where(allowed.expand_as(x), x.flip(-1) / 4, torch.tensor(v)).transpose(1, 2).transpose(1, 2)
+    ),
     "added, chosen": lambda x, allowed, v: x + torch.where(allowed, torch.tensor(0.0), torch.tensor(v)),
 }
 
@@ -174,6 +179,39 @@ def test_a_mask_of_bool_that_is_an_input_costs_no_range() -> None:
     assert decibels(jq.run(jq.lower(model), *given), Added("attention")(x, mask).numpy()) > 38
 
 
+class Biased(torch.nn.Module):
+    """torch's attention with a bias of relative positions into which a mask is filled, as T5 has it."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.bias, self.value = torch.nn.Parameter(torch.randn(1, 5, 5)), value
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        allowed = torch.arange(5) < lengths[:, None, None]
+        mask = torch.where(allowed, self.bias, torch.tensor(self.value))
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("value", [-1e4, LEAST, float("-inf")])
+@pytest.mark.parametrize("door", ["torch", "onnx"])
+def test_a_mask_in_a_bias_costs_no_range(value: float, door: str) -> None:
+    x, lengths = batch()[0][:, :, :5], batch()[1].clamp(max=5)
+    module = Biased(value).eval()
+    with torch.no_grad():
+        wanted = module(x, lengths).numpy()
+    graph, params = from_torch(module, (x, lengths))
+    graph, params = (graph, params) if door == "torch" else from_onnx(to_onnx(graph, params))
+    config = jq.QConfig({"*": jq.Policy(output=jq.int16())})
+    given = (jnp.asarray(x.numpy()), jnp.asarray(lengths.numpy()))
+    model = jq.calibrate(jq.prepare(graph, params, config, target=jq.targets.NASH_E), [given])
+    program = jq.lower(model)
+    (slow,), _ = jq.reference.run(program, *given)
+    np.testing.assert_array_equal(jq.run(program, *given), slow)
+    assert decibels(slow, wanted) > 40
+    assert decibels(jq.apply(model, *given), wanted) > 40
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows that are masked everywhere
 
@@ -244,3 +282,18 @@ def test_exports_keep_what_an_empty_row_gives(empty: str) -> None:
     np.testing.assert_allclose(found, wanted, atol=2e-3 if empty == "scores" else 1e-6)
     module = to_torch(graph, {})
     np.testing.assert_allclose(module(torch.from_numpy(x), torch.from_numpy(masked)), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("written", ["filled", "added, chosen"])
+def test_reports_count_what_a_mask_leaves(written: str) -> None:
+    """Seen: NaN dB of the filled scores, and the advice to give them a scale of 3e25."""
+    model, x = quantized(Scores(written, float("-inf")), batch(), "int8")
+    found = jq.analysis.compare(model, x, "float", "bit_true")
+    scores = Scores(written, 0.0).linear(batch()[0]).detach().numpy()
+    left = scores[np.broadcast_to(keep(batch()[1]).numpy(), scores.shape)]
+    filled = next(row for row in found.rows if row.name.endswith(".filled"))
+    assert filled.size == left.size < scores.size
+    np.testing.assert_allclose([filled.minimum, filled.maximum], [left.min(), left.max()], rtol=1e-6)
+    assert all(np.isfinite(row.sqnr) and row.sqnr > 20 for row in found.rows)
+    assert all(row.max_error < 0.5 and abs(row.minimum) < 100 for row in found.rows)
+    assert not [advice for advice in jq.analysis.layer_advice(found) if "e+" in advice.fix]

@@ -224,6 +224,7 @@ ONNX = (damaged, in_onnx, in_onnx)
 READERS = {
     "program": Reader(suffix=".jq", whole=golden("program.jq"), read=jq.load, sealed=True, content=leaves),
     "state": Reader(suffix=".jqs", whole=golden("state.jqs"), read=_state, sealed=True, content=_state_content),
+    "model": Reader(suffix=".jqm", whole=golden("model.jqm"), read=jq.plan.load, sealed=True, content=leaves),
     "function": Reader(suffix=".jqf", whole=golden("function.jqf"), read=_function, sealed=True, content=leaves),
     "plan": Reader(
         suffix=".json", whole=golden("plan.json"), read=_named(jq.plan.plan_from_json), mutations=TEXT, sealed=True

@@ -128,18 +128,20 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Format]:
     state = State(graph, params, QCONFIG, jq.targets.NASH_E, model.qparams, model.params, ImageSettings(crop=4))
     jq.save(folder / "program", jq.lower(model), metadata={"image": '{"crop": 4}', "of": 'a "test"'})
     save_state(folder / "state", state)
+    jq.plan.save(folder / "model", model, metadata={"of": 'a "test"'})
     (folder / "plan").write_text(jq.plan.plan_to_json(model.plan))
     (folder / "graph").write_text(jq.graph.graph_to_json(graph))
     readers: dict[str, tuple[Any, ...]] = {
         "program": (jq.load, jq.save, "program"),
         "state": (load_state, save_state, "state"),
+        "model": (jq.plan.load, jq.plan.save, "model"),
         "plan": (read_text(jq.plan.plan_from_json), write_text(jq.plan.plan_to_json)),
         "graph": (read_text(jq.graph.graph_from_json), write_text(jq.graph.graph_to_json)),
     }
     return {name: Format(name, (folder / name).read_bytes(), *rest) for name, rest in readers.items()}
 
 
-NAMES = ("program", "state", "plan", "graph")
+NAMES = ("program", "state", "model", "plan", "graph")
 
 
 def refusal(kind: Format, path: Path, content: bytes) -> str | None:
@@ -252,13 +254,17 @@ def assert_same(again: Any, said: Any, where: str = "file") -> None:
         assert again == said or short_form or (again != again and said != said), where  # NaN
 
 
-@pytest.mark.parametrize(("name", "count"), [("program", 120), ("state", 200), ("plan", 150), ("graph", 200)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("program", 120), ("state", 200), ("model", 150), ("plan", 150), ("graph", 200)]
+)
 def test_other_values_are_refused_or_kept(formats: dict[str, Format], tmp_path: Path, name: str, count: int) -> None:
     check_spliced(formats[name], tmp_path, 2, count)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [("program", 1500), ("state", 2500), ("plan", 2500), ("graph", 3000)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("program", 1500), ("state", 2500), ("model", 2500), ("plan", 2500), ("graph", 3000)]
+)
 def test_many_other_values_are_refused_or_kept(
     formats: dict[str, Format], tmp_path: Path, name: str, count: int
 ) -> None:
@@ -329,7 +335,7 @@ OTHER = [with_other_array, with_other_header]
 
 
 @pytest.mark.parametrize("change", OTHER)
-@pytest.mark.parametrize("name", ["program", "state"])
+@pytest.mark.parametrize("name", ["program", "state", "model"])
 def test_other_arrays_are_refused_or_kept(
     formats: dict[str, Format], tmp_path: Path, name: str, change: Callable[[bytes, random.Random], bytes]
 ) -> None:
@@ -339,7 +345,7 @@ def test_other_arrays_are_refused_or_kept(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", OTHER)
-@pytest.mark.parametrize("name", ["program", "state"])
+@pytest.mark.parametrize("name", ["program", "state", "model"])
 def test_many_other_arrays_are_refused_or_kept(
     formats: dict[str, Format], tmp_path: Path, name: str, change: Callable[[bytes, random.Random], bytes]
 ) -> None:

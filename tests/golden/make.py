@@ -108,6 +108,7 @@ def make(folder: Path) -> None:
     state = State(graph, params, QCONFIG, jq.targets.NASH_E, model.qparams, None, ImageSettings(crop=4))
     jq.save(folder / "program.jq", program, metadata={"note": "golden"})
     save_state(folder / "state.jqs", state)
+    jq.plan.save(folder / "model.jqm", model)
     save_function(folder / "function.jqf")
     texts = {
         "graph.json": jq.graph.graph_to_json(graph),

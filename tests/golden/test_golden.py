@@ -83,6 +83,13 @@ def test_a_plan_belongs_to_its_graph(folder: Path) -> None:
     assert plan.weights["fc.weight"].quantizer == jq.lsq
 
 
+def test_a_model_goes_on(folder: Path, make: ModuleType) -> None:
+    model = jq.plan.load(folder / "model.jqm", target=jq.targets.NASH_E)
+    outputs, _ = jq.reference.run(jq.lower(model), np.asarray(make.images()))
+    wanted, _ = jq.reference.run(jq.load(folder / "program.jq"), np.asarray(make.images()))
+    np.testing.assert_array_equal(outputs, wanted)
+
+
 def test_marches_and_qconfigs_say_what_they_said(folder: Path, make: ModuleType) -> None:
     for name in ("march.toml", "march.json"):
         assert str(jq.targets.load(folder / name)) == expected(folder)["march"]

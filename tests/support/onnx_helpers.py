@@ -224,6 +224,11 @@ def _layers() -> dict[str, Case]:
         "Attention, causal": (ops.Attention(causal=True), tuple(heads), {}),
         "Attention with a mask": (ops.Attention(mask="bool"), (*heads, np.arange(70).reshape(2, 1, 5, 7) % 3 != 1), {}),
         "Attention with a bias": (ops.Attention(mask="add", scale=0.3), (*heads, _draw((2, 1, 5, 7))), {}),
+        "Attention with a bias and a mask": (
+            ops.Attention(mask="add"),
+            (*heads, _draw((1, 1, 5, 7)), np.arange(70).reshape(2, 1, 5, 7) % 3 != 1),
+            {},
+        ),
         "Lstm": (ops.Lstm(), (SEQUENCE,), _recurrent(4)),
         "Lstm, cell": (
             ops.Lstm(reverse=True, output="cell"),

@@ -1,0 +1,277 @@
+"""Mutants of the integer code: which of 400 changes of single expressions the tests notice.
+
+    make mutants                                    # goes on where it was; writes docs/reliability.md
+    .venv-mutants/bin/python tests/mutants/run.py --count 40 --first 120
+    .venv-mutants/bin/python tests/mutants/run.py --show survived
+
+cosmic-ray finds the places and makes the mutants, in a copy of the tracked files. A sample is drawn by a fixed seed: of
+each place one mutant, annotations left out. The tests of a mutant are those of its module, the quickest first, up to
+the first failure:
+
+  killed     a test failed, or the module does not import
+  survived   all of them passed
+  slow       no answer in LIMIT seconds: the tests are too slow to notice
+
+`tests/mutants/results.jsonl` holds a line for each mutant, and `tests/mutants/survivors.toml` the reason of each that
+cannot be told from the original by any integer.
+"""
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cosmic_ray.plugins
+from cosmic_ray.ast import ast_nodes, get_ast_from_path
+from cosmic_ray.mutating import mutate_code
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS, SURVIVORS = HERE / "results.jsonl", HERE / "survivors.toml"
+COPY = ROOT / "out" / "mutants"
+PAGE = ROOT / "docs" / "reliability.md"
+MARKS = ("<!-- made: mutants -->", "<!-- end: mutants -->")
+
+COUNT, SEED, LIMIT = 400, 11, 300
+LIGHT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "CI": "true"}
+PARTS = ("numerics", "ops", "program")
+# What `lower` and `run` never use: lists of names, and the meanings in float.
+LEFT_OUT = {"jquant/ops/__init__.py", "jquant/ops/functional.py", "jquant/ops/names.py", "jquant/program/cache.py"}
+
+# Beside the cases of tests/conformance for the operators of a module, the files of tests that look at it closest.
+TESTS = {
+    "jquant/numerics/": "numerics",
+    "jquant/program/insert/": "program/test_insert.py",
+    "jquant/program/candidates.py": "program/test_candidates.py",
+    "jquant/program/files.py": "program/test_program_files.py",
+    "jquant/program/": "program/test_integers.py",
+    "jquant/ops/activation.py": "ops/test_elementwise.py",
+    "jquant/ops/attention.py": "ops/test_composites.py faults/test_masks.py",
+    "jquant/ops/batch_norm.py": "plan/test_batch_norm.py",
+    "jquant/ops/bits.py": "ops/test_elementwise.py",
+    "jquant/ops/compare.py": "ops/test_elementwise.py faults/test_joined_values.py faults/test_exact_operators.py",
+    "jquant/ops/composite.py": "ops/test_composites.py faults/test_masks.py",
+    "jquant/ops/conv.py": "ops/test_gemm.py",
+    "jquant/ops/elementwise.py": "ops/test_elementwise.py faults/test_joined_values.py",
+    "jquant/ops/grid": "ops/test_sampling.py",
+    "jquant/ops/image.py": "ops/test_images.py",
+    "jquant/ops/indexing.py": "ops/test_movement.py faults/test_indices_out_of_range.py",
+    "jquant/ops/lookup.py": "ops/test_tables.py",
+    "jquant/ops/matmul.py": "ops/test_gemm.py",
+    "jquant/ops/movement.py": "ops/test_movement.py",
+    "jquant/ops/on_grid.py": "faults/test_exact_operators.py faults/test_one_scale.py",
+    "jquant/ops/pool.py": "ops/test_pool.py",
+    "jquant/ops/recurrent.py": "ops/test_composites.py",
+    "jquant/ops/reduce.py": "ops/test_reduce.py",
+    "jquant/ops/regions.py": "ops/test_sampling.py",
+    "jquant/ops/resample": "ops/test_sampling.py faults/test_resize.py",
+    "jquant/ops/rounding.py": "ops/test_elementwise.py",
+    "jquant/ops/scatter.py": "ops/test_scatter.py",
+    "jquant/ops/shuffle.py": "ops/test_movement.py",
+    "jquant/ops/sorting.py": "ops/test_reduce.py ops/test_movement.py",
+    "jquant/ops/table.py": "ops/test_tables.py",
+    "jquant/ops/": "ops/test_elementwise.py",
+}
+# Of numerics and the program: what the operators of these names compute with.
+WIDELY_USED = ("Conv", "Linear", "Add", "Mean", "AvgPool", "GridSample", "Interpolate", "Sigmoid", "MatMul")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: the `occurrence`-th place of an operator of cosmic-ray in a module."""
+
+    module: str
+    operator: str
+    occurrence: int
+    line: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.module}:{self.line} {self.operator} {self.occurrence}"
+
+
+def modules() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "jquant"], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = [name for name in listed.stdout.split() if name.split("/")[1] in PARTS and name not in LEFT_OUT]
+    return sorted(name for name in found if (ROOT / name).stat().st_size and not name.endswith("__init__.py"))
+
+
+def annotations(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where annotations stand: no program computes with them."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        for name in ("annotation", "returns"):
+            part = getattr(node, name, None)
+            if isinstance(part, ast.AST):
+                found.append(((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
+    return found
+
+
+def mutants() -> list[Mutant]:
+    """One of each place, in the order of the sample."""
+    places: dict[tuple[str, tuple[int, int], tuple[int, int]], list[Mutant]] = {}
+    for module in modules():
+        tree, spans = get_ast_from_path(ROOT / module), annotations(ROOT / module)
+        nodes = list(ast_nodes(tree))
+        for name in cosmic_ray.plugins.operator_names():
+            operator_class = cosmic_ray.plugins.get_operator(name)
+            if operator_class.arguments():
+                continue
+            operator = operator_class()
+            positions = [place for node in nodes for place in operator.mutation_positions(node)]
+            for occurrence, (start, end) in enumerate(positions):
+                if not any(first <= start and end <= last for first, last in spans):
+                    mutant = Mutant(module, name.removeprefix("core/"), occurrence, start[0])
+                    places.setdefault((module, start, end), []).append(mutant)
+    rng = random.Random(SEED)
+    chosen = [rng.choice(found) for _, found in sorted(places.items())]
+    rng.shuffle(chosen)
+    return chosen
+
+
+def operators_of(module: str, line: int) -> list[str]:
+    """The operator classes whose rule a line belongs to; all of the module where it belongs to none."""
+    tree = ast.parse((ROOT / module).read_text())
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    for node in tree.body:
+        inside = node.lineno - 8 <= line <= (node.end_lineno or node.lineno)
+        if isinstance(node, ast.FunctionDef) and inside and node.args.args and node.args.args[0].annotation is not None:
+            asked = ast.unparse(node.args.args[0].annotation).replace(" ", "").split("|")
+            names = [name for name in asked if name in names] or names
+    return names
+
+
+def commands(mutant: Mutant) -> Iterator[list[str]]:
+    """The runs of pytest, the quickest first."""
+    python = str(ROOT / ".venv" / "bin" / "python")
+    pytest = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header"]
+    is_operator = mutant.module.startswith("jquant/ops/")
+    names = operators_of(mutant.module, mutant.line) if is_operator else WIDELY_USED
+    if names and not mutant.module.startswith("jquant/program/insert/"):
+        yield [*pytest, "tests/conformance/test_conformance.py", "-k", " or ".join(f"[{name}" for name in names)]
+    files = next(files for start, files in TESTS.items() if mutant.module.startswith(start))
+    yield [*pytest, *(f"tests/{name}" for name in files.split())]
+
+
+def make_copy(folder: Path) -> None:
+    """The tracked files and those not ignored, in a folder of their own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "link").mkdir()
+    (folder / "link" / "jquant_converters").symlink_to(folder / "converters")
+
+
+def judge(mutant: Mutant, folder: Path) -> dict[str, object]:
+    """What the tests say about a mutant."""
+    path = folder / mutant.module
+    original = path.read_text()
+    operator = cosmic_ray.plugins.get_operator(f"core/{mutant.operator}")()
+    mutated = mutate_code(original, operator, mutant.occurrence)
+    start, outcome, by = time.time(), "survived", ""
+    env = os.environ | LIGHT | {"PYTHONPATH": f"{folder}:{folder}/tests:{folder}/link"}
+    path.write_text(mutated)
+    try:
+        for command in commands(mutant):
+            left = LIMIT - (time.time() - start)
+            done = subprocess.run(
+                command, cwd=folder, env=env, capture_output=True, text=True, timeout=max(left, 1), check=False
+            )
+            if done.returncode not in (0, 5):  # 5: no test was selected
+                outcome = "killed"
+                failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                by = failed[0].split(" - ")[0] if failed else done.stderr.strip()[-200:]
+                break
+    except subprocess.TimeoutExpired:
+        outcome = "slow"
+    finally:
+        path.write_text(original)
+    before, after = original.splitlines()[mutant.line - 1], mutated.splitlines()[mutant.line - 1]
+    seconds = round(time.time() - start, 1)
+    return asdict(mutant) | {
+        "outcome": outcome, "by": by, "seconds": seconds, "was": before.strip(), "became": after.strip()
+    }  # fmt: skip
+
+
+def results() -> dict[str, dict[str, object]]:
+    """{key: line} of those that were judged."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
+    found = [json.loads(line) for line in lines]
+    return {Mutant(one["module"], one["operator"], one["occurrence"], one["line"]).key: one for one in found}
+
+
+def table(found: list[dict[str, object]]) -> str:
+    """Counts by package, and each that was not killed."""
+    reasons = tomllib.loads(SURVIVORS.read_text()) if SURVIVORS.is_file() else {}
+    rows = ["| part | mutants | killed | survived | slow | killed, % |", "|---|---:|---:|---:|---:|---:|"]
+    parts = {name: [one for one in found if str(one["module"]).startswith(f"jquant/{name}/")] for name in PARTS}
+    for name, own in (*parts.items(), ("all", found)):
+        counts = Counter(one["outcome"] for one in own)
+        share = 100 * counts["killed"] / max(len(own), 1)
+        cells = (len(own), counts["killed"], counts["survived"], counts["slow"], f"{share:.1f}")
+        rows.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
+    left = [one for one in found if one["outcome"] != "killed"]
+    rows += ["", "Those that were not killed:", ""] if left else []
+    for one in sorted(left, key=lambda one: (str(one["module"]), int(str(one["line"])))):
+        reason = reasons.get(f"{one['module']}: {one['was']} -> {one['became']}", "not looked at yet")
+        rows.append(f"- {one['module']}: `{one['was']}` became `{one['became']}` ({one['outcome']}): {reason}.")
+    return "\n".join(rows)
+
+
+def write_page(found: list[dict[str, object]]) -> None:
+    text = PAGE.read_text()
+    start, end = (text.index(mark) for mark in MARKS)
+    PAGE.write_text(text[: start + len(MARKS[0])] + "\n\n" + table(found) + "\n\n" + text[end:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, default=0, help="of the sample")
+    parser.add_argument("--count", type=int, default=COUNT)
+    parser.add_argument("--show", choices=("killed", "survived", "slow"), help="print these, and run nothing")
+    parser.add_argument("--again", action="store_true", help="judge once more those that were not killed")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")
+    given = parser.parse_args()
+    known = results()
+    if given.show:
+        for one in known.values():
+            if one["outcome"] == given.show:
+                print(f"{one['module']}:{one['line']} {one['operator']}  {one['by']}")
+                print(f"  - {one['was']}\n  + {one['became']}")
+        return
+    sample = mutants()[given.first : given.first + given.count]
+    folder = COPY / f"tree-{given.first}"
+    left = [m for m in sample if m.key not in known or (given.again and known[m.key]["outcome"] != "killed")]
+    if left:
+        make_copy(folder)
+    start = time.time()
+    for i, mutant in enumerate(left, 1):
+        line = judge(mutant, folder)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        rest = (time.time() - start) / i * (len(left) - i) / 60
+        print(f"{i}/{len(left)} {line['outcome']} {mutant.key} {line['seconds']} s, {rest:.0f} min left", flush=True)
+    found = [one for key, one in results().items() if key in {m.key for m in sample}]
+    print(table(found))
+    if given.write:
+        write_page(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
