@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from support import torch_rows
 
 import jquant as jq
+from jquant.host.progress import track
 from jquant.plan.scales import value_scales
 from jquant_converters import (
     model_from_encodings,
@@ -327,7 +328,7 @@ def table(rows: list[Row], measure: Callable[[Row], tuple[str, ...]] = measured)
     lines = [HEAD, tuple("---" for _ in HEAD)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lines += [measure(row) for row in rows]
+        lines += [measure(row) for row in track(rows, "measuring", len(rows))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
