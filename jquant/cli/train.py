@@ -207,7 +207,7 @@ class Saves:
         """
         stops = self.is_asked()
         if stops or (self.every is not None and batch % self.every == 0):
-            self.kept.save(state, position={"epoch": epoch, "batch": batch})
+            self.kept.save(state, position={"epoch": epoch, "batch": batch}, wait=stops)
         if stops:
             raise StoppedError(
                 f"stopped by SIGTERM after step {int(state.step)}, which is in {self.kept.directory}; the same command "
@@ -215,7 +215,7 @@ class Saves:
             )
 
     def after_epoch(self, state: TrainState, epoch: int) -> None:
-        self.kept.save(state, position={"epoch": epoch + 1, "batch": 0})
+        self.kept.save(state, position={"epoch": epoch + 1, "batch": 0}, wait=False)
 
 
 @dataclass(frozen=True)

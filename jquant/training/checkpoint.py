@@ -38,7 +38,7 @@ class Checkpoints:
     """A folder of checkpoints of one run; open it with `open_checkpoints`, close it in the end.
 
     A save is written beside the others and put in place by renaming, so a process that dies at any moment leaves the
-    earlier ones whole: what is lost are the steps since the last save that returned. The folder is locked until
+    earlier ones whole: what is lost are the steps since the last save that was on disk. The folder is locked until
     `close`, or until the process ends. A checkpoint carries a digest of all that it holds.
     """
 
@@ -47,16 +47,20 @@ class Checkpoints:
     manager: Any = field(repr=False)
     lock: Lock = field(repr=False)
 
-    def save(self, state: TrainState, *, position: Any, key: jax.Array | None = None) -> None:
+    def save(self, state: TrainState, *, position: Any, key: jax.Array | None = None, wait: bool = True) -> None:
         """Writes the state, and returns when it is on disk. A step that is there already is left as it is.
 
         Args:
           state: its `step` names the checkpoint.
           position: where the data go on, of what JSON can hold: `{"epoch": 3, "batch": 17}`.
           key: the PRNG key of the next step.
+          wait: False returns when the arrays are copied to the host, and writes them while the next steps run; the next
+            `save`, `restore`, `finish` or `close` waits for that, and raises what went wrong. A process that dies
+            before loses this checkpoint, and none of the earlier ones.
         """
         import orbax.checkpoint as ocp
 
+        self.finish()
         step = int(state.step)
         if step in self.manager.all_steps():
             return
@@ -66,15 +70,22 @@ class Checkpoints:
         meta["key"] = None if key is None else [_is_typed(key), _implementation(key)]
         meta[DIGEST] = _digest(meta, leaves.values())
         arrays = {str(i): leaf for i, leaf in enumerate(leaves.values())}  # a name may hold what a path must not
+        arrays = arrays if wait else _copied(arrays)  # the next step may write into the memory of donated ones
         parts = {"arrays": ocp.args.StandardSave(arrays), "meta": ocp.args.JsonSave(meta)}
         self.manager.save(step, args=ocp.args.Composite(**parts))
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until every checkpoint is on disk."""
         self.manager.wait_until_finished()
 
     def restore(self, state: TrainState, *, step: int | None = None) -> Checkpoint | None:
         """The latest checkpoint, or that of `step`; None where there is none yet.
 
         Args:
-          state: a fresh state of this run, for the optimizer, the shapes and the shardings.
+          state: a fresh state of this run, for the optimizer, the shapes and the shardings. These may be those of
+            another number of devices than the run had before.
 
         Raises:
           FormatError: damaged, with the folder to delete and the step before; saved for another march or qconfig, with
@@ -82,6 +93,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
+        self.finish()
         step = self.manager.latest_step() if step is None else step
         if step is None:
             return None
@@ -104,8 +116,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Ends the work on the folder, and gives it free."""
-        self.manager.close()
-        self.lock.release()
+        try:
+            self.manager.close()
+        finally:
+            self.lock.release()
 
     def _read(self, step: int, **part: Any) -> Any:
         """One part of a checkpoint, by its name."""
@@ -150,6 +164,9 @@ class Checkpoints:
             )
 
 
+_copied = jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays))
+
+
 def _values_of(plan: Plan) -> set[Quantizer | Observer]:
     """The quantizers and observers of a plan."""
     specs = [spec for spec in (*plan.values.values(), *plan.weights.values()) if spec is not None]
@@ -180,7 +197,7 @@ def open_checkpoints(directory: str | os.PathLike[str], model: Model, *, max_to_
     path.mkdir(parents=True, exist_ok=True)
     lock = take_lock(path / LOCK) if jax.process_index() == 0 else Lock(path / LOCK, None)  # one run, many processes
     try:
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
         return Checkpoints(path, model.plan, ocp.CheckpointManager(path, options=options), lock)
     except OSError:
         lock.release()
