@@ -18,6 +18,7 @@ import numpy as np
 from jquant.analysis.meanings import Side, values_of
 from jquant.analysis.metrics import MetricFunction, badness, metric_of
 from jquant.analysis.ranking import measured_outputs
+from jquant.graph.axes import automatic, automatic_axes
 from jquant.graph.evaluate import bind_inputs
 from jquant.host.progress import track
 from jquant.host.whole_files import replacing
@@ -85,6 +86,7 @@ def load_bad_cases(path: str | os.PathLike[str]) -> BadCases:
         raise FormatError(f"{path}: no bad cases: {cut(str(error))}") from error
 
 
+@automatic_axes()
 def find_bad_cases(
     model: Model,
     batches: Iterable[Any],
@@ -133,7 +135,8 @@ def find_bad_cases(
     worst: list[tuple[float, int, dict[str, np.ndarray]]] = []
     start = 0
     for batch in track(batches, "looking for bad cases"):
-        inputs = bind_inputs(plan.graph, batch if isinstance(batch, tuple | list) else (batch,))
+        arrays = jax.tree.map(automatic, batch if isinstance(batch, tuple | list) else (batch,))
+        inputs = bind_inputs(plan.graph, arrays)
         for i, value in enumerate(np.asarray(errors(side, inputs))):
             bad = badness(name, float(value))
             entry = (np.inf if np.isnan(bad) else bad, -(start + i), {k: np.asarray(x[i]) for k, x in inputs.items()})

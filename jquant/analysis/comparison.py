@@ -11,6 +11,7 @@ import numpy as np
 
 from jquant.analysis.meanings import Side, node_rule, values_of
 from jquant.analysis.metrics import Histogram, cosine, difference, histogram, kl_of, l1, max_error, mse, sqnr
+from jquant.graph.axes import automatic, automatic_axes
 from jquant.graph.checks import is_finite
 from jquant.graph.evaluate import bind_inputs
 from jquant.graph.float import value_shapes
@@ -144,6 +145,7 @@ def _show(cell: object) -> str:
     return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
+@automatic_axes()
 def compare(
     model: Model,
     inputs: Array | tuple[Array, ...],
@@ -176,7 +178,8 @@ def compare(
     models = [model, model if model_b is None else model_b]
     for each in models:
         check_model(each)
-    bound = bind_inputs(model.plan.graph, inputs if isinstance(inputs, tuple) else (inputs,))
+    inputs = jax.tree.map(automatic, inputs if isinstance(inputs, tuple) else (inputs,))
+    bound = bind_inputs(model.plan.graph, inputs)
     models = [fold_kept(each) for each in models]
     plan, params = models[0].plan, models[0].params
     batch = next(iter(bound.values())).shape[0]

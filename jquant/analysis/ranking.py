@@ -17,6 +17,7 @@ import numpy as np
 
 from jquant.analysis.cost import elements, macs
 from jquant.analysis.metrics import MetricFunction, badness, metric_of
+from jquant.graph.axes import automatic, automatic_axes
 from jquant.graph.evaluate import bind_inputs, evaluate
 from jquant.graph.float import float_rule
 from jquant.host.progress import PATIENCE, track
@@ -106,6 +107,7 @@ def _show(cell: object) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
+@automatic_axes()
 def sensitivity(
     model: Model,
     batches: Iterable[Any],
@@ -145,7 +147,8 @@ def sensitivity(
     check_model(model)
     model = fold_kept(model)
     plan = model.plan
-    bound = [bind_inputs(plan.graph, b if isinstance(b, tuple | list) else (b,)) for b in batches]
+    given = (jax.tree.map(automatic, b if isinstance(b, tuple | list) else (b,)) for b in batches)
+    bound = [bind_inputs(plan.graph, b) for b in given]
     if not bound:
         raise CalibrationError("no batches: the iterable was empty (or used up by an earlier pass)")
     candidates = candidates_of(plan, kinds, activations, weights)

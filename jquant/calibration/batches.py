@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 
+from jquant.graph.axes import automatic
 from jquant.graph.evaluate import bind_inputs
 from jquant.host.progress import track
 from jquant.types import Array, CalibrationError, InputError, Plan
@@ -21,23 +21,15 @@ def bound_batches(plan: Plan, batches: Iterable[Any]) -> Iterator[Inputs]:
     if shape and len(plan.graph.inputs) == 1 and len(shape) == len(plan.graph.inputs[0].shape):
         raise InputError(f"batches is one array of shape {list(shape)}; give several, such as [x]")
     for count, batch in enumerate(track(batches, "calibrating"), start=1):
-        arrays = batch if isinstance(batch, tuple | list) else (batch,)
+        arrays = jax.tree.map(automatic, batch if isinstance(batch, tuple | list) else (batch,))
         try:
             inputs = bind_inputs(plan.graph, arrays)
         except InputError as error:
             kind = CalibrationError if "NaN" in str(error) else InputError
             raise kind(f"batch {count - 1}: {error}") from error
-        yield {name: _auto(array) for name, array in inputs.items()}
+        yield inputs
     if count == 0:
         raise CalibrationError("no calibration batches: the iterable was empty (or used up by an earlier pass)")
-
-
-def _auto(array: Array) -> Array:
-    """The same shards, their sharding left to the compiler: explicit axes would need a sharding at every reshape."""
-    sharding = getattr(array, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.are_all_axes_auto:
-        return array
-    return jax.device_put(array, NamedSharding(Mesh(sharding.mesh.devices, sharding.mesh.axis_names), sharding.spec))
 
 
 def samples_of(plan: Plan, inputs: Inputs) -> int:

@@ -12,15 +12,17 @@ from jax.sharding import Mesh
 from jquant.calibration.batches import SMALLER, bound_batches, slices_of
 from jquant.calibration.devices import check_mesh, collect_on_mesh
 from jquant.calibration.masks import check_added_masks
-from jquant.calibration.observe import Stats, checked_finite, finalize_with, init_stats, update_jitted
+from jquant.calibration.observe import Stats, checked_finite, finalize_with, init_stats, merges_of, update_jitted
 from jquant.calibration.outliers import warn_of_outliers
 from jquant.calibration.tables import warn_of_tables
+from jquant.graph.axes import automatic_axes, automatic_mesh
 from jquant.graph.memory import fitting
 from jquant.host.progress import stages
 from jquant.plan.scales import check_model
 from jquant.types import InputError, Model
 
 
+@automatic_axes()
 def calibrate(
     model: Model,
     batches: Iterable[Any],
@@ -66,6 +68,7 @@ def calibrate(
     return model
 
 
+@automatic_axes()
 def collect(
     model: Model,
     batches: Iterable[Any],
@@ -93,18 +96,20 @@ def collect(
       {value: observer state}.
 
     Raises:
-      CalibrationError: no batches; a batch with NaN or infinite values, with its index; with a mesh, an observer that
-        depends on the order of batches.
+      CalibrationError: no batches; a batch with NaN or infinite values, with its index; with a mesh or `microbatch`, an
+        observer that depends on the order of batches, whose range would be another one.
       InputError: a batch that does not fit the graph, or that memory cannot hold: with the node, the bytes and a size
         that fits.
     """
     check_model(model, scales=False)
     if microbatch is not None and microbatch < 1:
         raise InputError(f"microbatch must be at least 1, not {microbatch!r}")
+    if microbatch is not None:
+        merges_of(model.plan)
     if mesh is None:
         return _collect_here(model, batches, microbatch)
     check_mesh(model.plan, mesh, axis)
-    return collect_on_mesh(model, batches, microbatch, mesh, axis)
+    return collect_on_mesh(model, batches, microbatch, automatic_mesh(mesh), axis)
 
 
 def _collect_here(model: Model, batches: Iterable[Any], microbatch: int | None) -> Stats:
@@ -117,6 +122,7 @@ def _collect_here(model: Model, batches: Iterable[Any], microbatch: int | None) 
     return stats
 
 
+@automatic_axes()
 def finalize_stats(model: Model, stats: Stats) -> Model:
     """Statistics to the scales of values and weights; weights are observed here.
 

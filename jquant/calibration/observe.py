@@ -114,7 +114,7 @@ def merges_of(plan: Plan) -> dict[str, Any]:
         if observer.merge is None:
             raise CalibrationError(
                 f"{observer.name} of {name!r} depends on the order of batches and cannot be merged; "
-                "use min_max, percentile, mse or another observer that can, or collect on one device"
+                "use min_max, percentile, mse or another that can, or collect on one device, without `microbatch`"
             )
     return {name: observer.merge for name, observer in observers.items()}
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jquant.graph.axes import automatic, automatic_mesh
 from jquant.graph.evaluate import host_array
 from jquant.text import did_you_mean
 from jquant.types import Array, InputError
@@ -38,7 +39,7 @@ class Placement:
             known = tuple(map(str, mesh.shape))
             raise InputError(f"the mesh has no axis {axis!r}, only {', '.join(known)}{did_you_mean(axis, known)}")
         if mesh is not None:  # shardings left to the compiler: explicit axes would need one at every reshape
-            mesh = Mesh(mesh.devices, mesh.axis_names)
+            mesh = automatic_mesh(mesh)
         self._split = None if mesh is None else NamedSharding(mesh, PartitionSpec(axis))
         self._whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         own = () if mesh is None else [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
@@ -74,7 +75,7 @@ class Placement:
                 padded = jax.tree.map(lambda v, size=size: _padded(v, size), given)
                 mask = np.arange(size) < samples
                 yield Placed(number, size, self._put(padded), self._put(mask), given, samples, self._total(samples))
-            last = jax.tree.map(lambda v: v[:1], given)
+            last = jax.tree.map(lambda v: v[:1], given) if self._processes > 1 else given
         if number + 1 < skipped:
             raise InputError(
                 f"the position counts {skipped} batches, and there are {number + 1}; give the same data or another file"
@@ -114,7 +115,7 @@ def _arrays(batch: Any, number: int) -> Any:
     """A batch with torch tensors as numpy arrays; tuples, as jit compares them."""
     if isinstance(batch, list):
         batch = tuple(batch)
-    return jax.tree.map(lambda v: host_array(v, f"batch {number}"), batch)
+    return jax.tree.map(lambda v: automatic(host_array(v, f"batch {number}")), batch)
 
 
 def _samples(batch: Any, number: int) -> int:

@@ -19,6 +19,7 @@ from jquant.evaluation.batches import Placed, Placement, first_of
 from jquant.evaluation.metrics import Summed
 from jquant.evaluation.position import Position, load_position, save_position
 from jquant.evaluation.sources import Source, sources_of
+from jquant.graph.axes import automatic_axes
 from jquant.graph.memory import check_memory
 from jquant.host.progress import track
 from jquant.types import InputError, Model, Program
@@ -44,6 +45,7 @@ class Evaluation:
         return self.modes[list(self.modes)[-1]]
 
 
+@automatic_axes()
 def evaluate(
     source: Model | Program | Callable[..., Any] | Mapping[str, Any],
     batches: Iterable[Any],

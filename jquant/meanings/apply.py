@@ -1,11 +1,13 @@
 """Evaluating a model: one call, the meaning is an argument."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
 from jquant.config.qconfig import matches
+from jquant.graph.axes import with_automatic_axes
 from jquant.graph.evaluate import bind_inputs
 from jquant.graph.memory import fitting
 from jquant.graph.structure import nested_outputs
@@ -42,6 +44,12 @@ def mode_values(
 
 
 evaluate_mode = jax.jit(mode_values, static_argnames=("mode", "selected", "outputs_alone"))
+
+
+def _evaluated(
+    mode: Mode, selected: tuple[str, ...] | None, outputs_alone: bool, model: Model, inputs: dict[str, Array]
+) -> dict[str, Array]:
+    return evaluate_mode(model, mode, inputs, None, selected, outputs_alone=outputs_alone)
 
 
 def apply(model: Model, *inputs: Array, mode: Mode = "fake_quant", bit_true: str | Sequence[str] = "*") -> Outputs:
@@ -114,7 +122,7 @@ def apply_with_taps(
     selected = select_nodes(plan, mode, bit_true)
     bound = bind_inputs(plan.graph, inputs)
     with fitting(plan.graph, model.params, bound, "Give {batch} samples a call"):
-        values = evaluate_mode(model, mode, bound, None, selected, outputs_alone=taps is None)
+        values = with_automatic_axes(partial(_evaluated, mode, selected, taps is None), model, bound)
     outputs = nested_outputs(plan.graph, [values[name] for name in plan.graph.outputs])
     return outputs, selected_values(plan.graph, values, taps)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jquant.graph.axes import with_automatic_axes
 from jquant.graph.evaluate import bind_inputs, evaluate
 from jquant.graph.memory import Need, batch_of, largest_need, naming_memory
 from jquant.graph.operator import eval_float, eval_integer
@@ -114,7 +115,7 @@ def run(program: Program, *inputs: Array, raw: bool = False) -> Any:
     """
     bound = _bind(program, inputs, raw)
     with naming_memory(lambda: _need(program, bound, raw), "Give {batch} samples a call"):
-        values = _run(program, bound, raw, False)
+        values = with_automatic_axes(partial(_run, raw=raw, tapped=False), program, bound)
     return nested_outputs(program.graph, [values[name] for name in program.graph.outputs])
 
 
@@ -142,7 +143,7 @@ def run_with_taps(program: Program, *inputs: Array, raw: bool = False) -> dict[s
     """
     bound = _bind(program, inputs, raw)
     with naming_memory(lambda: _need(program, bound, raw), "Give {batch} samples a call"):
-        return _run(program, bound, raw, True)
+        return with_automatic_axes(partial(_run, raw=raw, tapped=True), program, bound)
 
 
 def _need(program: Program, inputs: dict[str, Array], raw: bool) -> Need | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jquant.graph.axes import automatic
 from jquant.graph.checks import check_params
 from jquant.graph.evaluate import bind_inputs, evaluate
 from jquant.graph.float import float_rule
@@ -73,7 +74,8 @@ def _mean_operands(plan: Plan, reference: Params, batches: Iterable[Any]) -> dic
     """{layer: the mean over all samples of the operand that it has in float, [1, ...]}."""
     total, samples = None, 0
     for batch in track(batches, "correcting biases"):
-        inputs = bind_inputs(plan.graph, batch if isinstance(batch, tuple | list) else (batch,))
+        arrays = jax.tree.map(automatic, batch if isinstance(batch, tuple | list) else (batch,))
+        inputs = bind_inputs(plan.graph, arrays)
         size = next(iter(inputs.values())).shape[0]
         found = _operands_of_batch(plan, reference, inputs)
         weighted = {name: mean * size for name, mean in found.items()}

@@ -12,6 +12,7 @@ import numpy as np
 from jquant.calibration.batches import bound_batches
 from jquant.calibration.collection import calibrate, collect
 from jquant.calibration.observe import checked_finite, observed_values
+from jquant.graph.axes import automatic_axes
 from jquant.meanings.apply import apply
 from jquant.meanings.meaning import Mode
 from jquant.observers import mean_of_maxima, mse, percentile
@@ -86,6 +87,7 @@ class _Search:
         self.trials.append(Trial(step=step, sqnr=found, seconds=perf_counter() - start, kept=better))
 
 
+@automatic_axes()
 def recipe(
     name: RecipeName,
     model: Model,

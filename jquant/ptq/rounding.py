@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jquant.graph.axes import automatic
 from jquant.graph.evaluate import bind_inputs, evaluate
 from jquant.graph.float import float_rule
 from jquant.graph.operator import eval_float
@@ -113,7 +114,8 @@ def _scale_like(plan: Plan, qparams: QParams, key: str, weight: Array) -> Array:
 def _all_moments(plan: Plan, params: Params, batches: Iterable[Any]) -> dict[str, Array]:
     total = None
     for batch in track(batches, "measuring inputs"):
-        inputs = bind_inputs(plan.graph, batch if isinstance(batch, tuple | list) else (batch,))
+        arrays = jax.tree.map(automatic, batch if isinstance(batch, tuple | list) else (batch,))
+        inputs = bind_inputs(plan.graph, arrays)
         found = _moments(plan, params, inputs)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jquant.graph.sealed import DIGEST, cut
 from jquant.host.locks import Lock, take_lock
@@ -110,7 +111,7 @@ class Checkpoints:
         key = None
         if meta["key"] is not None:
             typed, implementation = meta["key"]
-            key = found.pop()
+            key = _beside(found.pop(), state)
             key = jax.random.wrap_key_data(key, impl=implementation) if typed else key
         return Checkpoint(jax.tree.unflatten(jax.tree.structure(state), found), meta["position"], key, step)
 
@@ -162,6 +163,13 @@ class Checkpoints:
                 f"{where} was saved with another optimizer: {name} is {saved.get(name, 'missing')} there, and "
                 f"{wanted.get(name, 'unknown')} here"
             )
+
+
+def _beside(key: jax.Array, state: TrainState) -> jax.Array:
+    """The key on all devices of the state: jax computes with arrays of the same devices alone."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(state)]
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+    return key if mesh is None else jax.device_put(key, NamedSharding(mesh, PartitionSpec()))
 
 
 _copied = jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays))

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from jquant.graph.axes import automatic_mesh, spec_of, with_automatic_axes
 from jquant.graph.evaluate import host_array
 from jquant.meanings.meaning import Mode
 from jquant.text import did_you_mean
@@ -88,6 +89,7 @@ def make_step(
             raise InputError(f"the mesh has no axis {axis!r}, only {', '.join(known)}{did_you_mean(axis, known)}")
         if slices % mesh.shape[axis]:
             raise InputError(f"{slices} slices cannot be spread over {mesh.shape[axis]} devices; take a multiple")
+        mesh = automatic_mesh(mesh)
 
     def one(trainable: Model, context: Context, batch: Any, key: Array | None) -> tuple[Any, ...]:
         def objective(trainable: Model) -> tuple[Array, tuple[Any, dict]]:
@@ -122,7 +124,19 @@ def make_step(
             moved, metrics = jax.tree.map(partial(_ordered_mean, slices), rest)
         return state.update(grads, moved), metrics
 
-    return jax.jit(step, donate_argnums=(0,) if donate else ())
+    def on_any_axes(
+        state: TrainState, batch: Any, key: Array | None = None, switches: Switches | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        def places(results: tuple[TrainState, dict[str, Array]]) -> Any:  # the state is divided as it was
+            moved = jax.tree.unflatten(jax.tree.structure(results[0]), map(spec_of, jax.tree.leaves(state)))
+            return moved, jax.tree.map(lambda _: PartitionSpec(), results[1])
+
+        return with_automatic_axes(
+            lambda given, batch: step(given[0], batch, *given[1:]), (state, key, switches), batch, places
+        )
+
+    on_any_axes.__name__ = "step"
+    return jax.jit(on_any_axes, donate_argnums=(0,) if donate else ())
 
 
 class Context(NamedTuple):

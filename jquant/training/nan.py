@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.graph.axes import automatic, automatic_axes
 from jquant.graph.evaluate import bind_inputs
 from jquant.graph.structure import nested_outputs
 from jquant.meanings.meaning import Meaning, Mode
@@ -48,6 +49,7 @@ class NotFinite:
         return step + words[self.where].format(repr(self.name)) + operator
 
 
+@automatic_axes()
 def find_nan(
     model: Model,
     *inputs: Array,
@@ -70,6 +72,7 @@ def find_nan(
       found = jq.training.find_nan(state.model, images, loss=lambda y: cross_entropy(y, labels))
     """
     model = model.replace(params={**model.params, **(batch_stats or {})})
+    model, inputs = jax.tree.map(automatic, (model, inputs))
     plan = model.plan
     for where, leaves in (("parameter", model.params), ("scale", model.qparams)):
         for name, leaf in leaves.items():

@@ -172,6 +172,8 @@ for count in (4, 8, 1, 2):
     checkpoints.close()
     assert found.position == 7
     assert_same(found.state, state)
+    assert len(found.key.sharding.device_set) == count  # arrays of other devices cannot be computed with
+    jax.jit(lambda key, state: jax.random.normal(key) + state.step)(found.key, found.state)
     for a, b in zip(jax.tree.leaves(found.state), jax.tree.leaves(like), strict=True):
         assert a.sharding == b.sharding, (count, a.sharding, b.sharding)
 print("equal")
