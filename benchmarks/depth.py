@@ -92,7 +92,7 @@ def main() -> None:
         rows.append([verb, *seconds_of, ", ".join(f"{g:.2f}" for g in growth)])
     head = ["verb", *(f"{d} layers, s" for d in depths), f"growth, at most {GOAL}"]
     load = f"Medians of {given.rounds} rounds; mean load of the last 15 minutes: {os.getloadavg()[2]:.1f} on"
-    load += f" {os.cpu_count()} cores. Beside other work a large compilation loses more than a small one."
+    load += f" {os.cpu_count()} cores.\nBeside other work a large compilation loses more than a small one."
     text = f"## Depth\n\n{__doc__.splitlines()[0]}\n`benchmarks/depth.py`. {load}\n\n" + markdown_table(head, rows)
     write_section("depth", text)
     print(text)

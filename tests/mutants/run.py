@@ -196,7 +196,7 @@ def judge(mutant: Mutant, folder: Path) -> dict[str, object]:
             if done.returncode not in (0, 5):  # 5: no test was selected
                 outcome = "killed"
                 failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-                by = failed[0].split(" - ")[0] if failed else done.stderr.strip()[-200:]
+                by = failed[0].split(" - ")[0] if failed else "the module does not import"
                 break
     except subprocess.TimeoutExpired:
         outcome = "slow"
