@@ -225,6 +225,11 @@ def _check_content(archive: zipfile.ZipFile, path: Path) -> None:
     models = 0
     for entry in archive.infolist():
         name = entry.filename.partition("/")[2]
+        if name == "data.pkl":
+            raise FormatError(
+                f"{path}: torch.save wrote it, and it is no exported program. Load its weights into the module, with "
+                "load_state_dict, and give from_torch the module"
+            )
         if not any(PurePosixPath(name).match(pattern) and _depth(name) == _depth(pattern) for pattern in _ENTRIES):
             raise FormatError(f"{path}: {entry.filename[:80]!r} has no place in an exported program; save it again")
         if name.endswith("_config.json"):

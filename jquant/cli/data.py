@@ -242,7 +242,9 @@ def _as(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
         low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
         if array.min() >= low and array.max() <= high:
             return array.astype(dtype)
-    raise InputError(f"{what} is {array.dtype}, the graph takes {dtype}; convert and scale it before")
+    is_index = dtype == "float32" and array.dtype in ("int32", "int64")
+    other = ". For an input of integers, MODEL returns (module, example inputs)" if is_index else ""
+    raise InputError(f"{what} is {array.dtype}, the graph takes {dtype}; convert and scale it before{other}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from jquant.evaluation.loop import evaluate as evaluate_on
 from jquant.evaluation.metrics import HostMean
 from jquant.evaluation.sources import Source, sources_of
 from jquant.graph.float import evaluate_float
-from jquant.graph.structure import nested_outputs
+from jquant.graph.structure import nested_outputs, output_names
 from jquant.host.growing import GrowingArray
 from jquant.host.progress import PATIENCE, stages, track
 from jquant.meanings.meaning import Mode, check_mode
@@ -218,7 +218,9 @@ def run(
                 growing[name].append(np.asarray(value))
         arrays = {name: each.array() for name, each in growing.items()}
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    console.rows([{"name": n, "shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()])
+    called = {value: name for name, value in output_names(program.graph).items()}  # as the model calls its outputs
+    rows = [{"name": n, "shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()]
+    console.rows([row | {"output": called.get(str(row["name"]), "")} for row in rows] if called else rows)
     console.wrote(output)
     console.value(
         {"output": output, "values": {n: {"shape": a.shape, "dtype": str(a.dtype)} for n, a in arrays.items()}}

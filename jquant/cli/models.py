@@ -1,6 +1,7 @@
 """Models in: a state or a program of this command line, .pt2, .onnx, or a Python callable with a checkpoint."""
 
 import ast
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,7 +150,8 @@ def _called(source: str, checkpoint: Path | None, shapes: list[str] | None) -> S
 
         begin(source)
         make = load_object(source)
-        made: Any = make() if callable(make) and not hasattr(make, "state_dict") else make
+        is_made = not callable(make) or (hasattr(make, "state_dict") and not isinstance(make, type))
+        made: Any = make if is_made else _call(make, source)
     if isinstance(made, tuple) and len(made) == 3 and callable(made[0]) and not hasattr(made[0], "state_dict"):
         return State(*trace(made[0], made[1], *made[2]))
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Graph):
@@ -165,6 +167,21 @@ def _called(source: str, checkpoint: Path | None, shapes: list[str] | None) -> S
         )
     sizes = [_shape(text) for text in shapes or ()]
     return State(*import_module(module, example, sizes, checkpoint))
+
+
+def _call(make: Any, source: str) -> Any:
+    """What a function or a class gives without arguments.
+
+    Raises:
+      UsageError: it takes some.
+    """
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise UsageError(f"{source}: {error}; name a function without arguments that returns the model") from error
+    except ValueError:  # it has no signature
+        pass
+    return make()
 
 
 def _makers(path: Path) -> str:

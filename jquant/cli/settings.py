@@ -138,9 +138,12 @@ def read_settings(path: Path | None) -> Settings:
 
     Raises:
       FormatError: not TOML, an unknown table or key, or a value of another type; the message names the file.
+      FileNotFoundError: no file.
     """
     if path is None:
         return Settings()
+    if not path.is_file():
+        raise FileNotFoundError(f"no settings at {path}; `jquant init -o {path}` writes them")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         _check_known("the file", data, TABLES)

@@ -348,6 +348,12 @@ def test_bad_arguments_are_named_in_one_line(folder: Path, done: dict) -> None:
         "inspect net.py:mak": (1, "has no 'mak'"),
         "inspect net.py:make": (2, "give --shape"),
         "inspect net.py": (2, "net.py: name what makes the model in it too, such as net.py:function or "),
+        "inspect net.py:Net --shape 1,3,8,8 --checkpoint none.pth": (1, "no checkpoint at none.pth"),
+        "inspect net.py:error --shape 1,3,8,8": (2, "missing a required argument: 'outputs'; name a function without"),
+        f"calibrate net.py:make -c none.toml {TEST} -o x.jqs": (
+            1,
+            "no settings at none.toml; `jquant init -o none.toml`",
+        ),
         "inspect net.pth.tar": (2, "net.pth.tar is no model: give it with --checkpoint"),
         "eval c.jqs -d net.py:maps": (1, "give --metric module:function of (outputs, labels)"),
         "inspect net.py:make --shape 1,a": (2, "integers with commas"),

@@ -156,3 +156,37 @@ def test_the_padding_mask_of_a_transformer_costs_no_range(nested: bool) -> None:
     _, slow = jq.reference.run(program, *map(np.asarray, arrays))
     fast = jq.run_with_taps(program, *arrays)
     np.testing.assert_array_equal(fast[program.graph.outputs[0]], slow[program.graph.outputs[0]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and rules
+
+TWO_INPUTS = jq.Graph(
+    (jq.Input("a", (None, 2)), jq.Input("b", (None, 2))), (jq.Node("s", jq.ops.Add(), ("a", "b")),), ("s",)
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "step"),
+    [
+        ({"a": np.zeros((1, 2), np.float32), "b": 0}, r"by position: \(batch\['a'\], batch\['b'\]\)"),
+        (np.zeros((1, 2), np.float32), r"1 were given; a batch is a tuple of them: \(a, b\)"),
+    ],
+)
+def test_fewer_inputs_than_the_graph_has_name_the_way_to_give_them(given: object, step: str) -> None:
+    with pytest.raises(jq.InputError, match=step):
+        jq.graph.evaluate_float(TWO_INPUTS, {}, given)
+
+
+@pytest.mark.parametrize("given", ["int8", jq.int8()])
+def test_a_format_in_the_place_of_a_policy_is_written_out(given: object) -> None:
+    with pytest.raises(jq.QConfigError, match=r"write jq.Policy\(output=jq.int8\(\), weight=jq.int8\(axis='out'\)\)"):
+        jq.QConfig({"*": given})
+
+
+def test_a_checkpoint_in_the_place_of_a_program_says_what_it_is(tmp_path: Path) -> None:
+    torch.save({"epoch": 1, "model": small().state_dict()}, tmp_path / "last.pt")
+    with pytest.raises(jq.FormatError, match=r"torch.save wrote it, and it is no exported program. Load its weights"):
+        from_torch(tmp_path / "last.pt")
+    with pytest.raises(jq.FormatError, match="no file of jquant, or damaged"):
+        jq.load(tmp_path / "last.pt")
