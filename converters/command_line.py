@@ -11,7 +11,7 @@ import torch
 
 from jquant.types import Array, ConversionError, FormatError, Graph, Model
 
-from .files import why_unreadable
+from .files import read_state_dict, why_unreadable
 from .torch_import import from_torch
 from .torch_out.module import to_torch
 from .torch_out.prefixes import indexed, parts_with_keys
@@ -20,14 +20,14 @@ from .torch_out.prefixes import indexed, parts_with_keys
 def import_module(
     module: Any, example: Any, shapes: Sequence[tuple[int, ...]], checkpoint: Path | None
 ) -> tuple[Graph, dict[str, Array]]:
-    """`from_torch` of a module, with a checkpoint loaded into it first.
+    """`from_torch` of a module as it is in evaluation, with a checkpoint loaded into it first.
 
     Args:
       module: a torch.nn.Module.
       example: its example inputs, or None to take float inputs of `shapes`.
       shapes: of the inputs.
-      checkpoint: a state dict, or a mapping that holds one, whose keys may have a prefix such as "module."; None leaves
-        the module as it is.
+      checkpoint: a state dict, a mapping that holds one, whose keys may have a prefix such as "module.", or
+        safetensors; None leaves the module as it is.
 
     Raises:
       FormatError: a checkpoint that is not readable, or does not fit. ConversionError: as `from_torch`.
@@ -36,6 +36,7 @@ def import_module(
         raise ConversionError(f"the model is a {type(module).__name__}, not a torch.nn.Module")
     if checkpoint is not None:
         _load(module, checkpoint)
+    module.eval()  # the commands deploy: what the module does in training is no question here
     if example is None:
         example = tuple(torch.zeros(shape) for shape in shapes)
     return from_torch(module, example if isinstance(example, tuple | list) else (example,))
@@ -44,16 +45,27 @@ def import_module(
 def _load(module: torch.nn.Module, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the zip, the unpickler or its own checks raise
-        raise FormatError(
-            f"{path}: not a readable checkpoint of plain tensors: {why_unreadable(error, path)}"
-        ) from error
+    found = _read(path)
     try:
         module.load_state_dict(_weights(module, found, path), strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise FormatError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> Any:
+    """What a checkpoint holds.
+
+    Raises:
+      FormatError: damaged, or with other classes than tensors in plain containers.
+    """
+    if path.suffix == ".safetensors":
+        return read_state_dict(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the zip, the unpickler or its own checks raise
+        raise FormatError(
+            f"{path}: not a readable checkpoint of plain tensors: {why_unreadable(error, path)}"
+        ) from error
 
 
 def _weights(module: torch.nn.Module, found: Any, path: Path) -> Any:

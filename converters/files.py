@@ -10,10 +10,11 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,7 +40,9 @@ _FOREIGN = r"\b(?:GLOBAL|unrecognized function|instance of type) <?(?:class |fun
 _WITH_STATE_DICT = frozenset(
     ("argparse", "lightning", "lightning_fabric", "mmcv", "mmengine", "omegaconf", "pytorch_lightning", "timm")
 )
+_USUAL_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
 _MAX_ENTRIES = 100_000
+_MAX_PICKLE = 1 << 24
 _MAX_EXPRESSION = 10_000
 
 
@@ -123,20 +126,34 @@ def why_unreadable(error: Exception, path: str | os.PathLike[str]) -> str:
         f"it holds {name} beside tensors, and reading that could run code. If you trust the file, take the weights out "
         "where its framework is installed, with two lines:\n"
         f"  checkpoint = torch.load({os.fspath(path)!r}, map_location='cpu', weights_only=False)\n"
-        f"  torch.save({_weights_of(name)}, 'weights.pth')"
+        f"  torch.save({_weights_of(name, _strings_of(path))}, 'weights.pth')"
     )
 
 
-def _weights_of(name: str) -> str:
-    """The weights in a checkpoint that holds a class, by the frameworks that write it."""
+def _strings_of(path: str | os.PathLike[str]) -> set[str]:
+    """The strings in the pickle of an archive, which is looked through and not run; none of another file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (n for n in archive.namelist() if PurePosixPath(n).name == "data.pkl")
+            if archive.getinfo(name).file_size > _MAX_PICKLE:
+                return set()
+            return {value for _, value, _ in pickletools.genops(archive.read(name)) if isinstance(value, str)}
+    except Exception:  # a damaged file: what is said of it then is general
+        return set()
+
+
+def _weights_of(name: str, strings: Collection[str] = ()) -> str:
+    """The weights in a checkpoint that holds a class, by the frameworks that write it, or by the usual keys in it."""
     framework = name.partition(".")[0]
-    if framework in _WITH_STATE_DICT:
-        return "checkpoint['state_dict']"
+    usual = next((key for key in _USUAL_KEYS if key in strings), None)
+    if framework in _WITH_STATE_DICT or (framework == "numpy" and usual is not None):
+        return f"checkpoint[{usual or 'state_dict'!r}]"
     if framework == "ultralytics":  # whole modules, in float16
         return "(checkpoint.get('ema') or checkpoint['model']).float().state_dict()"
     if framework in ("peft", "transformers"):
         return "checkpoint.merge_and_unload().state_dict() if hasattr(checkpoint, 'peft_config') else checkpoint"
-    return "checkpoint.state_dict() if hasattr(checkpoint, 'state_dict') else checkpoint['state_dict']"
+    inside = f"checkpoint[{usual or 'state_dict'!r}]"
+    return f"checkpoint.state_dict() if hasattr(checkpoint, 'state_dict') else {inside}"
 
 
 def read_exported(path: str | os.PathLike[str]) -> Any:
@@ -208,6 +225,11 @@ def _check_content(archive: zipfile.ZipFile, path: Path) -> None:
     models = 0
     for entry in archive.infolist():
         name = entry.filename.partition("/")[2]
+        if name == "data.pkl":
+            raise FormatError(
+                f"{path}: torch.save wrote it, and it is no exported program. Load its weights into the module, with "
+                "load_state_dict, and give from_torch the module"
+            )
         if not any(PurePosixPath(name).match(pattern) and _depth(name) == _depth(pattern) for pattern in _ENTRIES):
             raise FormatError(f"{path}: {entry.filename[:80]!r} has no place in an exported program; save it again")
         if name.endswith("_config.json"):

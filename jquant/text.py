@@ -1,7 +1,7 @@
 """Text for people: tables, graphs as tables, suggestions for mistyped names."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -51,11 +51,11 @@ def format_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def fitted(text: str, width: int) -> str:
+def fitted(text: str, width: int, keep: Collection[str] = ()) -> str:
     """A text whose tables, as `format_table` makes them, are cut to a width.
 
     The widest columns lose characters first, shown by "~": names in the middle, numbers at the end. Where that is not
-    enough, columns at the right are left out, and named below.
+    enough, columns at the right are left out, and named below; those of `keep` the last ones.
     """
     lines = text.splitlines()
     found: list[str] = []
@@ -69,27 +69,34 @@ def fitted(text: str, width: int) -> str:
         starts = [i for i in range(len(lines[at])) if lines[at][i] != " " and (i == 0 or lines[at][:i].endswith("  "))]
         rows = [_cells(lines[at], starts)]
         at += 2
-        while at < len(lines) and len(lines[at].rstrip()) > starts[1]:
+        while at < len(lines) and _is_row(lines[at], starts):
             rows.append(_cells(lines[at], starts))
             at += 1
-        found += _narrow(rows, width)
+        found += _narrow(rows, width, keep)
     return "\n".join(found)
+
+
+def _is_row(line: str, starts: Sequence[int]) -> bool:
+    """Whether a line has a second cell, and two spaces in front of each column: what follows a table has not."""
+    return len(line.rstrip()) > starts[1] and all(line[at - 2 : at].isspace() for at in starts[1:] if at <= len(line))
 
 
 def _cells(line: str, starts: Sequence[int]) -> list[str]:
     return [line[a:b].rstrip() for a, b in zip(starts, (*starts[1:], None), strict=True)]
 
 
-def _narrow(rows: list[list[str]], width: int) -> list[str]:
+def _narrow(rows: list[list[str]], width: int, keep: Collection[str]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left_out: list[str] = []
     while sum(widths) + 2 * (len(widths) - 1) > width:
         if max(widths) > _NARROWEST:
             widths[widths.index(max(widths))] -= 1
         else:
-            left_out.insert(0, rows[0][len(widths) - 1])
-            widths.pop()
-    header, *others = (tuple(_shortened(c, n) for c, n in zip(row, widths, strict=False)) for row in rows)
+            at = next((i for i in range(len(widths) - 1, 0, -1) if rows[0][i] not in keep), len(widths) - 1)
+            left_out.insert(0, rows[0][at])
+            rows = [[*row[:at], *row[at + 1 :]] for row in rows]
+            widths.pop(at)
+    header, *others = (tuple(_shortened(c, n) for c, n in zip(row, widths, strict=True)) for row in rows)
     note = f"; left out: {', '.join(left_out)}" if left_out else ""
     return [*format_table(header, list(others)).splitlines(), f"(cut to {width} columns; a pipe has all{note})"]
 

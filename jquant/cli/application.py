@@ -19,7 +19,8 @@ HELP = """Quantization for JAX, and an integer simulator of the Nash BPU.
 
 \b
 From a float model to integers:
-  jquant quantize net.py:make --checkpoint net.pth --config q.toml --data images/ -o net.jq --report out/
+  jquant quantize net.py:make --checkpoint net.pth --config q.toml \\
+      --data images/ -o net.jq --report out/
 \b
 Step by step:
   jquant calibrate net.py:make --config q.toml --data images/ -o net.jqs

@@ -51,7 +51,7 @@ def check(
     """Compare a program with a board's dumps, each node alone on the board's operands. Exit code 3 if one differs.
 
     \b
-    jquant board check net.jq dumps/ --declaration dumps.toml --picture differences.png
+    jquant board check net.jq dumps/ --declaration dumps.toml --picture seen.png
     """
     from jquant.board import compare, read_dumps
 
@@ -107,6 +107,7 @@ def probe(
     ]
     console.rows(rows)
     console.wrote(readme)
+    console.next("board", "fit", "DUMPS", "-o", "mine.toml")
     console.value({"output": output, "probes": [made.name for made in probes], "separation": rows})
 
 
@@ -171,3 +172,4 @@ def fit(
     console.value(found.to_dict())
     if found.suspects:
         raise UnmetError(f"{len(found.suspects)} dumps are explained by no march; the first: {found.suspects[0]}")
+    console.next("init", "--march", output, "-o", "q.toml")

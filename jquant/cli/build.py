@@ -8,7 +8,7 @@ import typer
 import jquant as jq
 from jquant.cli.arguments import check_file, check_folder, check_packages
 from jquant.cli.console import Console, Json, Quiet, UnmetError, Verbose, command
-from jquant.cli.data import check_data, load_data
+from jquant.cli.data import are_pictures, check_data, load_data
 from jquant.cli.models import (
     Batch,
     Checkpoint,
@@ -25,6 +25,7 @@ from jquant.cli.models import (
     mesh_of,
     used_on,
 )
+from jquant.cli.next_steps import beside, towards_scales
 from jquant.cli.settings import Settings, read_settings
 from jquant.cli.state import State, image_metadata, save_state
 from jquant.graph.serialize import encode
@@ -55,6 +56,7 @@ def inspect(
     found = load_model(model, checkpoint, shape)
     if isinstance(found, Program):
         console.text(str(found))
+        console.next("run", model, "--data", "DATA", "-o", beside(model, ".npz"))
         console.value({"kind": "program", "graph": encode(found.graph), "formats": encode(found.formats)})
         return
     state = found.under(read_settings(config), model)
@@ -66,6 +68,7 @@ def inspect(
         prepared = state.prepared()
         console.text(describe(prepared) if state.qparams is not None else explain(prepared))
         result["resolutions"] = [vars(row) for row in prepared.plan.resolutions]
+    console.next(*towards_scales(state, model, config, checkpoint, shape))
     console.value(result)
 
 
@@ -102,9 +105,7 @@ def check(
     if bad:
         raise UnmetError(f"{bad} of {len(findings)} findings are errors: the model cannot be deployed as it is")
     console.text(f"{len(findings)} findings, none of them an error" if findings else "nothing found")
-    if state.qparams is None:
-        settings = ("--config", "SETTINGS.toml" if config is None else config)
-        console.next("calibrate", model, *settings, "--data", "DATA", "-o", "net.jqs")
+    console.next(*towards_scales(state, model, config, checkpoint, shape))
 
 
 @command
@@ -126,13 +127,15 @@ def calibrate(
     """Find the scales of a model from data, and write both as a state.
 
     \b
-    jquant calibrate net.py:make --checkpoint net.pth --config q.toml --data images/ -o net.jqs
-    jquant calibrate net.jqs --config other.toml --data calibration.npz --samples 100 -o net.jqs
+    jquant calibrate net.py:make --checkpoint net.pth --shape 1,3,224,224 \\
+      --config q.toml --data images/ -o net.jqs
+    jquant calibrate net.jqs -c other.toml -d arrays.npz --samples 100 -o new.jqs
     """
     console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     check_data(data)
     check_file(output)
     state, settings = load_state_of(model, config, checkpoint, shape, needs_qconfig=True)
+    _say_defaults(console, settings, data)
     state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
     save_state(output, state)
     calibrated = state.calibrated()
@@ -162,7 +165,8 @@ def quantize(
     """Turn a model into an integer program: calibrated on data, or as a calibrated or trained state has it.
 
     \b
-    jquant quantize net.py:make --checkpoint net.pth -c q.toml -d images/ -o net.jq --report out/
+    jquant quantize net.py:make --checkpoint net.pth --shape 1,3,224,224 \\
+      --config q.toml --data images/ -o net.jq --report out/
     jquant quantize trained.jqs -o net.jq
     """
     console, mesh = Console(json, quiet, verbose), mesh_of(devices)
@@ -176,6 +180,7 @@ def quantize(
         check_packages("--report", "jinja2", "matplotlib")
     state, settings = load_state_of(model, config, checkpoint, shape, needs_qconfig=True)
     if data is not None and state.trained is None:
+        _say_defaults(console, settings, data)
         state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
     program = lower(state.calibrated())
     if report is not None and data is not None:
@@ -187,6 +192,15 @@ def quantize(
     console.wrote(output)
     console.next("run", output, "--data", "DATA" if data is None else data, "-o", output.with_suffix(".npz"))
     console.value({"output": output, "report": report, "march": program.target.name, "nodes": len(program.formats)})
+
+
+def _say_defaults(console: Console, settings: Settings, data: str) -> None:
+    """A note where nothing says how pictures become inputs: another preprocessing than that of training is no error."""
+    if are_pictures(Path(data)) and not settings.has_image:
+        console.warn(
+            "no [image] in the settings: pictures are taken as RGB, divided by 255, without mean and std. Say there "
+            "what the model was trained on"
+        )
 
 
 def _calibrated(state: State, settings: Settings, data: str, batch: int, samples: int | None, **options: Any) -> State:

@@ -7,9 +7,11 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Annotated, Any, TypeVar
@@ -44,10 +46,10 @@ class Console:
     quiet: bool = False
     verbose: bool = False
 
-    def text(self, text: str) -> None:
-        """The result, for people. Tables fit a terminal; a pipe gets all of them."""
+    def text(self, text: str, keep: Collection[str] = ()) -> None:
+        """The result, for people. Tables fit a terminal, columns to `keep` to the last; a pipe gets all of them."""
         if not (self.json or self.quiet):
-            print(fitted(text, get_terminal_size().columns) if sys.stdout.isatty() else text)
+            print(fitted(text, get_terminal_size().columns, keep) if sys.stdout.isatty() else text)
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of rows with the same keys."""
@@ -114,11 +116,14 @@ def command(function: Command) -> Command:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        verbose = bool(kwargs.get("verbose"))
-        if kwargs.get("quiet"):
+        verbose, quiet = bool(kwargs.get("verbose")), bool(kwargs.get("quiet"))
+        if quiet:
             os.environ["JQUANT_PROGRESS"] = "off"
         try:
-            return function(*args, **kwargs)
+            with warnings.catch_warnings():
+                if not verbose:
+                    warnings.showwarning = partial(_show_warning, quiet)
+                return function(*args, **kwargs)
         except KeyboardInterrupt:
             raise _exit(INTERRUPTED_TEXT, INTERRUPTED, False) from None
         except UsageError as error:
@@ -129,6 +134,12 @@ def command(function: Command) -> Command:
             raise _exit(str(error), FAILED, verbose) from None
 
     return guarded  # type: ignore[return-value]
+
+
+def _show_warning(quiet: bool, message: Warning | str, *_: Any) -> None:
+    """One line, in the place of two with a line of code of jquant."""
+    if not quiet:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _exit(message: str, code: int, verbose: bool) -> typer.Exit:

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.cli.settings import ImageSettings
-from jquant.types import Array, FormatError, Graph, InputError
+from jquant.types import Array, FormatError, Graph, Input, InputError
 
 DECODERS = 8  # threads; more than cores, since they wait for files
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+BESIDE_IMAGES = frozenset(("mask", "masks", "label", "labels", "annotation", "annotations", "gt", "gtfine"))
+IMAGES = frozenset(("image", "images", "img", "imgs", "jpegimages", "leftimg8bit"))
 
 Batch = tuple[tuple[np.ndarray, ...], np.ndarray | None]
 Item = TypeVar("Item")
@@ -164,10 +167,17 @@ def _arrays(found: Any, graph: Graph, source: str) -> Data:
 
 
 def split(found: Any, graph: Graph, source: str) -> Batch:
-    """Inputs in the order of the graph, and labels."""
-    if not isinstance(found, Mapping):
-        found = {"x": found} if not isinstance(found, tuple | list) else dict(zip(("x", "y"), found, strict=False))
+    """Inputs in the order of the graph, and labels.
+
+    Args:
+      found: arrays by name; one array; a tuple of the inputs, and behind them the labels, if there are any; or a pair
+        of inputs, by name or in a tuple, and labels.
+
+    Raises:
+      InputError: an array that is missing, or none, or of another dtype; another number of samples.
+    """
     names = [entry.name for entry in graph.inputs]
+    found = _by_name(found, names, source)
     if len(names) == 1 and names[0] not in found and "x" in found:
         found = {**found, names[0]: found["x"]}
     missing = [name for name in names if name not in found]
@@ -176,12 +186,50 @@ def split(found: Any, graph: Graph, source: str) -> Batch:
             f"{source}: no array {missing[0]!r}; it has {', '.join(map(repr, found)) or 'none'}. Name the arrays like "
             f"the inputs of the graph ({', '.join(names)}), and labels 'y'"
         )
-    arrays = tuple(_as(np.asarray(found[e.name]), e.dtype, f"{source}: {e.name!r}") for e in graph.inputs)
-    labels = np.asarray(found["y"]) if "y" in found else None
+    arrays = tuple(_input(found[entry.name], entry, source) for entry in graph.inputs)
+    labels = _array(found["y"], f"{source}: 'y', the labels,") if "y" in found and "y" not in names else None
     sizes = {len(a) if a.ndim else 0 for a in (*arrays, *(() if labels is None else (labels,)))}
     if len(sizes) != 1 or 0 in sizes:
         raise InputError(f"{source}: arrays of {sorted(sizes)} samples; every array needs as many, and at least one")
     return arrays, labels
+
+
+def _by_name(found: Any, names: list[str], source: str) -> Mapping[str, Any]:
+    if isinstance(found, Mapping):
+        return found
+    parts = list(found) if isinstance(found, tuple | list) else [found]
+    if len(parts) == 2 and isinstance(parts[0], Mapping | tuple | list):
+        return {**_by_name(parts[0], names, source), "y": parts[1]}
+    if len(parts) not in (len(names), len(names) + 1):
+        raise InputError(
+            f"{source}: a batch of {len(parts)} arrays; the graph takes {', '.join(names)}. Give these in order, and "
+            "behind them one array of labels, or none"
+        )
+    return dict(zip((*names, "y"), parts, strict=False))
+
+
+def _array(value: Any, what: str) -> np.ndarray:
+    """Raises InputError for what numpy can make no array of numbers of, such as several arrays, or a tensor that is on
+    a device or has a gradient."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{what} is {type(value).__name__}, and no array: {error}") from error
+    if array.dtype.kind not in "biufc":
+        raise InputError(f"{what} is {type(value).__name__}, and no array of numbers; give one array")
+    return array
+
+
+def _input(value: Any, entry: Input, source: str) -> np.ndarray:
+    what = f"{source}: {entry.name!r}"
+    array = _as(_array(value, what), entry.dtype, what)
+    if array.ndim == len(entry.shape) - 1 and entry.shape[:1] == (None,):
+        wanted = ", ".join(map(str, ("batch", *entry.shape[1:])))
+        raise InputError(
+            f"{what} is {list(array.shape)}, and the graph takes [{wanted}]: an axis of samples is missing in front. "
+            "Give x[None], or wrap a torch Dataset in a DataLoader"
+        )
+    return array
 
 
 def _as(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
@@ -194,7 +242,9 @@ def _as(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
         low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
         if array.min() >= low and array.max() <= high:
             return array.astype(dtype)
-    raise InputError(f"{what} is {array.dtype}, the graph takes {dtype}; convert and scale it before")
+    is_index = dtype == "float32" and array.dtype in ("int32", "int64")
+    other = ". For an input of integers, MODEL returns (module, example inputs)" if is_index else ""
+    raise InputError(f"{what} is {array.dtype}, the graph takes {dtype}; convert and scale it before{other}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +312,7 @@ def _folder(folder: Path, graph: Graph, image: ImageSettings) -> Data:
 
     def take(order: np.ndarray, size: int) -> Iterator[Batch]:
         pictures = _decoded(
-            [paths[i] for i in order], lambda path: _fitting(read_image(path, image), wanted, path), size
+            [paths[i] for i in order], lambda path: _fitting(read_image(path, image), wanted, path, image), size
         )
         for start, pixels in zip(range(0, len(order), size), pictures, strict=True):
             yield (pixels,), None if labels is None else labels[order[start : start + size]]
@@ -281,7 +331,7 @@ def _decoded(paths: list[Path], read: Callable[[Path], np.ndarray], size: int) -
     yield from pictures.batch(size, drop_remainder=False)
 
 
-def _fitting(picture: np.ndarray, wanted: tuple[int | None, ...], path: Path) -> np.ndarray:
+def _fitting(picture: np.ndarray, wanted: tuple[int | None, ...], path: Path, image: ImageSettings) -> np.ndarray:
     """A picture that has the shape of the input.
 
     Raises:
@@ -291,8 +341,15 @@ def _fitting(picture: np.ndarray, wanted: tuple[int | None, ...], path: Path) ->
         raise InputError(
             f"{path}: the picture becomes {list(picture.shape)}, and the graph takes {list(wanted)}. The table [image] "
             "of the --config file says its size (resize, crop), channels (color) and order (layout)"
+            f"{_resized(wanted, image)}"
         )
     return picture
+
+
+def _resized(wanted: tuple[int | None, ...], image: ImageSettings) -> str:
+    """The size that an input of pictures asks for."""
+    size = wanted[1:] if image.layout == "nchw" else wanted[:2]
+    return f", such as resize = {list(size)}" if len(wanted) == 3 and None not in size else ""
 
 
 def _labels(folder: Path, paths: list[Path], image: ImageSettings) -> np.ndarray | None:
@@ -302,10 +359,32 @@ def _labels(folder: Path, paths: list[Path], image: ImageSettings) -> np.ndarray
             raise FormatError(f"{folder}: image.labels = 'stem' needs files named by class number, such as 0042.jpg")
         return np.array([int(p.stem) for p in paths], np.int32)
     parents = [p.relative_to(folder).parts[0] if p.parent != folder else None for p in paths]
+    _check_classes(folder, sorted({p for p in parents if p is not None}))
     if None in parents:
         return None
     classes = {name: i for i, name in enumerate(sorted({str(p) for p in parents}))}
     return np.array([classes[str(p)] for p in parents], np.int32)
+
+
+def _check_classes(folder: Path, names: list[str]) -> None:
+    """Folders that are no classes: the parts of a data set, and pictures beside their masks.
+
+    Raises:
+      FormatError: such folders, with those to give.
+    """
+    lower = {name.lower() for name in names}
+    if len(names) > 1 and lower <= SPLITS:
+        raise FormatError(
+            f"{folder}: its folders {', '.join(names)} are parts of a data set, not classes; give one of them, such as "
+            f"{folder / names[0]}"
+        )
+    if lower & IMAGES and lower & BESIDE_IMAGES:
+        images = next(name for name in names if name.lower() in IMAGES)
+        raise FormatError(
+            f"{folder}: its folders {', '.join(names)} are pictures and their labels, not classes. Give "
+            f"{folder / images} for the pictures alone; with labels give file.py:function, which gives batches of "
+            "(inputs, labels)"
+        )
 
 
 def read_image(path: Path, image: ImageSettings) -> np.ndarray:

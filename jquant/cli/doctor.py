@@ -26,6 +26,7 @@ def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -
     console.value(found)
     if not found["integers equal the reference"]:
         raise UnmetError("the integers on this machine differ from the reference: please report this output")
+    console.next("demo")
 
 
 def report() -> dict[str, Any]:

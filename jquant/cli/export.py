@@ -8,6 +8,7 @@ import typer
 from jquant.cli.arguments import check_file
 from jquant.cli.console import Console, Json, Quiet, UsageError, Verbose, command, replacing
 from jquant.cli.models import Config, ModelPath, Output, load_model
+from jquant.cli.next_steps import named
 from jquant.cli.settings import read_settings
 from jquant.cli.state import State
 from jquant.host.progress import stages
@@ -51,6 +52,8 @@ def export(
     with replacing(output) as partial:
         partial.write_bytes(data)
     console.wrote(output)
+    if isinstance(state, Program) or state.qparams is not None:  # outputs to compare those of the file with
+        console.next("run", *named(model, config), "--data", "DATA", "-o", "outputs.npz")
     console.value({"output": output, "format": to, "bytes": len(data)})
 
 

@@ -11,6 +11,7 @@ import typer
 from jquant.cli.arguments import check_file
 from jquant.cli.console import Console, Json, Quiet, UsageError, Verbose, command, replacing
 from jquant.cli.models import Checkpoint, Shape, load_model
+from jquant.cli.next_steps import named
 from jquant.cli.settings import ImageSettings, TrainSettings, march_of
 from jquant.config.templates import int8_default
 from jquant.targets.find import MARCHES
@@ -101,22 +102,23 @@ def init(
     found = None if model is None else load_model(model, checkpoint, shape)
     if isinstance(found, Program):
         raise UsageError(f"{model} is a program, whose formats are settled; give the model that it was made from")
-    text = settings_text(target, None if found is None else found.graph)
+    name = target.name if MARCHES.get(target.name) == target else march  # of one's own: the file that it was read from
+    text = settings_text(target, None if found is None else found.graph, name)
     with replacing(output) as partial:
         partial.write_text(text, encoding="utf-8")
     console.wrote(output)
     if model is not None:
-        console.next("calibrate", model, "--config", output, "--data", "DATA", "-o", "net.jqs")
+        console.next("calibrate", *named(model, output, checkpoint, shape), "--data", "DATA", "-o", "net.jqs")
     console.value({"output": output})
 
 
-def settings_text(target: Target, graph: Graph | None) -> str:
-    """The file for a march, with the layers of a graph where there is one."""
+def settings_text(target: Target, graph: Graph | None, march: str | None = None) -> str:
+    """The file for a march, under its own or another name, with the layers of a graph where there is one."""
     marches = ", ".join(sorted(MARCHES))
     parts = [
         HEAD,
         "[jquant]\nschema = 1\n",
-        f'[target]\nmarch = "{target.name}"  # {marches}\n',
+        f"[target]\nmarch = {json_text.dumps(march or target.name)}  # {marches}\n",
         RULES,
         *_rules(int8_default()),
         *([] if graph is None else [LAYERS, *_layers(graph)]),

@@ -16,6 +16,7 @@ import typer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jquant import targets
+from jquant.cli.accuracy import first_name, usual_metric
 from jquant.cli.arguments import check_choice, check_file, check_folder, check_packages
 from jquant.cli.console import Console, Json, Quiet, UnmetError, UsageError, Verbose, command, plain, replacing
 from jquant.cli.data import Data, check_data, load_data, load_object, read_arrays
@@ -31,13 +32,23 @@ from jquant.cli.models import (
     load_with_settings,
     mesh_of,
 )
+from jquant.cli.next_steps import (
+    BUDGET,
+    after_accuracy,
+    after_report,
+    beside,
+    named,
+    search,
+    to_integers,
+)
 from jquant.cli.settings import image_to_toml, joined_image
 from jquant.cli.state import State
 from jquant.evaluation.loop import Evaluation
 from jquant.evaluation.loop import evaluate as evaluate_on
-from jquant.evaluation.metrics import Accuracy, Agreement, HostMean, first_output
+from jquant.evaluation.metrics import HostMean
 from jquant.evaluation.sources import Source, sources_of
 from jquant.graph.float import evaluate_float
+from jquant.graph.structure import nested_outputs, output_names
 from jquant.host.growing import GrowingArray
 from jquant.host.progress import PATIENCE, stages, track
 from jquant.meanings.meaning import Mode, check_mode
@@ -79,7 +90,7 @@ def evaluate(
     """Measure accuracy on labelled data, or without labels how often the answers agree with float.
 
     \b
-    jquant eval net.jqs --data test.npz --mode float --mode fake_quant --mode bit_true
+    jquant eval net.jqs --data test.npz --mode float --mode bit_true
     jquant eval net.jq --data images/ --config q.toml --at-least 71.5
     jquant eval seg.jqs --data loader.py:batches --metric metrics.py:mean_iou
     """
@@ -95,10 +106,14 @@ def evaluate(
     figures = {name: float(each[what]) for name, each in found.modes.items()}
     rows = [{"mode": name, what: figure, "samples": found.samples} for name, figure in figures.items()]
     console.rows(rows)
+    if metric is None and len(source.graph.outputs) > 1:
+        count = len(source.graph.outputs)
+        console.text(f"of {first_name(source.graph)}, the first of {count} outputs; --metric measures others")
     console.value({"metric": what, "samples": found.samples, "modes": figures})
     last = list(figures.values())[-1]
     if at_least is not None and not last >= at_least:
         raise UnmetError(f"{what} is {last:.4g}, below {at_least:g}")
+    console.next(*after_accuracy(source, what, figures, model, config, data))
 
 
 def _evaluated(
@@ -113,12 +128,15 @@ def _evaluated(
     mesh: Mesh | None = None,
 ) -> tuple[str, Evaluation]:
     """The metric (`module:function`, top-1, or agreement where labels are missing) and its figures."""
-    what = metric or ("top-1 %" if data.labelled else "agreement with float %")
-    measure: Any = Accuracy(output=_flat) if data.labelled else Agreement(output=_flat)
-    if metric is not None:
-        measure = HostMean(load_object(metric))
+    if isinstance(source, Program) and not data.labelled:
+        raise UsageError("without labels, and with a program only, there is nothing to compare with; give the state")
+    params = None if isinstance(source, Program) else source.params
+    if metric is None:
+        what, measure = usual_metric(data.labelled, source.graph, params)
+    else:
+        what, measure = metric, HostMean(load_object(metric))
     return what, evaluate_on(
-        _sources(source, modes, compared=measure),
+        _sources(source, modes, against_float=getattr(measure, "against", None) == "float"),
         data.batches(batch, samples),
         {what: measure},
         inputs=_inputs_of,
@@ -128,15 +146,11 @@ def _evaluated(
     )
 
 
-def _sources(source: State | Program, modes: Sequence[str] | None, compared: Any) -> dict[str, Source]:
+def _sources(source: State | Program, modes: Sequence[str] | None, *, against_float: bool) -> dict[str, Source]:
     """{mode: what to evaluate}, and float beside them where a metric compares with it."""
     if isinstance(source, Program):
         if modes and set(modes) != {"bit_true"}:
             raise UsageError("a program has one mode, bit_true; give the state it was made from for others")
-        if isinstance(compared, Agreement):
-            raise UsageError(
-                "without labels, and with a program only, there is nothing to compare with; give the state"
-            )
         return sources_of({"bit_true": source}, (), ())
     for name in modes or ():
         check_mode(name)
@@ -144,7 +158,7 @@ def _sources(source: State | Program, modes: Sequence[str] | None, compared: Any
         dict.fromkeys(modes or (["float"] if source.qparams is None else ["float", "fake_quant", "bit_true"]))
     )
     found = {name: _source(source, name) for name in wanted}
-    if isinstance(compared, Agreement) and "float" not in found:
+    if against_float and "float" not in found:
         found["float"] = replace(_source(source, "float"), is_shown=False)
     return found
 
@@ -158,17 +172,11 @@ def _source(source: State, mode: str) -> Source:
 
 
 def _float_of(graph: Graph, params: Any, *inputs: Any) -> Any:
-    return evaluate_float(graph, params, *inputs)[0]
+    return nested_outputs(graph, evaluate_float(graph, params, *inputs))
 
 
 def _inputs_of(batch: Any) -> Any:
     return batch[0]
-
-
-def _flat(outputs: Any) -> Any:
-    """Scores [N, classes] of the first output, whatever its axes."""
-    first = first_output(outputs)
-    return first.reshape(first.shape[0], -1)
 
 
 @command
@@ -210,11 +218,17 @@ def run(
                 growing[name].append(np.asarray(value))
         arrays = {name: each.array() for name, each in growing.items()}
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    console.rows([{"name": n, "shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()])
+    called = {value: name for name, value in output_names(program.graph).items()}  # as the model calls its outputs
+    rows = [{"name": n, "shape": list(a.shape), "dtype": str(a.dtype)} for n, a in arrays.items()]
+    console.rows([row | {"output": called.get(str(row["name"]), "")} for row in rows] if called else rows)
     console.wrote(output)
     console.value(
         {"output": output, "values": {n: {"shape": a.shape, "dtype": str(a.dtype)} for n, a in arrays.items()}}
     )
+    if isinstance(found, Program):
+        console.next("export", model, "-o", beside(model, ".stablehlo"))
+    else:
+        console.next(*to_integers(model, config))
 
 
 def _spread(array: np.ndarray, mesh: Mesh | None) -> Any:
@@ -252,7 +266,8 @@ def compare(
     \b
     jquant compare net.jqs --data test.npz --sort own_sqnr --top 10
     jquant compare net.jqs --data test.npz -a fake_quant -b tables
-    jquant compare net.jqs --other trained.jqs --data test.npz -a fake_quant -b fake_quant
+    jquant compare net.jqs --other trained.jqs --data test.npz \\
+      -a fake_quant -b fake_quant
     jquant compare net.jqs --data test.npz -a board_values.npz -b bit_true
     """
     from jquant import analysis
@@ -279,7 +294,8 @@ def compare(
     x = _one_batch(load_data(data, state.graph, settings.image), samples)
     found = analysis.compare(state.calibrated(), x, _side(a), _side(b), model_b=second)
     rows = found.weights if weights else found.rows
-    console.text(found.table(sort=sort, weights=weights) if top is None else _top(found, rows, sort, weights, top))
+    table = found.table(sort=sort, weights=weights) if top is None else _top(found, rows, sort, weights, top)
+    console.text(table, keep=() if sort is None else (sort,))
     if found.missing and verbose:
         console.note(f"only one side has: {', '.join(found.missing)}")
     if output is not None:
@@ -287,6 +303,10 @@ def compare(
             path.write_text(json_text.dumps(plain(found.to_dict()), indent=1))
         console.wrote(output)
     console.value(found.to_dict())
+    if other is not None:
+        console.next(*to_integers(str(other)))
+    elif not any(side.endswith(".npz") for side in (a, b)):
+        console.next("sensitivity", *named(model, config), "--data", data, "--top", 10)
 
 
 def _top(found: Any, rows: Sequence[Any], sort: str | None, weights: bool, top: int) -> str:
@@ -334,7 +354,7 @@ def sensitivity(
 
     \b
     jquant sensitivity net.jqs --data calibration.npz --top 10
-    jquant sensitivity net.jqs --data calibration.npz --metric mse --budget 1.2 -o mixed.toml
+    jquant sensitivity net.jqs --data calibration.npz --budget 1.2 -o mixed.toml
     """
     from jquant import analysis
     from jquant.analysis.metrics import metric_of
@@ -372,8 +392,10 @@ def sensitivity(
         with replacing(output) as path:
             path.write_text(text)
         console.wrote(output)
-        if budget is not None:
-            console.next("calibrate", model, "--config", output, "--data", data, "-o", "mixed.jqs")
+    if budget is not None and output is not None:
+        console.next("calibrate", model, "--config", output, "--data", data, "-o", "mixed.jqs")
+    else:
+        console.next(*search(model, config, data, BUDGET if budget is None else budget, cost))
     console.value(result)
 
 
@@ -420,6 +442,7 @@ def report(
     about = {"model": str(model), "data": str(data), "samples compared": str(samples)}
     measured = _accuracies(state, loaded, batch) if accuracy else {}
     written = write_reports(console, state, loaded, output, batch, samples, measured=measured, about=about)
+    console.next(*after_report(measured, model, config, data))
     console.value(written)
 
 

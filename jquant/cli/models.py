@@ -1,5 +1,7 @@
 """Models in: a state or a program of this command line, .pt2, .onnx, or a Python callable with a checkpoint."""
 
+import ast
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,9 +54,9 @@ Microbatch = Annotated[
 
 
 _WEIGHTS = "--checkpoint, beside a MODEL of the form module:function that makes the network"
-_OTHER_OPTIONS = {
-    ".toml": "--config", ".npy": "--data", ".npz": "--data", ".pt": _WEIGHTS, ".pth": _WEIGHTS, ".ckpt": _WEIGHTS,
-}  # fmt: skip
+_OTHER_OPTIONS = {".toml": "--config", ".npy": "--data", ".npz": "--data"} | dict.fromkeys(
+    (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors"), _WEIGHTS
+)
 
 
 def load_model(source: str, checkpoint: Path | None = None, shapes: list[str] | None = None) -> State | Program:
@@ -82,6 +84,8 @@ def load_model(source: str, checkpoint: Path | None = None, shapes: list[str] | 
         return load(path) if "program" in header else load_state(path)
     if ":" in source:
         return _called(source, checkpoint, shapes)
+    if kind == ".py" and path.is_file():
+        raise UsageError(f"{source}: name what makes the model in it too, such as {source}:{_makers(path)}")
     if path.exists():
         raise FormatError(f"{source}: a model is a file of this tool, .pt2, .onnx, or module:function")
     raise FileNotFoundError(f"no model at {source}")
@@ -152,7 +156,8 @@ def _called(source: str, checkpoint: Path | None, shapes: list[str] | None) -> S
 
         begin(source)
         make = load_object(source)
-        made: Any = make() if callable(make) and not hasattr(make, "state_dict") else make
+        is_made = not callable(make) or (hasattr(make, "state_dict") and not isinstance(make, type))
+        made: Any = make if is_made else _call(make, source)
     if isinstance(made, tuple) and len(made) == 3 and callable(made[0]) and not hasattr(made[0], "state_dict"):
         return State(*trace(made[0], made[1], *made[2]))
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Graph):
@@ -163,9 +168,38 @@ def _called(source: str, checkpoint: Path | None, shapes: list[str] | None) -> S
     if not hasattr(module, "state_dict"):
         raise FormatError(f"{source} gave {type(module).__name__}; it must give a torch module, or (graph, params)")
     if example is None and not shapes:
-        raise UsageError(f"{source} gave a module without example inputs: give --shape for each input")
+        raise UsageError(
+            f"{source} gave a module without example inputs: give --shape for each input, such as --shape 1,3,224,224"
+        )
     sizes = [_shape(text) for text in shapes or ()]
     return State(*import_module(module, example, sizes, checkpoint))
+
+
+def _call(make: Any, source: str) -> Any:
+    """What a function or a class gives without arguments.
+
+    Raises:
+      UsageError: it takes some.
+    """
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise UsageError(f"{source}: {error}; name a function without arguments that returns the model") from error
+    except ValueError:  # it has no signature
+        pass
+    return make()
+
+
+def _makers(path: Path) -> str:
+    """Functions and classes of a file that need no arguments to be called, the last ones first; or "make"."""
+    try:
+        nodes = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return "make"
+    functions = [n.name for n in nodes if isinstance(n, ast.FunctionDef) and len(n.args.args) == len(n.args.defaults)]
+    classes = [n.name for n in nodes if isinstance(n, ast.ClassDef)]
+    names = [name for name in (*reversed(functions), *reversed(classes)) if not name.startswith("_")]
+    return " or ".join(names[:3]) or "make"
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -49,6 +49,7 @@ from jquant.text import did_you_mean
 from jquant.training.switching import When
 from jquant.types import FormatError, FrozenMap, QConfigError, Target
 
+IGNORED = 255  # void pixels, as most data sets have them
 LOSSES = ("cross_entropy", "mse", "l1")
 COLORS = ("rgb", "bgr", "gray", "yuv444", "yuv444_studio")
 
@@ -77,7 +78,7 @@ class TrainSettings:
     """A recipe of quantization-aware training.
 
     `loss`       "cross_entropy", "mse", "l1", or `module:function` for (outputs, labels) to a scalar
-    `ignore_label`  the class that "cross_entropy" leaves out, such as void pixels
+    `ignore_label`  the class that "cross_entropy" leaves out, such as void pixels; 255 is one where there are so many
     `optimizer`  "sgd" with Nesterov momentum, or "adamw"
     `learning_rate`, `scale_learning_rate`  of parameters and of scales, for "adamw" relative to a scale
     `weight_decay`  of kernels only
@@ -90,7 +91,7 @@ class TrainSettings:
     epochs: int = 2
     batch: int = 32
     loss: str = "cross_entropy"
-    ignore_label: int = 255
+    ignore_label: int = IGNORED
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 1e-3
     scale_learning_rate: float = 1e-5
@@ -137,9 +138,12 @@ def read_settings(path: Path | None) -> Settings:
 
     Raises:
       FormatError: not TOML, an unknown table or key, or a value of another type; the message names the file.
+      FileNotFoundError: no file.
     """
     if path is None:
         return Settings()
+    if not path.is_file():
+        raise FileNotFoundError(f"no settings at {path}; `jquant init -o {path}` writes them")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         _check_known("the file", data, TABLES)

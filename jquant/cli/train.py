@@ -82,7 +82,8 @@ def train(
 
     \b
     jquant train net.jqs --config q.toml --data train.npz -o trained.jqs
-    jquant train net.jqs -c q.toml -d train.npz -o trained.jqs --checkpoints run --curves run.png
+    jquant train net.jqs -c q.toml -d train.npz -o trained.jqs \\
+      --checkpoints run --curves run.png
     """
     console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     check_data(data)

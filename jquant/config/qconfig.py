@@ -24,6 +24,13 @@ from jquant.types import (
 )
 
 
+def _as_policy(given: Any) -> str:
+    """The policy for a format that stands alone in a rule."""
+    dtype = given.dtype if isinstance(given, QuantSpec) else given
+    known = ("int4", "int8", "int16")
+    return f"; write jq.Policy(output=jq.{dtype}(), weight=jq.{dtype}(axis='out'))" if dtype in known else ""
+
+
 def _constructor(dtype: str, place: str = "jq") -> Callable[..., QuantSpec]:
     def spec(
         *,
@@ -170,7 +177,9 @@ class QConfig:
                     "print(graph) shows them. An index such as 0 is no name"
                 )
             if policy is not None and not isinstance(policy, Policy):
-                raise QConfigError(f"qconfig rule {pattern!r} must be a jq.Policy or None, not {policy!r}")
+                raise QConfigError(
+                    f"qconfig rule {pattern!r} must be a jq.Policy or None, not {policy!r}{_as_policy(policy)}"
+                )
             if pattern.startswith("re:"):
                 try:
                     re.compile(pattern[3:])

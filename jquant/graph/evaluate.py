@@ -46,9 +46,13 @@ def evaluate_nodes(nodes: Iterable[Node], values: dict[str, Array], rule: Rule, 
             raise GraphError(f"{describe(node, operands)}: {error}") from error
 
 
-def _labels_too(graph: Graph, inputs: Sequence[Any]) -> str:
+def _way_to_give(graph: Graph, inputs: Sequence[Any]) -> str:
+    """What to write where the number of inputs is another."""
     if len(inputs) < len(graph.inputs):
-        return ""
+        wanted = [entry.name for entry in graph.inputs]
+        if inputs and isinstance(inputs[0], Mapping):
+            return f"; they go by position: ({', '.join(f'batch[{name!r}]' for name in wanted)})"
+        return f"; a batch is a tuple of them: ({', '.join(wanted)})"
     names = ", ".join(f"x{i}" for i in range(len(graph.inputs))) if len(graph.inputs) > 1 else "x"
     item = f"({names})" if len(graph.inputs) > 1 else names
     return f"; give inputs only, without labels: ({item} for {names}, y in loader)"
@@ -85,7 +89,7 @@ def bind_inputs(graph: Graph, inputs: Sequence[Any], dtypes: Mapping[str, str] |
     if len(inputs) != len(graph.inputs):
         names = ", ".join(i.name for i in graph.inputs)
         raise InputError(
-            f"the graph has {len(graph.inputs)} inputs ({names}), {len(inputs)} were given{_labels_too(graph, inputs)}"
+            f"the graph has {len(graph.inputs)} inputs ({names}), {len(inputs)} were given{_way_to_give(graph, inputs)}"
         )
     bound, batch = {}, None
     for entry, given in zip(graph.inputs, inputs, strict=True):

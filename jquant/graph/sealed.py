@@ -138,7 +138,9 @@ def _check_digest(content: bytes, version: Any) -> None:
         found = version()
         if found is not None and found != VERSION:
             raise FormatError(_other_version(found))
-        raise FormatError("its content differs from its digest, for it has none where it should be")
+        raise FormatError(
+            "its content differs from its digest, for it has none where it should be: no file of jquant, or damaged"
+        )
     if _digest(content, place) != place[1].decode():
         raise FormatError("its content differs from its digest: it was damaged, cut short or edited")
 

@@ -122,6 +122,13 @@ STEPS = {
     "torch module": "calibrate net.py:make --shape 1,3,8,10 -c p.toml -d pictures -o p.jqs",
     "agreement": "eval p.jqs -d pictures -c p.toml --json",
     "doctor": "doctor --json",
+    "inspect with settings": "inspect d/float.jqs --config d/q.toml",
+    "inspect module": "inspect net.py:make --shape 1,3,8,10",
+    "eval text": f"eval c.jqs {TEST} --samples 64 --mode fake_quant",
+    "eval program text": f"eval c.jq {TEST} --samples 64",
+    "compare states text": f"compare c.jqs --other t.jqs {TEST} --samples 2",
+    "report text": f"report c.jqs {TEST} --samples 2 --no-accuracy -o r3",
+    "doctor text": "doctor",
 } | {f"help {name}": f"{name} --help" for name in COMMANDS}
 
 
@@ -174,15 +181,36 @@ def test_calibrate_and_quantize_equal_the_library(done: dict, folder: Path) -> N
     assert summary["bit_true"]["top-1 %"] > 35
 
 
+NEXT = {
+    "inspect": "init d/float.jqs -o q.toml",
+    "inspect state": "eval d/net.jqs --data DATA",
+    "inspect program": "run d/net.jq --data DATA -o d/net.npz",
+    "inspect with settings": "calibrate d/float.jqs --config d/q.toml --data DATA -o net.jqs",
+    "inspect module": "init net.py:make --shape 1,3,8,10 -o q.toml",
+    "check": "eval d/net.jqs --data DATA",
+    "eval text": "quantize c.jqs -o c.jq",
+    "eval program text": "run c.jq --data d/test.npz -o c.npz",
+    "compare": "sensitivity c.jqs --data d/test.npz --top 10",
+    "compare states text": "quantize t.jqs -o t.jq",
+    "sensitivity": "sensitivity c.jqs --data d/test.npz --budget 1.2 -o mixed.toml",
+    "report text": "sensitivity c.jqs --data d/test.npz --budget 1.2 -o mixed.toml",
+    "export": "run c.jq --data DATA -o outputs.npz",
+    "run": "export c.jq -o c.stablehlo",
+    "doctor text": "demo",
+}
+
+
 def test_a_command_ends_with_the_next_one_to_type(done: dict, folder: Path) -> None:
     """What it says is a command that reads its arguments, and the files it names are there."""
     assert ok(done["quantize"]).out.splitlines()[-1] == "next: jquant run c.jq --data d/test.npz -o c.npz"
     assert ok(done["torch module"]).out.splitlines()[-1] == "next: jquant eval p.jqs --data pictures"
-    said = {"quantize": done["quantize"], "torch module": done["torch module"]}
-    nexts = {name: result.out.splitlines()[-1].removeprefix("next: jquant ") for name, result in said.items()}
-    for result in run_all(folder, nexts).values():
-        assert result.code == 0, result.err
-    assert "next:" not in done["check"].out  # a state has its scales
+    for name, line in NEXT.items():
+        assert ok(done[name]).out.splitlines()[-1] == f"next: jquant {line}", name
+    run = {name: NEXT.get(name, "").replace("DATA", "d/test.npz") for name in ("inspect", "run", "sensitivity")}
+    for name in ("quantize", "torch module"):
+        run[name] = done[name].out.splitlines()[-1].removeprefix("next: jquant ")
+    for name, result in run_all(folder, run).items():
+        assert result.code == 0, f"{name}: {result.err}"
 
 
 def test_training_lowers_the_loss_and_keeps_the_state(done: dict, folder: Path) -> None:
@@ -319,6 +347,15 @@ def test_bad_arguments_are_named_in_one_line(folder: Path, done: dict) -> None:
         "inspect nothing_here:make": (1, "No module named"),
         "inspect net.py:mak": (1, "has no 'mak'"),
         "inspect net.py:make": (2, "give --shape"),
+        "inspect net.py": (2, "net.py: name what makes the model in it too, such as net.py:function or "),
+        "inspect net.py:Net --shape 1,3,8,8 --checkpoint none.pth": (1, "no checkpoint at none.pth"),
+        "inspect net.py:error --shape 1,3,8,8": (2, "missing a required argument: 'outputs'; name a function without"),
+        f"calibrate net.py:make -c none.toml {TEST} -o x.jqs": (
+            1,
+            "no settings at none.toml; `jquant init -o none.toml`",
+        ),
+        "inspect net.pth.tar": (2, "net.pth.tar is no model: give it with --checkpoint"),
+        "eval c.jqs -d net.py:maps": (1, "give --metric module:function of (outputs, labels)"),
         "inspect net.py:make --shape 1,a": (2, "integers with commas"),
         "inspect net.py:make --shape 1,3,8,8 --checkpoint c.jq": (1, "not a readable checkpoint"),
         f"run c.jq {TEST} -o x.txt": (2, "written as .npz"),

@@ -72,6 +72,23 @@ def test_labels_come_from_folders_or_names(tmp_path: Path) -> None:
         load_data(str(tmp_path), GRAPH, ImageSettings(labels="stem"))
 
 
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train", "val"), r"train, val are parts of a data set, not classes; give one of them, such as .*train"),
+        (("images", "masks"), r"are pictures and their labels, not classes. Give .*images for the pictures alone"),
+        (("JPEGImages", "Annotations"), r"Give .*JPEGImages for the pictures alone; with labels give file.py:function"),
+    ],
+)
+def test_folders_that_are_no_classes_are_not_taken_for_them(tmp_path: Path, folders: tuple, message: str) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / folder / "0001.png")
+    with pytest.raises(jq.FormatError, match=message):
+        load_data(str(tmp_path), GRAPH, ImageSettings())
+    assert not load_data(str(tmp_path / folders[0]), GRAPH, ImageSettings()).labelled
+
+
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
     """Six pictures in each of four class folders; picture n is gray of n."""
@@ -243,3 +260,50 @@ def test_batches_are_equal_where_a_little_less_makes_them_so(
     found = list(data.batches(size, limit))
     assert [len(labels) for _, labels in found] == sizes
     np.testing.assert_array_equal(np.concatenate([inputs[0] for inputs, _ in found]), x[:limit])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches of a function
+
+TWO = jq.Graph(
+    (jq.Input("a", (None, 2)), jq.Input("n", (None,), "int32")), (jq.Node("s", jq.ops.Relu(), ("a",)),), ("s",)
+)
+
+
+def batches(given: str, tmp_path: Path, graph: jq.Graph) -> list:
+    (tmp_path / "loader.py").write_text(f"import numpy as np, torch\ndef batches():\n    return [{given}]\n")
+    return list(load_data(f"{tmp_path / 'loader.py'}:batches", graph, ImageSettings()).batches(8))
+
+
+@pytest.mark.parametrize(
+    ("given", "labelled"),
+    [
+        ("(np.ones((3, 2), np.float32), np.arange(3))", False),
+        ("(torch.ones(3, 2), torch.arange(3), torch.arange(3))", True),
+        ("((torch.ones(3, 2), torch.arange(3)), torch.arange(3))", True),
+        ("({'n': torch.arange(3), 'a': torch.ones(3, 2)}, np.arange(3))", True),
+        ("{'n': torch.arange(3), 'a': torch.ones(3, 2), 'y': np.arange(3)}", True),
+    ],
+)
+def test_batches_are_taken_as_a_torch_loader_gives_them(given: str, labelled: bool, tmp_path: Path) -> None:
+    ((inputs, labels),) = batches(given, tmp_path, TWO)
+    np.testing.assert_array_equal(inputs[0], np.ones((3, 2), np.float32))
+    np.testing.assert_array_equal(inputs[1], np.arange(3, dtype=np.int32))
+    assert (labels is not None) == labelled
+    assert labels is None or labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("np.ones((3, 2), np.float32)", "a batch of 1 arrays; the graph takes a, n. Give these in order"),
+        ("(torch.ones(3, 2), torch.arange(3), torch.arange(3), 1)", "a batch of 4 arrays; the graph takes a, n"),
+        ("(torch.ones(2), torch.arange(3))", r"'a' is \[2\], and the graph takes \[batch, 2\]: .* in a DataLoader"),
+        ("(torch.ones(3, 2), torch.arange(3), {'a': 1})", "'y', the labels, is dict, and no array of numbers"),
+        ("(torch.ones(3, 2), torch.arange(3), [[1], [2, 3], [4]])", "'y', the labels, is list, and no array"),
+        ("(torch.ones(3, 2).requires_grad_(), torch.arange(3))", "'a' is Tensor, and no array: .*requires grad"),
+    ],
+)
+def test_batches_of_another_form_are_named(given: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(jq.InputError, match=message):
+        batches(given, tmp_path, TWO)

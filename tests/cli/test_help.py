@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import jquant
 from jquant import cli
 from jquant.cli import help as pages_of_help
+from jquant.cli.board import board
 
 PAGES = Path(cli.__file__).with_name("help.json")
 CODE = """
@@ -32,6 +34,18 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_the_pages_are_those_of_the_application() -> None:
     """`make support` writes them."""
     assert json.loads(PAGES.read_text(encoding="utf-8")) == pages_of_help.pages()
+
+
+def test_no_line_of_help_is_wider_than_a_terminal() -> None:
+    """Of the pages, and of the commands of `jquant board`, which have none of their own there."""
+    wide = [line for page in pages_of_help.pages().values() for line in page.splitlines() if len(line) > 80]
+    group = typer.main.get_command(board)
+    root = group.make_context("board", [], resilient_parsing=True, terminal_width=78)
+    for name in group.list_commands(root):
+        command = group.get_command(root, name)
+        page = command.get_help(command.make_context(name, [], parent=root, resilient_parsing=True, terminal_width=78))
+        wide += [line for line in page.splitlines() if len(line) > 80]
+    assert wide == []
 
 
 @pytest.mark.parametrize(

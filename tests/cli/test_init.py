@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from support.marches import NARROW
 from typer.testing import CliRunner
 
 import jquant as jq
@@ -98,6 +99,12 @@ def test_the_command_writes_and_refuses(tmp_path: Path) -> None:
     assert code == 1
     assert "S100" in out
     assert not (tmp_path / "other.toml").exists()
+
+
+def test_a_march_of_ones_own_is_written_by_its_file(tmp_path: Path) -> None:
+    jq.targets.dump(NARROW, tmp_path / "mine.toml")
+    assert run("-o", tmp_path / "q.toml", "--march", tmp_path / "mine.toml")[0] == 0
+    assert read_settings(tmp_path / "q.toml").march == NARROW
 
 
 def test_the_page_shows_the_file() -> None:

@@ -97,6 +97,16 @@ def test_labels_that_do_not_fit(name: str, labels: np.ndarray, message: str) -> 
         check_labels(name, labels, np.zeros((2, 3), np.float32), 255)
 
 
+def test_255_is_a_class_where_there_are_so_many() -> None:
+    """Of 1000 classes it was left out of the loss, since pixels have it as void."""
+    logits = np.zeros((2, 300), np.float32)
+    logits[:, 255] = 5
+    loss, metrics = loss_of("cross_entropy", 255)(jnp.asarray(logits), jnp.asarray([255, 0]))
+    assert float(metrics["top-1 %"]) == 50
+    assert float(loss) == pytest.approx(np.log(np.exp(5.0) + 299) - 2.5, rel=1e-5)
+    check_labels("cross_entropy", np.asarray([255, 1]), logits, 255)
+
+
 def test_two_outputs_want_a_loss_of_ones_own() -> None:
     two = (np.zeros((2, 3)), np.zeros(2))
     with pytest.raises(InputError, match="this model has 2; give your own, module:function"):

@@ -67,12 +67,27 @@ def on_terminal(code: str) -> tuple[bytes, bytes]:
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=theirs, stdout=subprocess.PIPE) as process:
         os.close(theirs)
-        seen = b""
-        try:
-            while part := os.read(ours, 4096):
-                seen += part
-        except OSError:  # how Linux says that the other side has closed
-            pass
+        seen = _read_all(ours)
         out = process.communicate()[0]
-    os.close(ours)
     return out, seen
+
+
+def shown_on_terminal(code: str, **settings: str) -> str:
+    """What a process writes to a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=ENVIRONMENT | settings, stderr=theirs, stdout=theirs):
+        os.close(theirs)
+        return _read_all(ours).decode()
+
+
+def _read_all(terminal: int) -> bytes:
+    """What comes out of a terminal until the other side closes it; it is closed then."""
+    seen = b""
+    try:
+        while part := os.read(terminal, 4096):
+            seen += part
+    except OSError:  # how Linux says that the other side has closed
+        pass
+    os.close(terminal)
+    return seen
