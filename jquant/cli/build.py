@@ -62,7 +62,7 @@ def inspect(
     state = found.under(read_settings(config), model)
     count = sum(value.size for value in state.params.values())
     result = {"kind": "state", "graph": encode(state.graph), "parameters": count}
-    if state.qconfig is None:
+    if not state.is_planned:
         console.text(f"{state.graph}\nparameters: {count}")
     else:
         prepared = state.prepared()
@@ -98,7 +98,7 @@ def check(
     rows = [vars(f) for f in findings]
     console.rows(rows)
     bad = sum(f.level == "error" for f in findings)
-    support = operator_support(state.prepared()) if state.qconfig is not None and not bad else []
+    support = operator_support(state.prepared()) if state.is_planned and not bad else []
     if support:
         console.text(support_table(support))
     console.value({"findings": rows, "operators": [vars(entry) for entry in support]})

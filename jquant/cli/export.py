@@ -78,7 +78,7 @@ def _foreign(state: State | Program, to: str) -> bytes:
     """The calibrated model as a QDQ model or a .pt2 archive; the float graph where there is no qconfig."""
     if isinstance(state, Program):
         raise UsageError(f"export to {to} needs the state that the program was made from")
-    source = (state.graph, state.params) if state.qconfig is None else (state.calibrated(),)
+    source = (state.graph, state.params) if not state.is_planned else (state.calibrated(),)
     if to == "torch":
         from jquant_converters.command_line import torch_archive
 

@@ -164,7 +164,7 @@ def _sources(source: State | Program, modes: Sequence[str] | None, *, against_fl
 
 
 def _source(source: State, mode: str) -> Source:
-    if mode == "float" and source.qconfig is None:
+    if mode == "float" and not source.is_planned:
         return Source(partial(_float_of, source.graph), source.params)
     if mode == "bit_true":  # the program itself: its integers run faster than the forward pass of training
         return sources_of({mode: lower(source.calibrated())}, (), ())[mode]
@@ -288,7 +288,8 @@ def compare(
     if other is not None:
         after, _ = load_state_of(str(other))
         joined_image(after.image, replace(settings, has_image=state.image is not None), str(other))
-        if after.graph != state.graph or after.qconfig != state.qconfig:
+        plans = [one.model and one.model.plan for one in (state, after)]
+        if after.graph != state.graph or after.qconfig != state.qconfig or plans[0] != plans[1]:
             raise UsageError(f"{other} is a state of another model or qconfig than {model}")
         second = after.calibrated()
     x = _one_batch(load_data(data, state.graph, settings.image), samples)
@@ -371,6 +372,11 @@ def sensitivity(
     chosen: Any = load_object(metric) if ":" in metric else metric
     metric_of(chosen)
     state, settings = load_state_of(model, config)
+    if budget is not None and output is not None and state.qconfig is None and state.is_planned:
+        raise UsageError(
+            f"{model} was prepared in Python: give its qconfig the rules there (jq.analysis.search_mixed_precision); "
+            "without -o they are printed here"
+        )
     calibrated = state.calibrated()
     read = load_data(data, state.graph, settings.image).inputs(batch, samples)
     batches = list(track(read, "reading data", after=PATIENCE))

@@ -24,7 +24,7 @@ ModelPath = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A state (.jqs) or program (.jq) of this tool, a .pt2 or .onnx file, or module:function or "
+        help="A state (.jqs), model (.jqm) or program (.jq) of jquant, a .pt2 or .onnx file, or module:function or "
         "file.py:function, which returns a torch module, (module, example inputs), (graph, params), or "
         "(JAX function, params, example inputs).",
     ),
@@ -75,13 +75,7 @@ def load_model(source: str, checkpoint: Path | None = None, shapes: list[str] | 
     if kind in (".pt2", ".onnx"):
         return _foreign(path, kind)
     if path.is_file() and kind != ".py":
-        header = read_header(path)
-        if "model" in header:
-            raise FormatError(
-                f"{source} is a model that jq.plan.save wrote: jq.plan.load reads it in Python. Commands take the "
-                "program that jq.lower makes of it and jq.save writes"
-            )
-        return load(path) if "program" in header else load_state(path)
+        return load(path) if "program" in read_header(path) else load_state(path)
     if ":" in source:
         return _called(source, checkpoint, shapes)
     if kind == ".py" and path.is_file():

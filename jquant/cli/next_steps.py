@@ -26,7 +26,7 @@ def towards_scales(
     state: State, model: str, config: Path | None, checkpoint: Path | None, shapes: list[str] | None
 ) -> Words:
     """Of a model that was looked at: settings where it has none, then scales, then accuracy."""
-    if state.qconfig is None:
+    if not state.is_planned:
         return ("init", *named(model, None, checkpoint, shapes), "-o", "q.toml")
     if state.qparams is None:
         return ("calibrate", *named(model, config, checkpoint, shapes), "--data", "DATA", "-o", "net.jqs")

@@ -21,6 +21,8 @@ from jquant.config.qconfig import QConfig
 from jquant.graph.checks import validate
 from jquant.graph.sealed import VERSION, read_sealed_arrays, read_versioned, refusing, sealed_arrays, short
 from jquant.graph.serialize import decode, encode
+from jquant.plan.files import load as load_model
+from jquant.plan.files import save as save_model
 from jquant.plan.prepare import prepare
 from jquant.types import Array, FormatError, Graph, Model, Target
 
@@ -38,6 +40,7 @@ class State:
 
     `params`    of the float graph; `trained` of the plan's graph, if training changed them; `qparams` if calibrated
     `image`     how pictures become its inputs, where that was said or used
+    `model`     prepared in Python and written by `jq.plan.save`: graph, params and qparams are those of it then
     """
 
     graph: Graph
@@ -47,6 +50,20 @@ class State:
     qparams: Mapping[str, Array] | None = None
     trained: Mapping[str, Array] | None = None
     image: ImageSettings | None = None
+    model: Model | None = None
+
+    @classmethod
+    def of_model(cls, model: Model, image: ImageSettings | None = None) -> "State":
+        """A model that was prepared in Python."""
+        plan = model.plan
+        return cls(
+            plan.graph, model.params, target=plan.target, qparams=model.qparams or None, image=image, model=model
+        )
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether it is known what is quantized."""
+        return self.qconfig is not None or self.model is not None
 
     def prepared(self) -> Model:
         """The model, with the scales that there are.
@@ -54,6 +71,8 @@ class State:
         Raises:
           UsageError: no qconfig. FormatError: parameters or scales that do not belong to the model.
         """
+        if self.model is not None:
+            return self.model
         if self.qconfig is None or self.target is None:
             raise UsageError(NO_QCONFIG)
         model = prepare(self.graph, dict(self.params), self.qconfig, target=self.target)
@@ -70,24 +89,31 @@ class State:
         """
         model = self.prepared()
         if self.qparams is None:
-            raise UsageError(
-                "the model is not calibrated: run `jquant calibrate MODEL --config ... --data ... -o FILE`"
-            )
+            config = "" if self.model is not None else "--config ... "
+            raise UsageError(f"the model is not calibrated: run `jquant calibrate MODEL {config}--data ... -o FILE`")
         return model
 
     def with_model(self, model: Model, *, trained: bool) -> "State":
         """The state with the scales of a model and, where it was trained, its parameters."""
+        if self.model is not None:
+            return State.of_model(model, self.image)
         return replace(self, qparams=model.qparams, trained=model.params if trained else self.trained)
 
     def under(self, settings: Settings, source: str = "the model") -> "State":
         """The state under the qconfig of a file, if it has one: scales of another qconfig are dropped.
 
         Raises:
-          FormatError: another preprocessing of pictures than the state was made with.
+          FormatError: another preprocessing of pictures than the state was made with. UsageError: a qconfig for a model
+          that was prepared in Python.
         """
         kept = replace(self, image=joined_image(self.image, settings, source))
         if settings.qconfig is None:
             return kept
+        if self.model is not None:
+            raise UsageError(
+                f"{source} was prepared in Python and saved by jq.plan.save: what is quantized is decided there. Leave "
+                "the qconfig out of the settings, or prepare the float model with another one"
+            )
         same = self.qconfig == settings.qconfig and self.target == settings.march
         kept = kept if same else replace(kept, qparams=None, trained=None)
         return replace(kept, qconfig=settings.qconfig, target=settings.march)
@@ -104,6 +130,9 @@ def _check_names(kind: str, found: Mapping[str, Array] | None, wanted: Collectio
 
 def save_state(path: Path, state: State) -> None:
     """Writes a state, whole or not at all. Parameters of no node are left out."""
+    if state.model is not None:
+        save_model(path, state.model, metadata=image_metadata(state))
+        return
     names = set(state.graph.param_names)
     params = {name: value for name, value in state.params.items() if name in names}
     groups = {"param": params, "scale": state.qparams or {}, "trained": state.trained or {}}
@@ -134,7 +163,7 @@ def _march_from(data: Any) -> Target | None:
 
 
 def read_header(path: Path) -> Mapping[str, str]:
-    """The metadata of a file of this tool: it has the key "program" or "state".
+    """The metadata of a file of this tool: it has the key "program", "state" or "model".
 
     Raises:
       FormatError: another kind of file, or a damaged one. FileNotFoundError: none.
@@ -156,12 +185,14 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 
 def load_state(path: Path) -> State:
-    """Reads what `save_state` wrote.
+    """Reads what `save_state` wrote, or a model that `jq.plan.save` wrote.
 
     Raises:
       FormatError: truncated, damaged, of another version, or no state. FileNotFoundError: no file.
     """
     metadata, arrays = _read(path)
+    if "model" in metadata:
+        return State.of_model(load_model(path), program_image(path))
     with refusing(path):
         if "state" not in metadata:
             raise FormatError(f"no state: the file holds {', '.join(map(short, metadata)) or 'arrays alone'}")

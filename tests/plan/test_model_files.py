@@ -12,7 +12,6 @@ import pytest
 
 import jquant as jq
 from jquant import ops
-from jquant.cli.models import load_model
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 6, 6)), jnp.float32)
 SPECS = {"weight": jq.int8(axis="out", quantizer=jq.lsq), "output": jq.int16(observer=jq.observers.min_max())}
@@ -105,12 +104,6 @@ def test_other_files_and_other_marches_are_refused(tmp_path: Path) -> None:
         jq.plan.load(tmp_path / "net.jq")
     with pytest.raises(jq.FormatError, match=r"net\.jqm: no program: the file holds 'model', 'run'"):
         jq.load(tmp_path / "net.jqm")
-
-
-def test_the_command_line_says_what_reads_it(tmp_path: Path) -> None:
-    jq.plan.save(tmp_path / "net.jqm", prepared())
-    with pytest.raises(jq.FormatError, match=r"net\.jqm is a model .* jq\.plan\.load reads it in Python"):
-        load_model(str(tmp_path / "net.jqm"))
 
 
 def test_what_is_no_model_is_not_written(tmp_path: Path) -> None:
