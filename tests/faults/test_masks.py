@@ -107,13 +107,15 @@ def test_a_mask_costs_no_range_from_onnx() -> None:
     assert decibels(jq.run(jq.lower(model), *given), wanted) > 38
 
 
-def test_a_mask_costs_no_range_from_jax() -> None:
+@pytest.mark.parametrize("value", [-1e9, LEAST])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_mask_costs_no_range_from_jax(biased: bool, value: float) -> None:
     def attend(params: dict, x: jax.Array, lengths: jax.Array) -> jax.Array:
         allowed = jnp.arange(6) < lengths[:, None, None]
-        return jax.nn.softmax(x @ params["w"] + jnp.where(allowed, 0.0, -1e9), axis=-1)
+        return jax.nn.softmax(x @ params["w"] + jnp.where(allowed, params["b"] if biased else 0.0, value), axis=-1)
 
     x, lengths = (jnp.asarray(v.numpy()) for v in batch())
-    given = {"w": jax.random.normal(jax.random.key(0), (6, 6)) / 2}
+    given = {"w": jax.random.normal(jax.random.key(0), (6, 6)) / 2, "b": jnp.linspace(-2.0, 1.0, 6)}
     graph, params = jq.trace(attend, given, x, lengths)
     config = jq.QConfig({"*": jq.Policy(output=jq.int16(), weight=jq.int8(axis="out"))})
     model = jq.prepare(graph, params, config, target=jq.targets.NASH_E)
