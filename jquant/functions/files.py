@@ -27,7 +27,7 @@ from jquant.functions.quantized import (
 )
 from jquant.functions.trace.function import Traced
 from jquant.functions.trace.names import leaf_names
-from jquant.graph.sealed import VERSION, cut, read_sealed_arrays, read_versioned, refusing, sealed_arrays, short
+from jquant.graph.sealed import VERSION, cut, read_sealed_kind, refusing, sealed_arrays, short
 from jquant.graph.serialize import encode, read_graph
 from jquant.host.whole_files import replacing
 from jquant.plan.batch_norm import kept_nodes, with_statistics
@@ -150,10 +150,9 @@ def load(
       FileNotFoundError: no function at no.jqf
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no function at {path}")
+    stored, arrays = read_sealed_kind(path, "function")
     with refusing(path):
-        header, arrays = _read(path)
+        header = _checked(stored, arrays)
         plan, saved = plan_from_json(header["plan"], own=own), read_graph(header["graph"])
         request = _request(header, plan, own)
     if target is not None and find_target(target) != plan.target:
@@ -180,12 +179,8 @@ def load(
     return function, found
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and arrays of a file; what the header holds is checked by its readers."""
-    metadata, arrays = read_sealed_arrays(path)
-    if "function" not in metadata:
-        raise FormatError(f"no function: the file holds {', '.join(map(short, metadata)) or 'arrays alone'}")
-    header = read_versioned(metadata["function"])
+def _checked(header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The header, complete and with its arrays; what it holds is checked by its readers."""
     if wrong := sorted(set(header) ^ _HEADER):
         raise FormatError(f"the header {'lacks' if wrong[0] in _HEADER else 'has an unknown'} {short(wrong[0])}")
     leaves, marks = header["leaves"], header["fingerprints"]
@@ -198,7 +193,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise FormatError(f"array {short(wrong[0])} is not there")
     if wrong := sorted(name for name in arrays if name not in kinds and not name.startswith("scale:")):
         raise FormatError(f"unexpected array {short(wrong[0])}")
-    return header, arrays
+    return header
 
 
 def _is_fingerprint(mark: Any) -> bool:

@@ -117,6 +117,21 @@ def read_sealed_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray
     return {key: value for key, value in metadata.items() if key != DIGEST}, dict(sorted(arrays.items()))
 
 
+def read_sealed_kind(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The JSON that a file holds under `kind`, such as "program", and its arrays.
+
+    Raises:
+      FormatError: as `read_sealed_arrays`, or a file of another kind. FileNotFoundError: no file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {kind} at {path}")
+    with refusing(path):
+        metadata, arrays = read_sealed_arrays(path)
+        if kind not in metadata:
+            raise FormatError(f"no {kind}: the file holds {', '.join(map(short, metadata)) or 'arrays alone'}")
+        return read_versioned(metadata[kind]), arrays
+
+
 def _sealed(content: bytes) -> bytes:
     """The content with its digest in the place that it has for it."""
     place = _PLACE.match(content)

@@ -13,9 +13,8 @@ from jquant.config.files import Own, spec_from_dict, spec_to_dict
 from jquant.graph.checks import validate
 from jquant.graph.sealed import (
     VERSION,
-    read_sealed_arrays,
+    read_sealed_kind,
     read_sealed_text,
-    read_versioned,
     refusing,
     sealed_arrays,
     sealed_text,
@@ -135,13 +134,9 @@ def load(path: str | os.PathLike[str], *, target: Target | str | None = None, ow
       FileNotFoundError: no model at no.jqm
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no model at {path}")
+    header, arrays = read_sealed_kind(path, "model")
     with refusing(path):
-        metadata, arrays = read_sealed_arrays(path)
-        if "model" not in metadata:
-            raise FormatError(f"no model: the file holds {', '.join(map(short, metadata)) or 'arrays alone'}")
-        model = _assembled(read_versioned(metadata["model"]), arrays, own)
+        model = _assembled(header, arrays, own)
     if target is not None and find_target(target) != model.plan.target:
         raise FormatError(
             f"{path}: prepared for {model.plan.target}, not for {find_target(target)}; call jq.prepare for that"

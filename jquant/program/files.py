@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import jquant.ops  # noqa: F401  (the operators that a file names)
-from jquant.graph.sealed import VERSION, read_sealed_arrays, read_versioned, refusing, sealed_arrays, short
+from jquant.graph.sealed import VERSION, read_sealed_kind, refusing, sealed_arrays, short
 from jquant.graph.serialize import decode, encode, read_graph
 from jquant.host.whole_files import replacing
 from jquant.numerics.namespace import to_device
@@ -98,13 +98,9 @@ def load(path: str | os.PathLike[str], *, target: Target | str | None = None) ->
       FileNotFoundError: no program at no.jq
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no program at {path}")
+    header, arrays = read_sealed_kind(path, "program")
     with refusing(path):
-        metadata, arrays = read_sealed_arrays(path)
-        if "program" not in metadata:
-            raise FormatError(f"no program: the file holds {', '.join(map(short, metadata)) or 'arrays alone'}")
-        program = _assemble(read_versioned(metadata["program"]), arrays)
+        program = _assemble(header, arrays)
     if target is not None and str(wanted := find_target(target)) != program.lowered_for:
         raise LoweringError(
             f"{path}: the program was lowered for {program.lowered_for}, not for {wanted}; lower the model for it"
