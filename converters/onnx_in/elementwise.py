@@ -333,9 +333,8 @@ def where(call: Call) -> Result:
     """A number on one side is a fill of the other one."""
     mask = call.value(0)
     for i, other in ((1, 2), (2, 1)):
-        x = call.operand(other)
-        if isinstance(x, Known):
-            x = _masked_constant(call, i, other)
+        operand = call.operand(other)
+        x = _masked_constant(call, i, other) if isinstance(operand, Known) else operand
         if not isinstance(x, Value) or x.dtype != "float32":
             continue
         value = scalar(call, i, x)

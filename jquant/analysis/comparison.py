@@ -178,8 +178,8 @@ def compare(
     models = [model, model if model_b is None else model_b]
     for each in models:
         check_model(each)
-    inputs = jax.tree.map(automatic, inputs if isinstance(inputs, tuple) else (inputs,))
-    bound = bind_inputs(model.plan.graph, inputs)
+    arrays = jax.tree.map(automatic, inputs if isinstance(inputs, tuple) else (inputs,))
+    bound = bind_inputs(model.plan.graph, arrays)
     models = [fold_kept(each) for each in models]
     plan, params = models[0].plan, models[0].params
     batch = next(iter(bound.values())).shape[0]
@@ -285,8 +285,8 @@ def _errors_of(
         for name in plan.graph.values:
             if name in first and name in second and name not in plan.exact:
                 masked[name] = _masked(plan.graph.by_name.get(name), first[name], second[name], masked)
-                rows = _unmasked(masked[name], first[name], second[name], alone.get(name), scales[name])
-                found[name] = _errors(*rows, plan.values[name])
+                a, b, own, scale = _unmasked(masked[name], first[name], second[name], alone.get(name), scales[name])
+                found[name] = _errors(a, b, own, scale, plan.values[name])
         for key, x, y in _weights(plan, *zip(modes, on_host, given, strict=True)):
             scale = expand(scale_of(key, plan, on_host[1].qparams), plan.weight_axis.get(key), x.ndim)
             weights[key] = _errors(x, y, None, scale, plan.weights[key])
@@ -351,7 +351,9 @@ def _masked(node: Node | None, a: Array, b: Array, masked: Mapping[str, np.ndarr
     return np.asarray((a <= MASKED / 2) | (b <= MASKED / 2))
 
 
-def _unmasked(masked: np.ndarray, a: Array, b: Array, alone: Array | None, scale: Array | None) -> tuple[Any, ...]:
+def _unmasked(
+    masked: np.ndarray, a: Array, b: Array, alone: Array | None, scale: Array | None
+) -> tuple[Any, Any, Any, Any]:
     """The elements of a row that are numbers, and their scales; all where there are no others."""
     if not masked.any() or masked.all():
         return a, b, alone, scale
