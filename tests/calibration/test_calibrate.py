@@ -182,10 +182,12 @@ def test_what_cannot_be_split_is_refused() -> None:
         gather_stats(model, init_stats(model))
 
 
-def test_a_moving_average_goes_by_microbatches() -> None:
+def test_a_moving_average_takes_no_microbatches() -> None:
+    """It is one of batches: that of their parts is up to 17 % away."""
     model = planned(jq.observers.moving_average(0.5))
     data = batches(model.plan)
-    assert_equal(jq.calibrate(model, data).qparams, jq.calibrate(model, [np.concatenate(data)], microbatch=4).qparams)
+    with pytest.raises(jq.CalibrationError, match=r"moving_average of 'x' .* without `microbatch`"):
+        jq.calibrate(model, data, microbatch=2)
 
 
 def test_statistics_of_another_plan_are_refused() -> None:
