@@ -60,7 +60,7 @@ ABOUT = {
     "epochs": "",
     "batch": "samples a step",
     "loss": "cross_entropy, mse, l1, or module:function of (outputs, labels)",
-    "ignore_label": "which cross_entropy leaves out",
+    "ignore_label": "which cross_entropy leaves out; 255 where there are fewer classes",
     "optimizer": "sgd (Nesterov momentum) or adamw",
     "learning_rate": "of parameters",
     "scale_learning_rate": "of scales; for adamw relative to a scale",

@@ -10,8 +10,10 @@ from PIL import Image
 from support.small_nets import QCONFIG, small_graph
 
 import jquant as jq
+from jquant.cli.build import _say_defaults
+from jquant.cli.console import Console
 from jquant.cli.data import load_data, read_image
-from jquant.cli.settings import ImageSettings, read_settings
+from jquant.cli.settings import ImageSettings, Settings, read_settings
 from jquant.cli.state import State, load_state, save_state
 
 GRAPH = jq.Graph((jq.Input("x", (None, 3, 4, 6)),), (jq.Node("y", jq.ops.Relu(), ("x",)),), ("y",))
@@ -87,6 +89,16 @@ def test_folders_that_are_no_classes_are_not_taken_for_them(tmp_path: Path, fold
     with pytest.raises(jq.FormatError, match=message):
         load_data(str(tmp_path), GRAPH, ImageSettings())
     assert not load_data(str(tmp_path / folders[0]), GRAPH, ImageSettings()).labelled
+
+
+def test_pictures_without_settings_say_how_they_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another preprocessing than that of training is no error, and gave scales of another range in silence."""
+    np.save(tmp_path / "x.npy", np.zeros((1, 3, 4, 6), np.float32))
+    for settings, source in ((Settings(has_image=True), tmp_path), (Settings(), tmp_path / "x.npy")):
+        _say_defaults(Console(), settings, str(source))
+    assert capsys.readouterr().err == ""
+    _say_defaults(Console(), Settings(), str(tmp_path))
+    assert "no [image] in the settings: pictures are taken as RGB, divided by 255" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -89,6 +89,37 @@ def test_a_page_of_calls_runs(page: str, tmp_path: Path) -> None:
     assert (tmp_path / written[page]).stat().st_size > 0
 
 
+def run_importing(folder: Path) -> str:
+    """Runs the blocks of docs/importing.md, and gives its commands."""
+    text = (DOCS / "importing.md").read_text(encoding="utf-8")
+    run_page(text, "importing.md", folder)
+    (folder / "net.py").write_text(re.findall(r"```python\n(.*?)\n\n\nstate = ", text, flags=re.S)[0])
+    return "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.S))
+
+
+def test_a_checkpoint_of_a_training_script_is_imported_as_the_page_says(tmp_path: Path) -> None:
+    commands = run_importing(tmp_path)
+    assert (tmp_path / "weights.pth").is_file()
+    assert commands.count("jquant ") == 2
+    assert "def make()" in (tmp_path / "net.py").read_text()
+
+
+@pytest.mark.slow
+def test_the_commands_for_a_checkpoint_run(tmp_path: Path) -> None:
+    from PIL import Image
+
+    commands = run_importing(tmp_path)
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.effect_noise((32, 32), 40 * i + 10).convert("RGB").save(tmp_path / "images" / f"{i}.png")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    for line in commands.splitlines():
+        command = [sys.executable, "-m", *line.split()]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "net.jqs").is_file()
+
+
 READER = """
 import jax.numpy as jnp
 import jquant as jq
