@@ -393,15 +393,18 @@ def sensitivity(
         found = analysis.search_mixed_precision(calibrated, ranking, budget=budget, cost=cost)  # type: ignore[arg-type]
         console.text(found.table())
         result |= {"choices": dict(found.choices), "error": found.error, "cost": found.cost, "exact": found.exact}
-        text = _mixed_toml(state, found.rules())
+        text = text if output is None else _mixed_toml(state, found.rules())
     if output is not None:
         with replacing(output) as path:
             path.write_text(text)
         console.wrote(output)
     if budget is not None and output is not None:
         console.next("calibrate", model, "--config", output, "--data", data, "-o", "mixed.jqs")
+    elif budget is not None and state.model is not None:
+        console.next(*to_integers(model, config))
     else:
-        console.next(*search(model, config, data, BUDGET if budget is None else budget, cost))
+        chosen_budget = BUDGET if budget is None else budget
+        console.next(*search(model, config, data, chosen_budget, cost, writes=state.model is None))
     console.value(result)
 
 
@@ -448,7 +451,7 @@ def report(
     about = {"model": str(model), "data": str(data), "samples compared": str(samples)}
     measured = _accuracies(state, loaded, batch) if accuracy else {}
     written = write_reports(console, state, loaded, output, batch, samples, measured=measured, about=about)
-    console.next(*after_report(measured, model, config, data))
+    console.next(*after_report(measured, model, config, data, writes=state.model is None))
     console.value(written)
 
 

@@ -46,21 +46,31 @@ def after_accuracy(
     return to_integers(model, config)
 
 
-def after_report(measured: Mapping[str, Mapping[str, float]], model: str, config: Path | None, data: str) -> Words:
+def after_report(
+    measured: Mapping[str, Mapping[str, float]], model: str, config: Path | None, data: str, *, writes: bool = True
+) -> Words:
     """Of a model with a report: more bits where accuracy is lost or was not measured, integers where it is not."""
     for what in (TOP_1, AGREEMENT):
         figures = {mode: each[what] for mode, each in measured.items() if what in each}
         if figures and not is_lost(what, figures):
             return to_integers(model, config)
-    return search(model, config, data)
+    return search(model, config, data, writes=writes)
 
 
-def search(model: str, config: Path | None, data: str, budget: float = BUDGET, cost: str = "macs") -> Words:
-    """Bits for each value and weight, as settings."""
+def search(
+    model: str,
+    config: Path | None,
+    data: str,
+    budget: float = BUDGET,
+    cost: str = "macs",
+    *,
+    writes: bool = True,
+) -> Words:
+    """Bits for each value and weight, as settings; printed alone for a model that was prepared in Python."""
     unit = () if cost == "macs" else ("--cost", cost)
     return (
         *("sensitivity", *named(model, config), "--data", data),
-        *("--budget", f"{budget:g}", *unit, "-o", "mixed.toml"),
+        *("--budget", f"{budget:g}", *unit, *(("-o", "mixed.toml") if writes else ())),
     )
 
 

@@ -41,6 +41,7 @@ def test_commands_take_it(folder: Path) -> None:
         "eval net.jqm --data data.npz",
         "compare net.jqm --data data.npz",
         "sensitivity net.jqm --data data.npz",
+        "sensitivity net.jqm --data data.npz --budget 1.2",
         "report net.jqm --data data.npz -o report",
         "quantize net.jqm -o net.jq",
         "calibrate raw.jqm --data data.npz -o calibrated.jqm",
