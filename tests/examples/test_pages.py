@@ -59,6 +59,17 @@ def test_a_tutorial_is_short_shown_and_listed(page: Path) -> None:
     assert page.name in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
+def test_the_figures_of_the_tutorials_stand_on_their_pages() -> None:
+    folder = DOCS / "tutorials"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[[^]]*\]\((\S+\.md)\)[^|]*\|[^|]*\|(.*\d\.\d.*)\|$", text, flags=re.MULTILINE)
+    assert len(rows) == 9
+    for name, figures in rows:
+        printed = "".join(re.findall(r"```text\n(.*?)```", (folder / name).read_text(encoding="utf-8"), flags=re.S))
+        for figure in re.findall(r"\d+\.\d+(?: %| dB)?", figures):
+            assert figure in printed, f"{name}: {figure}"
+
+
 def test_the_readme_runs_and_fits(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
