@@ -36,7 +36,8 @@ Values = Mapping[str, tuple[Any, ...]]
 def is_mapped(lone: Lone, asks: Sequence[str]) -> bool:
     """Whether the value is sampled at normalized coordinates."""
     op = None if lone.node is None else lone.node.op
-    return isinstance(op, GridSample) and op.coordinates == "normalized" and set(_LINE) <= set(asks) <= set(READ)
+    normalized = isinstance(op, GridSample) and op.coordinates == "normalized"
+    return normalized and np.size(lone.inputs[1].scale) == 1 and set(_LINE) <= set(asks) <= set(READ)
 
 
 @dataclass(eq=False)

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from jquant.board.answers import Row
 from jquant.board.asking import Question
-from jquant.board.boxes import Boxes
+from jquant.board.boxes import Boxes, Space
 from jquant.board.rows import rescaled_of
 from jquant.board.worlds import Worlds
 from jquant.targets import fields
@@ -18,7 +19,6 @@ LIMIT = 40_000  # worlds of one question; more are left to other dumps, which ma
 LISTED = 200  # worlds of a question that can be solved; more are solved together
 SOLVED = 5_000  # what a question costs that is solved, in worlds
 SUMMED = 20_000  # joint values of what a rescaled sum is made of
-MOST_LEFT = 400_000  # joint values that are left of the fields that a solved question tells something of
 SAMPLED = 500  # worlds that are tried to find the nearest of more than LIMIT
 
 # Where a field has a value, others read nothing. Each of its values is tried by itself, without them.
@@ -56,7 +56,7 @@ class Sifted:
     `late`         those of them that too many worlds explain, with the worlds that they were put to
     """
 
-    worlds: Worlds
+    worlds: Worlds | Space
     given: Mapping[str, Any] = field(default_factory=dict)
     exclusions: dict[tuple[str, Any], Exclusion] = field(default_factory=dict)
     answered: list[Question] = field(default_factory=list)
@@ -64,6 +64,16 @@ class Sifted:
     postponed: list[Question] = field(default_factory=list)
     late: dict[Question, int] = field(default_factory=dict)
     _counts: dict[Question, tuple[int, float]] = field(default_factory=dict)
+
+    @property
+    def is_boxed(self) -> bool:
+        return isinstance(self.worlds, Space)
+
+    def box(self) -> None:
+        """Keeps the worlds as boxes from here on, so that questions which leave too many to be listed are put too."""
+        if isinstance(self.worlds, Worlds):
+            self.worlds = self.worlds.boxed()
+            self.late, self._counts = {}, {}
 
     def put(self, question: Question) -> None:
         """Leaves out the worlds that have an integer of the question wrong."""
@@ -118,21 +128,13 @@ class Sifted:
         free = self.free(question)
         return {f: self.worlds.values(f) if f in free else (self.fixed(f),) for f in question.asks}
 
-    def _over(self, names: Sequence[str]) -> np.ndarray:
-        """The joint values that are left of some fields, as positions among those that each has left."""
-        return self._in_left(names, self.worlds.over(names)) if names else np.zeros((1, 0), np.int64)
-
-    def _in_left(self, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
-        columns = [np.searchsorted(self.worlds.positions(f), column) for f, column in zip(names, rows.T, strict=True)]
-        return np.stack(columns, axis=1)
-
-    def _keep(self, worlds: Worlds, question: Question, free: tuple[str, ...]) -> bool | None:
+    def _keep(self, worlds: Worlds | Space, question: Question, free: tuple[str, ...]) -> bool | None:
         """Leaves the worlds that explain a question which is solved; None where they are too many."""
         good = self._solved(question)
         if good is None:
             return None
         if isinstance(good, Boxes):
-            return worlds.keep_boxes(free, good.project(free).masks, MOST_LEFT)
+            return worlds.keep_boxes(good.project(free))
         return worlds.keep_rows(free, good)
 
     def _solved(self, question: Question) -> np.ndarray | Boxes | None:
@@ -144,7 +146,8 @@ class Sifted:
             return solved.good(
                 _Listed(self.worlds, free, dict(zip(question.asks, self._domains(question), strict=True)))
             )
-        rows = solver.good(question.operands.arrays, question.wanted, self._left(question), self._over)
+        over = partial(over_left, self.worlds)
+        rows = solver.good(question.operands.arrays, question.wanted, self._left(question), over)
         if rows is None:
             return None
         if isinstance(rows, Boxes):
@@ -194,7 +197,7 @@ class Sifted:
     def _tried(self, question: Question) -> "Tried":
         tried, free = Tried(question, self), self.free(question)
         many = self.worlds.count(free) > LIMIT
-        tried(self.worlds.some(free, SAMPLED) if many else self.worlds.over(free))
+        tried(self.worlds.some(free, SAMPLED) if many else self.worlds.rows(free))
         return tried
 
     def free(self, question: Question) -> tuple[str, ...]:
@@ -219,19 +222,27 @@ class Sifted:
             return math.inf
         if not self.is_solved(question):
             return count
-        return SOLVED if question.answers.solver else min(count, count**0.5 * 10)
+        return SOLVED if question.answers.solver else min(count**0.5 * 10, count, LIMIT if self.is_boxed else math.inf)
+
+
+def over_left(worlds: Worlds | Space, names: Sequence[str]) -> np.ndarray:
+    """The joint values that are left of some fields, as positions among those that each has left."""
+    if not names:
+        return np.zeros((1, 0), np.int64)
+    columns = zip(names, worlds.rows(names).T, strict=True)
+    return np.stack([np.searchsorted(worlds.positions(f), column) for f, column in columns], axis=1)
 
 
 class _Listed:
     """What is left of the fields of a question, as `Rescaled` asks for it; of those that are not free, one value."""
 
-    def __init__(self, worlds: Worlds, free: Sequence[str], domains: Mapping[str, tuple[Any, ...]]) -> None:
+    def __init__(self, worlds: Worlds | Space, free: Sequence[str], domains: Mapping[str, tuple[Any, ...]]) -> None:
         self.domains, self._worlds, self._free = domains, worlds, free
 
     def rows(self, fields: Sequence[str]) -> np.ndarray:
         """The distinct joint values of some fields, as positions."""
         free = [f for f in fields if f in self._free]
-        some = self._worlds.over(free) if free else np.zeros((1, 0), np.int64)
+        some = self._worlds.rows(free) if free else np.zeros((1, 0), np.int64)
         found = np.zeros((len(some), len(fields)), np.int64)
         found[:, [fields.index(f) for f in free]] = some
         return found
@@ -291,7 +302,10 @@ def sift(
         counts = [result.count(question) for question in pending]
         at = min(range(len(pending)), key=counts.__getitem__)
         if counts[at] > LIMIT:
-            break
+            if result.is_boxed:
+                break
+            result.box()
+            continue
         result.put(question := pending.pop(at))
         if question in result.late:
             pending.append(question)  # once more, when other dumps have left fewer worlds

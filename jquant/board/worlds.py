@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jquant.board.boxes import Boxes
+from jquant.board.boxes import Boxes, Space, of_rows, telling
 from jquant.board.positions import code, distinct
+
+MOST_LEFT = 400_000  # joint values that are left of the fields that boxes tell something of
 
 
 class Table(NamedTuple):
@@ -84,13 +86,13 @@ class Worlds:
         """How many joint values the fields have."""
         return prod(self._size(table, fields) for table in self._tables if set(table.fields) & set(fields))
 
-    def over(self, fields: Sequence[str]) -> np.ndarray:
+    def rows(self, fields: Sequence[str]) -> np.ndarray:
         """The joint values of the fields, [n, fields] positions in their order."""
         joined = joint(self._projected(fields))
         return joined.rows[:, [joined.fields.index(field) for field in fields]]
 
     def some(self, fields: Sequence[str], count: int) -> np.ndarray:
-        """Some joint values of the fields at random, as `over` gives all of them."""
+        """Some joint values of the fields at random, as `rows` gives all of them."""
         rng, parts = np.random.default_rng(0), self._projected(fields)
         rows = np.concatenate([t.rows[rng.integers(len(t.rows), size=count)] for t in parts], axis=1)
         names = [f for t in parts for f in t.fields]
@@ -106,7 +108,7 @@ class Worlds:
         Returns:
           False where no world does: then all of them stay.
         """
-        rows = self.over(fields)
+        rows = self.rows(fields)
         good = explains(rows)
         if not good.any():
             return False
@@ -129,29 +131,21 @@ class Worlds:
         self._replace(kept)
         return True
 
-    def keep_boxes(self, fields: Sequence[str], masks: np.ndarray, most: int) -> bool | None:
-        """Leaves the worlds whose values of `fields` are in a box, as `keep_rows`; None where they are too many.
+    def keep_boxes(self, good: Boxes, most: int = MOST_LEFT) -> bool | None:
+        """Leaves the worlds whose values of some fields are in a box, as `keep_rows`; None where they are too many.
 
         Args:
-          masks: [n, fields] uint64, as those of `Boxes`.
           most: how many joint values of the fields that the boxes say something of can be listed.
         """
-        names, masks = self._telling(fields, masks)
-        if not names or not len(masks):
-            return bool(len(masks))
-        rows = self._within(names, masks, most)
-        return None if rows is None else len(rows) > 0 and self.keep_rows(names, rows)
+        good = telling(good, {field: int(self._mask(field)) for field in good.fields})
+        if not good.fields or not len(good.masks):
+            return bool(len(good.masks))
+        rows = self._within(good.fields, good.masks, most)
+        return None if rows is None else len(rows) > 0 and self.keep_rows(good.fields, rows)
 
-    def _telling(self, fields: Sequence[str], masks: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-        """The boxes as far as they leave something out: without the fields of which each has all that is left."""
-        left = np.array([self._mask(field) for field in fields], np.uint64)
-        masks = masks & left
-        boxes = Boxes(tuple(fields), masks[(masks != 0).all(1)]).merged()
-        while True:
-            tells = [f for f in boxes.fields if (boxes.project([f]).masks != self._mask(f)).any()]
-            if len(tells) == len(boxes.fields) or not len(boxes.masks):
-                return boxes.fields, boxes.masks
-            boxes = boxes.project(tells).merged()
+    def boxed(self) -> Space:
+        """The same worlds as boxes."""
+        return Space(self.domains, [of_rows(table.fields, table.rows) for table in self._tables])
 
     def _mask(self, field: str) -> np.uint64:
         return np.uint64(np.bitwise_or.reduce(np.uint64(1) << self.positions(field).astype(np.uint64)))

@@ -46,7 +46,7 @@ def test_what_is_solved_is_what_explains_one_by_one(name: str, seed: int) -> Non
     sifted = Sifted(Worlds(left))
     good = sifted._solved(question)
     assert good is not None
-    every = sifted.worlds.over(question.asks)
+    every = sifted.worlds.rows(question.asks)
     rows = every[rng.sample(range(len(every)), min(len(every), 400))]
     domains = [left[f] for f in question.asks]
     explains = question.differing(rows, domains) == 0
@@ -78,7 +78,7 @@ def test_joint_values_that_are_kept_join_what_is_tied() -> None:
     worlds = Worlds({"a": (0, 1, 2), "b": (0, 1), "c": (0, 1)})
     worlds.keep(("a", "b"), lambda rows: rows[:, 0] % 2 == rows[:, 1])
     assert worlds.keep_rows(("b", "c"), np.array([[0, 1], [1, 0], [1, 1]]))
-    assert {tuple(row) for row in worlds.over(("a", "b", "c")).tolist()} == {
+    assert {tuple(row) for row in worlds.rows(("a", "b", "c")).tolist()} == {
         (0, 0, 1),
         (2, 0, 1),
         (1, 1, 0),

@@ -34,7 +34,7 @@ def test_what_is_left_is_what_every_rule_explains(asked: list[tuple[list[str], i
     for field in DOMAINS:
         assert worlds.values(field) == tuple(v for v in DOMAINS[field] if any(w[field] == v for w in left))
     for fields in (("a", "b"), ("d", "a", "c"), tuple(DOMAINS)):
-        found = {tuple(row) for row in worlds.over(fields).tolist()}
+        found = {tuple(row) for row in worlds.rows(fields).tolist()}
         assert found == {positions(fields, world) for world in left}
         assert worlds.count(fields) == len(found) or worlds.count(fields) >= len(found)
 
