@@ -65,6 +65,17 @@ def of_rows(fields: Sequence[str], rows: np.ndarray) -> Boxes:
     return Boxes(tuple(fields), np.uint64(1) << rows.astype(np.uint64).reshape(len(rows), len(fields))).merged()
 
 
+def of_pairs(a: tuple[Sequence[str], np.ndarray], b: tuple[Sequence[str], np.ndarray], good: np.ndarray) -> Boxes:
+    """The joint values of some fields, [n, fields] positions, with those of others that are good, [n, m]."""
+    patterns, which = np.unique(np.packbits(good, axis=1), axis=0, return_inverse=True)
+    masks = [np.zeros((0, len(a[0]) + len(b[0])), np.uint64)]
+    for i in range(len(patterns)):
+        own = np.flatnonzero(which.ravel() == i)
+        if good[own[0]].any():
+            masks.append(product([of_rows(a[0], a[1][own]), of_rows(b[0], b[1][good[own[0]]])]).masks)
+    return Boxes((*a[0], *b[0]), np.concatenate(masks))
+
+
 def product(parts: Sequence[Boxes]) -> Boxes:
     """Every box of each with every box of the others, which have other fields."""
     if not parts:
@@ -164,14 +175,14 @@ class Space:
                 found[f] = near[f] if own else self.domains[f][int(positions_of(mask)[-1])]
         return found
 
-    def keep(self, fields: Sequence[str], explains: Callable[[np.ndarray], np.ndarray]) -> bool:
-        """Leaves out what does not explain something, [n, fields] positions to bool [n]; False where nothing does."""
+    def keep(self, fields: Sequence[str], explains: Callable[[np.ndarray], np.ndarray]) -> bool | None:
+        """Leaves out what does not explain something, [n, fields] positions to bool [n]; as `keep_boxes`."""
         rows = self.rows(fields)
         return self.keep_rows(fields, rows[explains(rows)])
 
-    def keep_rows(self, fields: Sequence[str], good: np.ndarray) -> bool:
-        """Leaves what has values of `fields` among `good`, [n, fields] positions; False where that is nothing."""
-        return bool(self.keep_boxes(of_rows(fields, good))) if len(good) else False
+    def keep_rows(self, fields: Sequence[str], good: np.ndarray) -> bool | None:
+        """Leaves what has values of `fields` among `good`, [n, fields] positions; as `keep_boxes`."""
+        return self.keep_boxes(of_rows(fields, good))
 
     def keep_boxes(self, good: Boxes) -> bool | None:
         """Leaves what is in `good`; False where that is nothing, and None where it is too much: then all stays."""

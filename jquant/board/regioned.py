@@ -81,6 +81,8 @@ class Regioned:
                 rows_of[bits] = list(self._rows(shifts, bits, laid[0], left))
             for of_row, row in rows_of[bits]:
                 good = _matching(sums, row, readings, y.ravel(), self.lone.output.dtype)
+                if not good.any():
+                    continue
                 patterns, pattern = np.unique(good, axis=0, return_inverse=True)
                 for i in np.flatnonzero(patterns.any(1)):
                     own = np.isin(which.ravel(), np.flatnonzero(pattern.ravel() == i))

@@ -105,8 +105,7 @@ class Searched:
         if solver := self._joint(question):
             over = partial(over_left, self.worlds)
             found = solver.good(question.operands.arrays, question.wanted, self._left(question), over)
-            made = of_rows(question.asks, found) if isinstance(found, np.ndarray) else found
-            return made and made.moved([self.worlds.positions(f) for f in made.fields])
+            return found.moved([self.worlds.positions(f) for f in found.fields])
         if isinstance(lone := question.answers.lone, Given):
             return self._good_where_held(question, lone.held)
         return self._listed(question, question.asks)

@@ -83,26 +83,25 @@ class Sifted:
             self._put_solved(question, free, before)
             return
         tried = Tried(question, self, exact=False)
-        if not self.worlds.keep(free, tried):
-            self.unexplained.append(question)
+        explains = self.worlds.keep(free, tried)
+        if explains is None and not self.is_boxed:
+            self.box()
+            explains = self.worlds.keep(free, tried)
+        if not self._noted(question, free, explains):
             return
-        self.answered.append(question)
         for name, values in before.items():
             for value in set(values) - set(self.worlds.values(name)):
                 self.exclusions[name, value] = exclusion_of(question, value, *tried.nearest(name, value))
 
     def _put_solved(self, question: Question, free: tuple[str, ...], before: Mapping[str, tuple[Any, ...]]) -> None:
         """The same for one that is solved. Of an excluded value one world near to those that are left is tried."""
-        worlds = self.worlds.copy()
-        if (explains := self._keep(self.worlds, question, free)) is None:
-            self.late[question] = self.worlds.count(free)
-            self._counts.pop(question, None)
+        worlds, good = self.worlds.copy(), self._solved(question)
+        explains = _keep(self.worlds, free, good)
+        if explains is None and good is not None and not self.is_boxed:
+            self.box()
+            explains = _keep(self.worlds, free, good)
+        if not self._noted(question, free, explains):
             return
-        self.late.pop(question, None)
-        if not explains:
-            self.unexplained.append(question)
-            return
-        self.answered.append(question)
         near = self.worlds.nearest({})
         for name, values in before.items():
             for value in set(values) - set(self.worlds.values(name)):
@@ -128,17 +127,20 @@ class Sifted:
         free = self.free(question)
         return {f: self.worlds.values(f) if f in free else (self.fixed(f),) for f in question.asks}
 
-    def _keep(self, worlds: Worlds | Space, question: Question, free: tuple[str, ...]) -> bool | None:
-        """Leaves the worlds that explain a question which is solved; None where they are too many."""
-        good = self._solved(question)
-        if good is None:
-            return None
-        if isinstance(good, Boxes):
-            return worlds.keep_boxes(good.project(free))
-        return worlds.keep_rows(free, good)
+    def _noted(self, question: Question, free: tuple[str, ...], explains: bool | None) -> bool:
+        """Notes what has become of a question; whether it is answered, and neither unexplained nor late."""
+        self.late.pop(question, None)
+        if explains:
+            self.answered.append(question)
+        elif explains is None:
+            self.late[question] = self.worlds.count(free)
+            self._counts.pop(question, None)
+        else:
+            self.unexplained.append(question)
+        return bool(explains)
 
-    def _solved(self, question: Question) -> np.ndarray | Boxes | None:
-        """The joint values of its free fields that explain a question, as positions; None: they are too many."""
+    def _solved(self, question: Question) -> Boxes | None:
+        """The joint values that explain a question; None: they are too many."""
         solver, free = question.answers.solver, self.free(question)
         if solver is None:
             solved = rescaled_of(question)
@@ -147,13 +149,8 @@ class Sifted:
                 _Listed(self.worlds, free, dict(zip(question.asks, self._domains(question), strict=True)))
             )
         over = partial(over_left, self.worlds)
-        rows = solver.good(question.operands.arrays, question.wanted, self._left(question), over)
-        if rows is None:
-            return None
-        if isinstance(rows, Boxes):
-            return rows.project(free).moved([self.worlds.positions(f) for f in free])
-        columns = [self.worlds.positions(f)[rows[:, question.asks.index(f)]] for f in free]
-        return np.stack(columns, axis=1)
+        good = solver.good(question.operands.arrays, question.wanted, self._left(question), over)
+        return good.project(free).moved([self.worlds.positions(f) for f in free])
 
     def _domains(self, question: Question) -> list[tuple[Any, ...]]:
         """The values of each field of a question, the one value of those that are not free."""
@@ -178,7 +175,7 @@ class Sifted:
     def explains(self, question: Question) -> bool:
         """Whether a world that is left explains a question."""
         if self.is_solved(question):
-            return bool(self._keep(self.worlds.copy(), question, self.free(question)))
+            return bool(_keep(self.worlds.copy(), self.free(question), self._solved(question)))
         return self.fewest(question) == 0
 
     def fewest(self, question: Question) -> float:
@@ -223,6 +220,11 @@ class Sifted:
         if not self.is_solved(question):
             return count
         return SOLVED if question.answers.solver else min(count**0.5 * 10, count, LIMIT if self.is_boxed else math.inf)
+
+
+def _keep(worlds: Worlds | Space, free: Sequence[str], good: Boxes | None) -> bool | None:
+    """Leaves the worlds that explain a question which is solved; None where they are too many."""
+    return None if good is None else worlds.keep_boxes(good.project(free))
 
 
 def over_left(worlds: Worlds | Space, names: Sequence[str]) -> np.ndarray:

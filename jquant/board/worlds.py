@@ -17,6 +17,7 @@ from jquant.board.boxes import Boxes, Space, of_rows, telling
 from jquant.board.positions import code, distinct
 
 MOST_LEFT = 400_000  # joint values that are left of the fields that boxes tell something of
+MOST_TIED = 1_000_000  # rows of a table
 
 
 class Table(NamedTuple):
@@ -98,7 +99,7 @@ class Worlds:
         names = [f for t in parts for f in t.fields]
         return rows[:, [names.index(field) for field in fields]]
 
-    def keep(self, fields: Sequence[str], explains: Callable[[np.ndarray], np.ndarray]) -> bool:
+    def keep(self, fields: Sequence[str], explains: Callable[[np.ndarray], np.ndarray]) -> bool | None:
         """Leaves out the worlds that do not explain something which depends on `fields` alone.
 
         Args:
@@ -106,26 +107,19 @@ class Worlds:
           explains: [n, fields] positions to bool [n].
 
         Returns:
-          False where no world does: then all of them stay.
+          False where no world does, and None where those that do are too many to be listed: then all of them stay.
         """
         rows = self.rows(fields)
         good = explains(rows)
-        if not good.any():
-            return False
-        if not good.all():
-            touched = [table for table in self._tables if set(table.fields) & set(fields)]
-            whole = joint(touched)
-            codes = self._codes(whole.rows[:, [whole.fields.index(f) for f in fields]], fields)
-            left = whole.rows[np.isin(codes, self._codes(rows[good], fields))]
-            self._replace(Table(whole.fields, left))
-        return True
+        return True if good.all() else self.keep_rows(fields, rows[good])
 
-    def keep_rows(self, fields: Sequence[str], good: np.ndarray) -> bool:
-        """Leaves the worlds whose values of `fields` are among `good`, [n, fields] positions; False where none is."""
-        kept = Table(tuple(fields), good)
-        touched = [table for table in self._tables if set(table.fields) & set(fields)]
-        for table in touched:
-            kept = self._joined(kept, table)
+    def keep_rows(self, fields: Sequence[str], good: np.ndarray) -> bool | None:
+        """Leaves the worlds whose values of `fields` are among `good`, [n, fields] positions; as `keep`."""
+        kept: Table | None = Table(tuple(fields), good)
+        for table in [table for table in self._tables if set(table.fields) & set(fields)]:
+            kept = kept and self._joined(kept, table)
+        if kept is None:
+            return None
         if not len(kept.rows):
             return False
         self._replace(kept)
@@ -141,7 +135,7 @@ class Worlds:
         if not good.fields or not len(good.masks):
             return bool(len(good.masks))
         rows = self._within(good.fields, good.masks, most)
-        return None if rows is None else len(rows) > 0 and self.keep_rows(good.fields, rows)
+        return None if rows is None else self.keep_rows(good.fields, rows)
 
     def boxed(self) -> Space:
         """The same worlds as boxes."""
@@ -176,13 +170,15 @@ class Worlds:
         stamp = max(self._changed.values()) + 1
         self._changed |= dict.fromkeys(table.fields, stamp)
 
-    def _joined(self, a: Table, b: Table) -> Table:
+    def _joined(self, a: Table, b: Table) -> Table | None:
         """Every row of one with each row of the other that has the same values of the fields which both have."""
         shared = [f for f in a.fields if f in b.fields]
         of_a, of_b = (self._codes(t.rows[:, [t.fields.index(f) for f in shared]], shared) for t in (a, b))
         order = np.argsort(of_b, kind="stable")
         first, last = (np.searchsorted(of_b[order], of_a, side=side) for side in ("left", "right"))
         count = last - first
+        if count.sum() > MOST_TIED:
+            return None
         at = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
         further = [f for f in b.fields if f not in shared]
         more = b.rows[order[at]][:, [b.fields.index(f) for f in further]]

@@ -8,12 +8,14 @@ from support.board import board_of, hidden
 
 import jquant as jq
 from jquant.board.asking import Question
-from jquant.board.boxes import Boxes
+from jquant.board.boxes import Boxes, Space
+from jquant.board.probes.layers import additions, slopes
 from jquant.board.questions import Asked, questions_of
+from jquant.board.rows import rescaled_of
 from jquant.board.sifting import Sifted
 from jquant.board.worlds import Worlds
 
-ASKED = [Asked(probe) for probe in jq.board.probe(["tables", "grid"])]
+ASKED = [Asked(probe) for probe in [*jq.board.probe(["tables", "grid"]), slopes(), *additions("int8")]]
 SOLVED = [f"table_{name}" for name in ("lines", "segments", "angles", "counts")] + ["grid_normalized", "grid_regions"]
 
 
@@ -34,6 +36,26 @@ def drawn(question: Question, march: jq.Target, rng: random.Random) -> dict[str,
         )
         for f in question.asks
     }
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", ["slopes", "addition_multipliers_int8"])
+def test_a_rescaled_sum_is_what_explains_one_by_one(name: str, seed: int) -> None:
+    """The slopes of PReLU have a row for each sign."""
+    march, rng = hidden(seed), random.Random(seed)
+    question = question_of(name, march)
+    assert rescaled_of(question) is not None
+    left = drawn(question, march, rng)
+    sifted = Sifted(Space(left))
+    good = sifted._solved(question)
+    assert isinstance(good, Boxes)
+    every = sifted.worlds.rows(question.asks)
+    rows = every[rng.sample(range(len(every)), min(len(every), 400))]
+    explains = question.differing(rows, [left[f] for f in question.asks]) == 0
+    found = {tuple(row) for row in good.project(question.asks).rows().tolist()}
+    assert tuple(left[f].index(jq.targets.value_of(march, f)) for f in question.asks) in found
+    for row, one in zip(rows.tolist(), explains, strict=True):
+        assert (tuple(row) in found) == one, dict(zip(question.asks, row, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(4))
