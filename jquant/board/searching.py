@@ -104,7 +104,7 @@ class Searched:
             return solved.good(self.worlds)
         if solver := self._joint(question):
             over = partial(over_left, self.worlds)
-            found = solver.good(question.operands.arrays, question.wanted, self._left(question), over)
+            found = solver.good(question.operands.arrays, question.wanted, self._values_left(question), over)
             return found.moved([self.worlds.positions(f) for f in found.fields])
         if isinstance(lone := question.answers.lone, Given):
             return self._good_where_held(question, lone.held)
@@ -169,9 +169,9 @@ class Searched:
         if isinstance(question.answers.lone, Given) or self.worlds.count(question.asks) <= LISTED_RATHER:
             return None
         solver = question.answers.solver
-        return solver if solver and solver.is_within(self._left(question), self.worlds.count) else None
+        return solver if solver and solver.is_within(self._values_left(question), self.worlds.count) else None
 
-    def _left(self, question: Question) -> dict[str, tuple[Any, ...]]:
+    def _values_left(self, question: Question) -> dict[str, tuple[Any, ...]]:
         return {f: self.worlds.values(f) for f in question.asks}
 
     def _row(self, question: Question, worlds: Space, field: str = "", value: Any = None) -> Row:
