@@ -115,10 +115,10 @@ class Sifted:
         if self.worlds.count(self.free(question)) <= LISTED:
             return False
         if solver is None:
-            return self._is_boxed(question)
+            return self._is_sum(question)
         return solver.is_within(self._left(question), self.worlds.count)
 
-    def _is_boxed(self, question: Question) -> bool:
+    def _is_sum(self, question: Question) -> bool:
         """Whether it is a rescaled sum, with few enough joint values of what the sum is made of."""
         solved, free = rescaled_of(question), self.free(question)
         return solved is not None and self.worlds.count([f for f in solved.others if f in free]) <= SUMMED
@@ -145,9 +145,8 @@ class Sifted:
         if solver is None:
             solved = rescaled_of(question)
             assert solved is not None
-            return solved.good(
-                _Listed(self.worlds, free, dict(zip(question.asks, self._domains(question), strict=True)))
-            )
+            domains = dict(zip(question.asks, self._domains(question), strict=True))
+            return solved.good(_Listed(self.worlds, free, domains))
         over = partial(over_left, self.worlds)
         good = solver.good(question.operands.arrays, question.wanted, self._left(question), over)
         return good.project(free).moved([self.worlds.positions(f) for f in free])
