@@ -17,6 +17,7 @@ from jquant.board.tabled import Tabled, is_tabled
 from jquant.types import JQuantError, QConfigError, Target
 
 Row = tuple[Any, ...]  # of values of fields, in their order
+Solver = Tabled | Mapped | Regioned
 
 # What lowering reads, and no evaluation: its part in an answer is in the constants.
 ONLY_LOWERED = frozenset(
@@ -131,7 +132,7 @@ class Answers:
         self._bytes = 0
 
     @cached_property
-    def solver(self) -> Tabled | Mapped | Regioned | None:
+    def solver(self) -> Solver | None:
         """What finds the joint values of a value of many fields together."""
         if is_tabled(self.lone, self.asks):
             return Tabled(self.lone, self.asks)

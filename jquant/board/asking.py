@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jquant.board.answers import Answers, Operands, Row
-from jquant.board.positions import distinct
+from jquant.board.positions import distinct, groups
 from jquant.reference.sampling import coordinate_bits
 
 _FRACTION = ("grid.coordinate_bits", "grid.max_fraction_bits")
@@ -103,12 +103,6 @@ class Question:
         if found is None or found.shape != self.wanted.shape:
             return math.inf
         return int(np.count_nonzero(found != self.wanted))
-
-
-def groups(rows: np.ndarray, which: np.ndarray) -> list[np.ndarray]:
-    """The rows of each number of [0, n)."""
-    order = np.argsort(which, kind="stable")
-    return np.split(rows[order], np.flatnonzero(np.diff(which[order])) + 1)
 
 
 def first(which: np.ndarray) -> np.ndarray:

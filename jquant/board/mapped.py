@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jquant.board.boxes import Boxes, of_pairs, of_rows
+from jquant.board.boxes import product as boxed
 from jquant.board.lone import Lone
 from jquant.board.neutral import NEUTRAL
 from jquant.board.roundings import ORDER, rounded_all
@@ -27,7 +29,6 @@ _FRACTION = ("grid.coordinate_bits", "grid.max_fraction_bits")
 _LINE = ("grid.map_bits", "grid.map_constant_rounding", "grid.max_map_shift")
 _LAST = ("grid.map_rounding", "grid.rounding", "grid.nearest_rounding")
 READ = (*_FRACTION, *_LINE, *_LAST)
-MOST_ROWS = 400_000  # joint values that explain a question; more are left to other dumps
 _CHUNKS = (3, 12, 48)  # points of a grid that lines are tried on, before all of them
 
 Values = Mapping[str, tuple[Any, ...]]
@@ -36,7 +37,8 @@ Values = Mapping[str, tuple[Any, ...]]
 def is_mapped(lone: Lone, asks: Sequence[str]) -> bool:
     """Whether the value is sampled at normalized coordinates."""
     op = None if lone.node is None else lone.node.op
-    return isinstance(op, GridSample) and op.coordinates == "normalized" and set(_LINE) <= set(asks) <= set(READ)
+    normalized = isinstance(op, GridSample) and op.coordinates == "normalized"
+    return normalized and np.size(lone.inputs[1].scale) == 1 and set(_LINE) <= set(asks) <= set(READ)
 
 
 @dataclass(eq=False)
@@ -52,8 +54,8 @@ class Mapped:
 
     def good(
         self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]], over: Any = None
-    ) -> np.ndarray | None:
-        """The joint values that make `wanted`, [n, asks] positions in `left`; None: they are too many.
+    ) -> Boxes:
+        """The joint values that make `wanted`, as boxes of positions in `left`.
 
         Args:
           left: for each field that is asked, the values that are tried.
@@ -69,13 +71,13 @@ class Mapped:
             form = SimpleNamespace(grid=SimpleNamespace(coordinate_bits=cb, max_fraction_bits=most))
             bits = coordinate_bits(form, *x.shape[1:3], *grid.shape[1:3])  # type: ignore[arg-type]
             by_bits.setdefault(bits, []).append((i, j))
-        found = [np.zeros((0, len(READ)), np.int64)]
+        lines, lasts = (np.array(list(np.ndindex(*(len(values[f]) for f in names)))) for names in (_LINE, _LAST))
+        found = [np.zeros((0, len(READ)), np.uint64)]
         for bits, pairs in by_bits.items():
-            good = np.argwhere(self._explaining(given, bits, values))
-            if (sum(map(len, found)) + len(good) * len(pairs)) > MOST_ROWS:
-                return None
-            found += [np.concatenate([np.tile(pair, (len(good), 1)), good], axis=1) for pair in pairs]
-        return np.concatenate(found)[:, [READ.index(f) for f in self.asks]]
+            good = self._explaining(given, bits, values).reshape(len(lines), len(lasts))
+            made = of_pairs((_LINE, lines), (_LAST, lasts), good)
+            found.append(boxed([of_rows(_FRACTION, np.array(pairs)), made]).masks)
+        return Boxes(READ, np.concatenate(found)).project(self.asks).merged()
 
     def _explaining(self, given: tuple[np.ndarray, np.ndarray, np.ndarray], bits: int, values: Values) -> np.ndarray:
         """[*_LINE, *_LAST] bool for some fraction bits."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from jquant.board.boxes import Boxes, of_rows
 from jquant.board.boxes import product as boxed
 from jquant.board.lone import Constants, Lone
 from jquant.board.neutral import NEUTRAL
+from jquant.board.positions import distinct, groups
+from jquant.board.roundings import ORDER, rounded_all
 from jquant.ops.regions import RoiAlign
 from jquant.reference.arithmetic import round_shift, rounded, saturate
 from jquant.reference.call import channels_to_last
@@ -34,7 +36,6 @@ _EVALUATED = (
 READ = (*_LAID, *_POINT, *_ROW, *_EVALUATED)
 MOST_ROWS_OF_RESCALE = 400_000  # joint values of the fields of section 3
 _OPEN = {"rescale.max_post_shift": 31, "rescale.max_pre_shift": 31, "rescale.post_shift_int8": 31}
-_CHUNKS = (4, 16)  # integers that sums are tried on, before all of them
 
 Over = Callable[[Sequence[str]], np.ndarray]  # the joint values that are left of some fields, as positions
 
@@ -54,7 +55,8 @@ class Regioned:
     _constants: dict[tuple[Any, ...], Constants | None] = field(default_factory=dict)
 
     def is_within(self, left: Mapping[str, Sequence[Any]], count: Callable[[Sequence[str]], int]) -> bool:
-        return count([f for f in (*_ROW, *_EVALUATED) if len(left[f]) > 1]) <= MOST_ROWS_OF_RESCALE
+        free = [[f for f in names if len(left[f]) > 1] for names in (_ROW, _EVALUATED)]
+        return all(count(names) <= MOST_ROWS_OF_RESCALE for names in free)
 
     def good(
         self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]], over: Over
@@ -67,24 +69,26 @@ class Regioned:
         """
         op: Any = self.lone.node.op if self.lone.node else None
         x, y = (channels_to_last(v, op.channels_last) for v in (operands[0], wanted))
-        rescales = _whole((*_ROW, *_EVALUATED), left, over)
+        shifts, readings = _whole(_ROW, left, over), _readings(_whole(_EVALUATED, left, over), left)
         points = list(product(*(range(len(left[f])) for f in _POINT)))
+        places, values = np.array(points), [tuple(left[f][i] for f, i in zip(_POINT, p, strict=True)) for p in points]
         found: list[np.ndarray] = [np.zeros((0, len(READ)), np.uint64)]
-        groups: dict[int, list[Any]] = {}
+        rows_of: dict[int, list[tuple[Boxes, tuple[int, int, int]]]] = {}
+        boxes = _Boxed()
         for laid, bits, ends in self._laid(x, operands[1], left):
-            sums = self._sums(
-                x, ends, bits, [tuple(left[f][i] for f, i in zip(_POINT, p, strict=True)) for p in points]
-            )
-            if bits not in groups:
-                groups[bits] = [
-                    (of_rows((*_ROW, *_EVALUATED), rows), *how)
-                    for rows, *how in self._rescales(rescales, laid[0], left)
-                ]
-            of_laid = of_rows(_LAID, np.array(laid))
-            for of_rescale, row, reading in groups[bits]:
-                good = _matching(sums, row, reading, y.ravel(), self.lone.output.dtype)
-                if good.any():
-                    found.append(boxed([of_laid, of_rows(_POINT, np.array(points)[good]), of_rescale]).masks)
+            sums, which = np.unique(self._sums(x, ends, bits, values), axis=0, return_inverse=True)
+            if bits not in rows_of:
+                rows_of[bits] = list(self._rows(shifts, bits, laid[0], left))
+            for of_row, row in rows_of[bits]:
+                good = _matching(sums, row, readings, y.ravel(), self.lone.output.dtype)
+                if not good.any():
+                    continue
+                patterns, pattern = np.unique(good, axis=0, return_inverse=True)
+                for i in np.flatnonzero(patterns.any(1)):
+                    own = np.isin(which.ravel(), np.flatnonzero(pattern.ravel() == i))
+                    read = np.concatenate([readings[r].rows for r in np.flatnonzero(patterns[i])])
+                    parts = [boxes(_LAID, np.array(laid)), boxes(_POINT, places[own]), of_row, boxes(_EVALUATED, read)]
+                    found.append(boxed(parts).masks)
         return Boxes(READ, np.concatenate(found)).project(self.asks).merged()
 
     def _laid(
@@ -134,33 +138,49 @@ class Regioned:
         whole = total.reshape(v, k, oh, r, ow, r, -1).sum((3, 5))
         return np.asarray(whole.reshape(v, -1))
 
-    def _rescales(
-        self, rows: np.ndarray, laid: tuple[int, ...] | list[Any], left: Mapping[str, Sequence[Any]]
-    ) -> Iterator[tuple[np.ndarray, tuple[int, int, int], tuple[Any, ...]]]:
-        """The joint values of section 3 that rescale alike, with (mantissa, pre, post) and how they are evaluated."""
+    def _rows(
+        self, rows: np.ndarray, bits: int, laid: tuple[int, ...], left: Mapping[str, Sequence[Any]]
+    ) -> Iterator[tuple[Boxes, tuple[int, int, int]]]:
+        """The joint values of `_ROW` that make the same row of constants, with it: (mantissa, pre, post)."""
         fixed = {f: left[f][i] for f, i in zip(_LAID, laid, strict=True)}
-        bits = coordinate_bits(NEUTRAL.with_fields(fixed), *self.lone.inputs[0].shape[1:3])  # type: ignore[arg-type]
         made = [self._made(bits, {**fixed, **_OPEN, "rescale.mantissa_bits": v}) for v in left["rescale.mantissa_bits"]]
         rows = rows[np.array([constants is not None for constants in made])[rows[:, 0]]]
-        if not len(rows):
-            return
         whole = [(0, 0) if c is None else (int(c["mantissa"]), int(c["pre"]) + int(c["post"])) for c in made]
         mantissa, total = np.array(whole)[rows[:, 0]].T
-        most_post, most_pre, after = (np.array(left[f])[i] for f, i in zip(_ROW[1:], rows.T[1:4], strict=True))
+        most_post, most_pre, after = (np.array(left[f])[i] for f, i in zip(_ROW[1:], rows.T[1:], strict=True))
         pre = np.clip(total - after, 0, most_pre)
-        post = np.clip(total - pre, 0, most_post)
-        last, first, wide, inner = rows.T[4:]
-        high = np.array(left["rescale.high_precision"])[wide]
-        first, inner = np.where(high | (pre == 0), 0, first), np.where(high, 0, inner)
-        pre, post = np.where(high, 0, pre), np.where(high, pre + post, post)
-        keys, which = np.unique(
-            np.stack([mantissa, pre, post, last, first, wide, inner], axis=1), axis=0, return_inverse=True
-        )
-        order = np.argsort(which.ravel(), kind="stable")
-        for key, same in zip(keys, np.split(rows[order], np.cumsum(np.bincount(which.ravel()))[:-1]), strict=True):
-            m, pre_shift, post_shift = map(int, key[:3])
-            last_, first_, wide_, inner_ = (left[f][i] for f, i in zip(_EVALUATED, key[3:], strict=True))
-            yield same, (m, pre_shift, post_shift), (last_,) if wide_ else (last_, first_, inner_)
+        made_of = np.stack([mantissa, pre, np.clip(total - pre, 0, most_post)], axis=1)
+        some, which = distinct(made_of)
+        for row, same in zip(some, groups(rows, which), strict=True):
+            yield of_rows(_ROW, same), (int(row[0]), int(row[1]), int(row[2]))
+
+
+class _Boxed:
+    """Rows as boxes, which come again and again."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Sequence[str], bytes], Boxes] = {}
+
+    def __call__(self, fields: tuple[str, ...], rows: np.ndarray) -> Boxes:
+        if (key := (fields, rows.tobytes())) not in self._kept:
+            self._kept[key] = of_rows(fields, rows)
+        return self._kept[key]
+
+
+class _Reading(NamedTuple):
+    """One way to evaluate a row. `first`: rounding and bits before the product, None without; `rows`: as positions."""
+
+    last: str
+    first: tuple[str, int] | None
+    rows: np.ndarray
+
+
+def _readings(rows: np.ndarray, left: Mapping[str, Sequence[Any]]) -> list[_Reading]:
+    found: dict[tuple[str, tuple[str, int] | None], list[np.ndarray]] = {}
+    for row in rows:
+        last, first, wide, inner = (left[f][i] for f, i in zip(_EVALUATED, row, strict=True))
+        found.setdefault((last, None if wide else (first, inner)), []).append(row)
+    return [_Reading(*how, np.array(same)) for how, same in found.items()]
 
 
 def _whole(names: Sequence[str], left: Mapping[str, Sequence[Any]], over: Over) -> np.ndarray:
@@ -191,26 +211,31 @@ def _corners(at: np.ndarray, n: int, bits: int) -> Iterator[tuple[np.ndarray, np
 
 
 def _matching(
-    sums: np.ndarray, row: tuple[int, int, int], reading: tuple[Any, ...], wanted: np.ndarray, dtype: str
+    sums: np.ndarray, row: tuple[int, int, int], readings: Sequence[_Reading], wanted: np.ndarray, dtype: str
 ) -> np.ndarray:
-    """[points] whether sums become the board's integers."""
-    found = np.arange(len(sums))
-    order, start = np.random.default_rng(0).permutation(sums.shape[1]), 0
-    for end in (*(c for c in _CHUNKS if c < len(order)), len(order)):
-        some = order[start:end]
-        found = found[(_rescaled(sums[found][:, some], row, reading, dtype) == wanted[some]).all(1)]
-        start = end
-    good = np.zeros(len(sums), bool)
-    good[found] = True
-    return good
+    """[K, readings] whether sums [K, n] become the board's integers."""
+    found = np.zeros((len(sums), len(readings)), bool)
+    near = np.flatnonzero(_near(sums, row, wanted, dtype))
+    if not len(near):
+        return found
+    (mantissa, pre, post), low_high, acc = row, integer_range(dtype), sums[near]
+    heads = rounded_all(acc, np.int64(pre))
+    enough = int(max(heads.max(), -1 - heads.min())).bit_length() + 1  # more bits cut nothing
+    made: dict[int, np.ndarray] = {}
+    for i, (last, first, _) in enumerate(readings):
+        bits = min(first[1], enough) if first else 0
+        if bits not in made:
+            head = np.clip(heads, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if bits else acc
+            y = rounded_all(head * mantissa, np.int64(post if bits else pre + post))
+            made[bits] = (np.clip(y, *low_high) == wanted).all(-1)
+        found[near, i] = made[bits][ORDER[last], ORDER[first[0]]] if first else made[bits][ORDER[last]]
+    return found
 
 
-def _rescaled(acc: np.ndarray, row: tuple[int, int, int], reading: tuple[Any, ...], dtype: str) -> np.ndarray:
-    (mantissa, pre, post), last = row, reading[0]
-    if len(reading) == 1:
-        made = round_shift(acc * mantissa, pre + post, last)
-    else:
-        limit = 2 ** (reading[2] - 1)
-        head = np.clip(round_shift(acc, pre, reading[1]), -limit, limit - 1)
-        made = round_shift(head * mantissa, post, last)
-    return np.clip(made, *integer_range(dtype))
+def _near(sums: np.ndarray, row: tuple[int, int, int], wanted: np.ndarray, dtype: str) -> np.ndarray:
+    """[K] whether the real numbers lie within a rounding of each shift; a sum that may be cut says nothing."""
+    mantissa, pre, post = row
+    real, slack = sums * float(mantissa) / 2.0 ** (pre + post), 1.001 + mantissa / 2.0**post
+    most, least = (np.clip(real + d, *integer_range(dtype)) for d in (slack, -slack))
+    cut = np.abs(sums) / 2.0**pre > 2**15 - 2
+    return np.asarray((cut | ((least <= wanted) & (wanted <= most))).all(1))

@@ -18,9 +18,11 @@ from jquant.board.lone import Constants, Lone
 from jquant.board.neutral import NEUTRAL
 from jquant.board.roundings import ORDER, rounded_all
 from jquant.reference.arithmetic import round_shift, saturate
+from jquant.reference.call import channels_back, channels_to_last
 from jquant.types import JQuantError, QConfigError, Target, integer_range
 
 ROW = ("mantissa", "pre", "post")
+_BELOW = ("negative_mantissa", "negative_pre", "negative_post")  # of PReLU, for operands below 0
 _MANTISSA = ("rescale.mantissa_bits", "rescale.mantissa_rounding", "rescale.mantissa_overflow", "rescale.ratio_bits")
 _OPEN = {"rescale.max_pre_shift": 31, "rescale.max_post_shift": 31}
 _WIDEST = {"rescale.post_shift_int8": 31, "rescale.post_shift_int16": 31}
@@ -123,7 +125,7 @@ class Rescaled:
                 yield np.array(same), sums, constants
 
     def _sums(self, target: Target, constants: Constants) -> Sums | None:
-        plain = {role: np.full_like(constants[role], int(role == "mantissa")) for role in ROW}
+        plain = {role: np.full_like(constants[role], int("mantissa" in role)) for role in _roles(constants)}
         upper = constants.get("upper")
         if upper is not None:
             plain["upper"] = np.full_like(upper, 2**31 - 1)
@@ -145,17 +147,16 @@ class Rescaled:
         at = _sample(acc, wanted)
         shifts, readings = space.rows(self.shifts), self._readings(space)
         upper = None if sums.upper is None else np.broadcast_to(sums.upper, sums.acc.shape).ravel()
-        narrow = self._is_narrow(sums.target)
+        narrow = self._narrow(sums)
         every = tuple(space.domains[f] for f in self.shifts)
         given = np.stack([np.array(d)[c] for d, c in zip(every, shifts.T, strict=True)], axis=1)
         for rows, mantissa, total in self._of_mantissas(space, sums, constants):
             m, t = (np.broadcast_to(v, sums.acc.shape).ravel().astype(np.int64) for v in (mantissa, total))
-            totals = np.unique(t)
+            totals, column = np.unique(2 * t + narrow, return_inverse=True)
             if (key := totals.tobytes()) not in by_totals:
-                by_totals[key] = _Shifts.of(self.shifts, shifts, given, totals, narrow)
+                by_totals[key] = _Shifts.of(self.shifts, shifts, given, *np.divmod(totals, 2))
             made = by_totals[key]
             yield None
-            column = np.searchsorted(totals, t)
             top = None if upper is None else upper[at]
             near = made.near(acc[at], m[at], column[at], wanted[at], self.lone.output.dtype, top)
             good = self._explaining(readings, made, _Along(acc, m, column, wanted, upper), near)
@@ -174,8 +175,11 @@ class Rescaled:
         """(joint values of the fields of a mantissa, mantissas, shifts in all), those together that are the same."""
         names = self.own(_MANTISSA)
         rows = space.rows(names)
-        key = digest_of([np.asarray(constants[role]) for role in ROW])
-        largest = 15 - int((np.asarray(constants["pre"]) + np.asarray(constants["post"])).min())  # exponent of a ratio
+        roles = _roles(constants)
+        key = digest_of([np.asarray(constants[role]) for role in roles]), self._signs(constants)
+        pairs = [(role, role.replace("post", "pre")) for role in roles if "post" in role]
+        shifts = [np.asarray(constants[post]) + np.asarray(constants[pre]) for post, pre in pairs]
+        largest = 15 - min(int(shift.min()) for shift in shifts)  # exponent of a ratio
         groups: dict[bytes, tuple[list[np.ndarray], np.ndarray, np.ndarray]] = {}
         for row in rows:
             values = {f: space.domains[f][i] for f, i in zip(names, row, strict=True)}
@@ -187,20 +191,34 @@ class Rescaled:
             if own not in self._lowered:
                 found = self._constants(sums.target.with_fields(values))
                 assert found is not None
-                m, t = np.asarray(found["mantissa"]), np.asarray(found["pre"]) + np.asarray(found["post"])
+                m, pre, post_ = self._along(found)
+                t = pre + post_
                 self._lowered[own] = m, t, digest_of([m, t])
             m, t, digest = self._lowered[own]
             groups.setdefault(digest, ([], m, t))[0].append(row)
         for same, m, t in groups.values():
             yield np.array(same), m, t
 
-    def _is_narrow(self, target: Target) -> bool:
-        """Whether the node has no pre-shift, whatever the march."""
-        if ("narrow",) not in self._lowered:
-            found = self._constants(target.with_fields(dict.fromkeys(_WIDEST, 0)))
-            assert found is not None
-            self._lowered["narrow",] = not np.asarray(found["pre"]).any() and bool(np.asarray(found["post"]).any())
-        return bool(self._lowered["narrow",])
+    def _narrow(self, sums: Sums) -> np.ndarray:
+        """[n] where the node has no pre-shift, whatever the march."""
+        found = self._constants(sums.target.with_fields(dict.fromkeys(_WIDEST, 0)))
+        assert found is not None
+        _, pre, post = self._along(found)
+        return np.broadcast_to((pre == 0) & (post != 0), sums.acc.shape).ravel()
+
+    def _signs(self, constants: Constants) -> bytes:
+        """What tells apart the operands by which rows lie along the result: those of PReLU."""
+        return self.question.operands.digest if _BELOW[0] in constants else b""
+
+    def _along(self, constants: Constants) -> list[np.ndarray]:
+        """Mantissa, pre and post as they lie along the result; of PReLU, that of the sign of its operand."""
+        rows = [np.asarray(constants[role], np.int64) for role in ROW]
+        if _BELOW[0] not in constants or self.lone.node is None:
+            return rows
+        last = getattr(self.lone.node.op, "channels_last", False)
+        below = channels_to_last(self.question.operands.arrays[0], last) < 0
+        others = [np.asarray(constants[role], np.int64) for role in _BELOW]
+        return [channels_back(np.where(below, b, a), last) for a, b in zip(rows, others, strict=True)]
 
     def _readings(self, space: Left) -> "list[_Reading]":
         """What evaluation can read of section 3, with the joint values for each."""
@@ -255,12 +273,15 @@ class _Shifts:
 
     @classmethod
     def of(
-        cls, names: tuple[str, ...], rows: np.ndarray, given: np.ndarray, totals: np.ndarray, narrow: bool
+        cls, names: tuple[str, ...], rows: np.ndarray, given: np.ndarray, totals: np.ndarray, narrow: np.ndarray
     ) -> "_Shifts":
-        """rows: [n, names] positions; given: the values of them; totals: distinct shifts in all, of some mantissas."""
+        """rows: [n, names] positions; given: the values of them; totals: distinct shifts in all, of some mantissas.
+
+        narrow: which of the totals have no pre-shift, as 0 and 1.
+        """
         limit = {name: given[:, i : i + 1] for i, name in enumerate(names)}
         after = next(limit[name] for name in names if name in _WIDEST)
-        pre = np.clip(totals - after, 0, limit["rescale.max_pre_shift"]) * (0 if narrow else 1)
+        pre = np.clip(totals - after, 0, limit["rescale.max_pre_shift"]) * (1 - narrow)
         post = np.clip(totals - pre, 0, limit["rescale.max_post_shift"])
         code = np.zeros(len(rows), np.int64)
         for column in (*pre.T, *post.T):
@@ -357,6 +378,11 @@ def _sample(acc: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.sort(order[np.linspace(0, len(order) - 1, _SAMPLE).astype(int)])
 
 
+def _roles(constants: Constants) -> tuple[str, ...]:
+    """Those of a row of constants; of PReLU, of both rows."""
+    return tuple(role for role in (*ROW, *_BELOW) if role in constants)
+
+
 def _in_acc(lone: Lone) -> Lone:
     return replace(lone, output=replace(lone.output, dtype="int32"))
 
@@ -393,7 +419,8 @@ def _is_sum(question: Question, march: Target, operands: Sequence[np.ndarray]) -
     lone = question.answers.lone
     try:
         constants = lone.constants(march)
-        if not set(ROW) <= set(constants) or any(role.endswith(("_mantissa", "_post")) for role in constants):
+        others = {role for role in constants if role.endswith(("_mantissa", "_post"))} - set(_BELOW)
+        if not set(ROW) <= set(constants) or others:
             return False
         found = Rescaled(question)
         sums = found._sums(march, constants)
@@ -402,7 +429,7 @@ def _is_sum(question: Question, march: Target, operands: Sequence[np.ndarray]) -
         return False
     if sums is None or sums.acc.shape != y.shape:
         return False
-    m, pre, post = (np.asarray(constants[role], np.int64) for role in ROW)
+    m, pre, post = found._along(constants)
     form = march.rescale
     average = "rescale.average_pre_rounding" in question.asks
     try:

@@ -3,21 +3,24 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from jquant.board.answers import Row
+from jquant.board.answers import Row, Solver
 from jquant.board.asking import Question
 from jquant.board.boxes import Boxes, Space, of_rows
 from jquant.board.networks import Given
 from jquant.board.probes import domains
 from jquant.board.rows import Rescaled, rescaled_of
-from jquant.board.sifting import Exclusion, exclusion_of
+from jquant.board.sifting import Exclusion, exclusion_of, over_left
 from jquant.targets import value_of
 from jquant.types import Target
 
 LISTED = 50_000  # joint values of one question that are tried one by one
+LISTED_RATHER = 200  # joint values of one that can be solved; more are solved together
+SOLVED = 5_000  # what a question costs that is solved, in joint values
 SUMMED = 20_000  # joint values of what a rescaled sum is made of
 LAST_ROUNDINGS = ("resize.rounding",)  # of fields that round a result once, after all else
 _TRIED = 128  # joint values that are tried to find the nearest one
@@ -38,28 +41,30 @@ class Searched:
 
     def put(self, question: Question) -> bool:
         """Leaves out the joint values that have an integer of the question wrong; False where they are too many."""
-        if (good := self._good(question)) is None or not self.worlds.can_keep(good):
-            self._left[id(question.answers)] = self.worlds.over(question.asks).count()
+        before, had = self.worlds.copy(), {f: self.worlds.values(f) for f in question.asks}
+        kept = None if (good := self._good(question)) is None else self.worlds.keep_boxes(good)
+        if kept is None:
+            self._left[id(question.answers)] = self.worlds.count(question.asks)
             return False
-        before, had = self.worlds.over(question.asks), {f: self.worlds.values(f) for f in question.asks}
-        if not self.worlds.keep(good):
+        if not kept:
             self.unexplained.append(question)
             return True
         self.answered.append(question)
         for name, values in had.items():
             for value in set(values) - set(self.worlds.values(name)):
-                row = self._row(question, _with(before, name, self.worlds.domains[name].index(value)))
+                row = self._row(question, before, name, value)
                 self.exclusions[name, value] = exclusion_of(question, value, self._wrong(question, row), row)
         return True
 
     def count(self, question: Question) -> float:
         """How much a question costs: joint values to list, infinity where they are too many."""
-        if (failed := self._left.get(id(question.answers))) and self.worlds.over(question.asks).count() > failed / 16:
+        if (failed := self._left.get(id(question.answers))) and self.worlds.count(question.asks) > failed / 16:
             return math.inf
-        solved = self._solver(question)
-        lone = question.answers.lone
+        if self._joint(question):
+            return SOLVED
+        solved, lone = self._solver(question), question.answers.lone
         listed = tuple(f for f in question.asks if not isinstance(lone, Given) or f not in lone.held)
-        many = self.worlds.over(solved.others if solved else listed).count()
+        many = self.worlds.count(solved.others if solved else listed)
         return math.inf if many > (SUMMED if solved else LISTED) else many * (100 if solved else 1)
 
     def values(self, field: str) -> tuple[Any, ...]:
@@ -89,16 +94,18 @@ class Searched:
 
     def _some(self, question: Question) -> list[Row]:
         """The joint values that are left which are nearest to the base, and others at random."""
-        boxes, rng = self.worlds.over(question.asks), np.random.default_rng(0)
-        rows = [self._row(question, boxes)]
-        for box in boxes.masks[rng.integers(len(boxes.masks), size=_TRIED)]:
-            positions = [int(rng.choice([i for i in range(64) if int(mask) >> i & 1])) for mask in box]
-            rows.append(tuple(self.worlds.domains[f][i] for f, i in zip(question.asks, positions, strict=True)))
-        return list(dict.fromkeys(rows))
+        domains = [self.worlds.domains[f] for f in question.asks]
+        some = self.worlds.some(question.asks, _TRIED)
+        rows = [tuple(d[i] for d, i in zip(domains, row, strict=True)) for row in some]
+        return list(dict.fromkeys([self._row(question, self.worlds), *rows]))
 
     def _good(self, question: Question) -> Boxes | None:
         if solved := self._solver(question):
             return solved.good(self.worlds)
+        if solver := self._joint(question):
+            over = partial(over_left, self.worlds)
+            found = solver.good(question.operands.arrays, question.wanted, self._values_left(question), over)
+            return found.moved([self.worlds.positions(f) for f in found.fields])
         if isinstance(lone := question.answers.lone, Given):
             return self._good_where_held(question, lone.held)
         return self._listed(question, question.asks)
@@ -127,7 +134,7 @@ class Searched:
         """The joint values of some fields of the question that make the board's integers, tried one by one."""
         given, domains = held or {}, self.worlds.domains
         values = [(given[f],) if f in given else domains[f] for f in question.asks]
-        some = self.worlds.over(free).rows()
+        some = self.worlds.rows(free)
         whole = np.zeros((len(some), len(values)), np.int64)
         whole[:, [question.asks.index(f) for f in free]] = some
         near = self._near(question, whole, values)
@@ -157,11 +164,19 @@ class Searched:
     def _solver(question: Question) -> Rescaled | None:
         return None if isinstance(question.answers.lone, Given) else rescaled_of(question)
 
-    def _row(self, question: Question, boxes: Boxes) -> Row:
-        """The joint values in some boxes that are nearest to the base."""
-        part = Space({f: self.worlds.domains[f] for f in question.asks})
-        part.keep(boxes)
-        found = part.nearest({f: value_of(self.base, f) for f in question.asks})
+    def _joint(self, question: Question) -> Solver | None:
+        """What solves a table, a grid or averages of regions, where it is within reach; few values are listed."""
+        if isinstance(question.answers.lone, Given) or self.worlds.count(question.asks) <= LISTED_RATHER:
+            return None
+        solver = question.answers.solver
+        return solver if solver and solver.is_within(self._values_left(question), self.worlds.count) else None
+
+    def _values_left(self, question: Question) -> dict[str, tuple[Any, ...]]:
+        return {f: self.worlds.values(f) for f in question.asks}
+
+    def _row(self, question: Question, worlds: Space, field: str = "", value: Any = None) -> Row:
+        """The joint values that are left which are nearest to the base; with a value of a field."""
+        found = worlds.nearest({f: value_of(self.base, f) for f in question.asks}, field, value)
         return tuple(found[f] for f in question.asks)
 
     @staticmethod
@@ -170,14 +185,6 @@ class Searched:
         if found is None or found.shape != question.wanted.shape:
             return math.inf
         return int(np.count_nonzero(found != question.wanted))
-
-
-def _with(boxes: Boxes, name: str, position: int) -> Boxes:
-    """The part of some boxes in which a field has a value."""
-    column, bit = boxes.fields.index(name), np.uint64(1 << position)
-    masks = boxes.masks[(boxes.masks[:, column] & bit) != 0].copy()
-    masks[:, column] = bit
-    return Boxes(boxes.fields, masks)
 
 
 def search(questions: Sequence[Question], base: Target, held: Sequence[str] = ()) -> Searched:

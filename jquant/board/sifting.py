@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from jquant.board.answers import Row
 from jquant.board.asking import Question
-from jquant.board.boxes import Boxes
+from jquant.board.boxes import Boxes, Space
 from jquant.board.rows import rescaled_of
 from jquant.board.worlds import Worlds
 from jquant.targets import fields
@@ -18,7 +19,6 @@ LIMIT = 40_000  # worlds of one question; more are left to other dumps, which ma
 LISTED = 200  # worlds of a question that can be solved; more are solved together
 SOLVED = 5_000  # what a question costs that is solved, in worlds
 SUMMED = 20_000  # joint values of what a rescaled sum is made of
-MOST_LEFT = 400_000  # joint values that are left of the fields that a solved question tells something of
 SAMPLED = 500  # worlds that are tried to find the nearest of more than LIMIT
 
 # Where a field has a value, others read nothing. Each of its values is tried by itself, without them.
@@ -56,7 +56,7 @@ class Sifted:
     `late`         those of them that too many worlds explain, with the worlds that they were put to
     """
 
-    worlds: Worlds
+    worlds: Worlds | Space
     given: Mapping[str, Any] = field(default_factory=dict)
     exclusions: dict[tuple[str, Any], Exclusion] = field(default_factory=dict)
     answered: list[Question] = field(default_factory=list)
@@ -64,6 +64,16 @@ class Sifted:
     postponed: list[Question] = field(default_factory=list)
     late: dict[Question, int] = field(default_factory=dict)
     _counts: dict[Question, tuple[int, float]] = field(default_factory=dict)
+
+    @property
+    def is_boxed(self) -> bool:
+        return isinstance(self.worlds, Space)
+
+    def box(self) -> None:
+        """Keeps the worlds as boxes from here on, so that questions which leave too many to be listed are put too."""
+        if isinstance(self.worlds, Worlds):
+            self.worlds = self.worlds.boxed()
+            self.late, self._counts = {}, {}
 
     def put(self, question: Question) -> None:
         """Leaves out the worlds that have an integer of the question wrong."""
@@ -73,26 +83,25 @@ class Sifted:
             self._put_solved(question, free, before)
             return
         tried = Tried(question, self, exact=False)
-        if not self.worlds.keep(free, tried):
-            self.unexplained.append(question)
+        explains = self.worlds.keep(free, tried)
+        if explains is None and not self.is_boxed:
+            self.box()
+            explains = self.worlds.keep(free, tried)
+        if not self._noted(question, free, explains):
             return
-        self.answered.append(question)
         for name, values in before.items():
             for value in set(values) - set(self.worlds.values(name)):
                 self.exclusions[name, value] = exclusion_of(question, value, *tried.nearest(name, value))
 
     def _put_solved(self, question: Question, free: tuple[str, ...], before: Mapping[str, tuple[Any, ...]]) -> None:
         """The same for one that is solved. Of an excluded value one world near to those that are left is tried."""
-        worlds = self.worlds.copy()
-        if (explains := self._keep(self.worlds, question, free)) is None:
-            self.late[question] = self.worlds.count(free)
-            self._counts.pop(question, None)
+        worlds, good = self.worlds.copy(), self._solved(question)
+        explains = _keep(self.worlds, free, good)
+        if explains is None and good is not None and not self.is_boxed:
+            self.box()
+            explains = _keep(self.worlds, free, good)
+        if not self._noted(question, free, explains):
             return
-        self.late.pop(question, None)
-        if not explains:
-            self.unexplained.append(question)
-            return
-        self.answered.append(question)
         near = self.worlds.nearest({})
         for name, values in before.items():
             for value in set(values) - set(self.worlds.values(name)):
@@ -106,10 +115,10 @@ class Sifted:
         if self.worlds.count(self.free(question)) <= LISTED:
             return False
         if solver is None:
-            return self._is_boxed(question)
+            return self._is_sum(question)
         return solver.is_within(self._left(question), self.worlds.count)
 
-    def _is_boxed(self, question: Question) -> bool:
+    def _is_sum(self, question: Question) -> bool:
         """Whether it is a rescaled sum, with few enough joint values of what the sum is made of."""
         solved, free = rescaled_of(question), self.free(question)
         return solved is not None and self.worlds.count([f for f in solved.others if f in free]) <= SUMMED
@@ -118,39 +127,29 @@ class Sifted:
         free = self.free(question)
         return {f: self.worlds.values(f) if f in free else (self.fixed(f),) for f in question.asks}
 
-    def _over(self, names: Sequence[str]) -> np.ndarray:
-        """The joint values that are left of some fields, as positions among those that each has left."""
-        return self._in_left(names, self.worlds.over(names)) if names else np.zeros((1, 0), np.int64)
+    def _noted(self, question: Question, free: tuple[str, ...], explains: bool | None) -> bool:
+        """Notes what has become of a question; whether it is answered, and neither unexplained nor late."""
+        self.late.pop(question, None)
+        if explains:
+            self.answered.append(question)
+        elif explains is None:
+            self.late[question] = self.worlds.count(free)
+            self._counts.pop(question, None)
+        else:
+            self.unexplained.append(question)
+        return bool(explains)
 
-    def _in_left(self, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
-        columns = [np.searchsorted(self.worlds.positions(f), column) for f, column in zip(names, rows.T, strict=True)]
-        return np.stack(columns, axis=1)
-
-    def _keep(self, worlds: Worlds, question: Question, free: tuple[str, ...]) -> bool | None:
-        """Leaves the worlds that explain a question which is solved; None where they are too many."""
-        good = self._solved(question)
-        if good is None:
-            return None
-        if isinstance(good, Boxes):
-            return worlds.keep_boxes(free, good.project(free).masks, MOST_LEFT)
-        return worlds.keep_rows(free, good)
-
-    def _solved(self, question: Question) -> np.ndarray | Boxes | None:
-        """The joint values of its free fields that explain a question, as positions; None: they are too many."""
+    def _solved(self, question: Question) -> Boxes | None:
+        """The joint values that explain a question; None: they are too many."""
         solver, free = question.answers.solver, self.free(question)
         if solver is None:
             solved = rescaled_of(question)
             assert solved is not None
-            return solved.good(
-                _Listed(self.worlds, free, dict(zip(question.asks, self._domains(question), strict=True)))
-            )
-        rows = solver.good(question.operands.arrays, question.wanted, self._left(question), self._over)
-        if rows is None:
-            return None
-        if isinstance(rows, Boxes):
-            return rows.project(free).moved([self.worlds.positions(f) for f in free])
-        columns = [self.worlds.positions(f)[rows[:, question.asks.index(f)]] for f in free]
-        return np.stack(columns, axis=1)
+            domains = dict(zip(question.asks, self._domains(question), strict=True))
+            return solved.good(_Listed(self.worlds, free, domains))
+        over = partial(over_left, self.worlds)
+        good = solver.good(question.operands.arrays, question.wanted, self._left(question), over)
+        return good.project(free).moved([self.worlds.positions(f) for f in free])
 
     def _domains(self, question: Question) -> list[tuple[Any, ...]]:
         """The values of each field of a question, the one value of those that are not free."""
@@ -175,7 +174,7 @@ class Sifted:
     def explains(self, question: Question) -> bool:
         """Whether a world that is left explains a question."""
         if self.is_solved(question):
-            return bool(self._keep(self.worlds.copy(), question, self.free(question)))
+            return bool(_keep(self.worlds.copy(), self.free(question), self._solved(question)))
         return self.fewest(question) == 0
 
     def fewest(self, question: Question) -> float:
@@ -194,7 +193,7 @@ class Sifted:
     def _tried(self, question: Question) -> "Tried":
         tried, free = Tried(question, self), self.free(question)
         many = self.worlds.count(free) > LIMIT
-        tried(self.worlds.some(free, SAMPLED) if many else self.worlds.over(free))
+        tried(self.worlds.some(free, SAMPLED) if many else self.worlds.rows(free))
         return tried
 
     def free(self, question: Question) -> tuple[str, ...]:
@@ -219,19 +218,32 @@ class Sifted:
             return math.inf
         if not self.is_solved(question):
             return count
-        return SOLVED if question.answers.solver else min(count, count**0.5 * 10)
+        return SOLVED if question.answers.solver else min(count**0.5 * 10, count, LIMIT if self.is_boxed else math.inf)
+
+
+def _keep(worlds: Worlds | Space, free: Sequence[str], good: Boxes | None) -> bool | None:
+    """Leaves the worlds that explain a question which is solved; None where they are too many."""
+    return None if good is None else worlds.keep_boxes(good.project(free))
+
+
+def over_left(worlds: Worlds | Space, names: Sequence[str]) -> np.ndarray:
+    """The joint values that are left of some fields, as positions among those that each has left."""
+    if not names:
+        return np.zeros((1, 0), np.int64)
+    columns = zip(names, worlds.rows(names).T, strict=True)
+    return np.stack([np.searchsorted(worlds.positions(f), column) for f, column in columns], axis=1)
 
 
 class _Listed:
     """What is left of the fields of a question, as `Rescaled` asks for it; of those that are not free, one value."""
 
-    def __init__(self, worlds: Worlds, free: Sequence[str], domains: Mapping[str, tuple[Any, ...]]) -> None:
+    def __init__(self, worlds: Worlds | Space, free: Sequence[str], domains: Mapping[str, tuple[Any, ...]]) -> None:
         self.domains, self._worlds, self._free = domains, worlds, free
 
     def rows(self, fields: Sequence[str]) -> np.ndarray:
         """The distinct joint values of some fields, as positions."""
         free = [f for f in fields if f in self._free]
-        some = self._worlds.over(free) if free else np.zeros((1, 0), np.int64)
+        some = self._worlds.rows(free) if free else np.zeros((1, 0), np.int64)
         found = np.zeros((len(some), len(fields)), np.int64)
         found[:, [fields.index(f) for f in free]] = some
         return found
@@ -291,7 +303,10 @@ def sift(
         counts = [result.count(question) for question in pending]
         at = min(range(len(pending)), key=counts.__getitem__)
         if counts[at] > LIMIT:
-            break
+            if result.is_boxed:
+                break
+            result.box()
+            continue
         result.put(question := pending.pop(at))
         if question in result.late:
             pending.append(question)  # once more, when other dumps have left fewer worlds

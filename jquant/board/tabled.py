@@ -5,13 +5,14 @@ line and the entries of one table; and the first integers of a segment leave few
 made by the function that lowering makes them with; the rest is the arithmetic of the reference, for many lines at once.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jquant.board.boxes import Boxes, of_rows
 from jquant.board.lone import Constants, Lone
 from jquant.board.neutral import NEUTRAL
 from jquant.board.roundings import ORDER, rounded_all
@@ -26,12 +27,13 @@ _INNER = ("tables.index_rounding", "tables.entry_rounding", "tables.interpolatio
 _OUTER = ("tables.line_rounding", "tables.outer")
 _LAID = ("tables.count", "tables.angle_rounding", "tables.entries", "tables.fraction_bits")
 READ = (*_LAID, *_LINE, *_INNER, *_OUTER)
-MOST_ROWS = 400_000  # joint values that explain a question; more are left to other dumps
-MOST_LINES = 2_000_000
+MOST_LINES = 20_000_000  # of all tables, for the joint values that are left
+_LINES_AT_ONCE = 1_000_000
 _CHUNKS = (4, 12, 48)  # integers of a segment that lines are tried on, before all of them
 _KEPT = 8  # sets of lines
 
 Values = Mapping[str, tuple[Any, ...]]
+Over = Callable[[Sequence[str]], np.ndarray]  # the joint values that are left of some fields, as positions
 
 
 def is_tabled(lone: Lone, asks: Sequence[str]) -> bool:
@@ -47,7 +49,7 @@ class Lines(NamedTuple):
     """The lines of a table for all values of `_LINE`, flattened to C; int64 (alpha, beta, l, r).
 
     `outer`  [2, C, 4]: left and right
-    `inner`  [E and F, N, C, 4]
+    `inner`  [E and F, N, C, 4], of some numbers of entries and fraction bits
     `valid`  [E and F, C]: whether the last index is below the largest coefficient
     """
 
@@ -77,62 +79,80 @@ class Tabled:
     _lines_of: dict[tuple[Any, ...], Lines] = field(default_factory=dict)
 
     def good(
-        self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]], over: Any = None
-    ) -> np.ndarray | None:
-        """The joint values that make `wanted`, [n, asks] positions in `left`; None: they are too many.
+        self, operands: Sequence[np.ndarray], wanted: np.ndarray, left: Mapping[str, Sequence[Any]], over: Over
+    ) -> Boxes:
+        """The joint values that make `wanted`, as boxes of positions in `left`.
 
         Args:
           left: for each field that is asked, the values that are tried.
+          over: joint positions in `left` of fields that have several.
         """
         values = {f: tuple(left[f]) if f in self.asks else (value_of(NEUTRAL, f),) for f in READ}
-        found = [np.zeros((0, len(READ)), np.int64)]
-        for laid, good in self._explaining(operands[0].ravel(), wanted.ravel(), values):
-            inner = np.argwhere(good)
-            found.append(np.concatenate([np.tile(laid, (len(inner), 1)), inner], axis=1))
-            if sum(map(len, found)) > MOST_ROWS:
-                return None
-        return np.concatenate(found)[:, [READ.index(f) for f in self.asks]]
+        found, made = [np.zeros((0, len(READ)), np.uint64)], _Made([len(values[f]) for f in _LINE])
+        allowed = self._allowed(values, over)
+        for laid, good, ends in self._explaining(operands[0].ravel(), wanted.ravel(), values, allowed):
+            own = np.uint64(1) << np.array(laid, np.uint64)
+            for masks in made.boxes(good, ends):
+                found.append(np.concatenate([np.tile(own, (len(masks), 1)), masks], axis=1))
+        return Boxes(READ, np.concatenate(found)).project(self.asks).merged()
 
-    def is_within(self, left: Mapping[str, Sequence[Any]], count: Any = None) -> bool:
-        """Whether the lines of so many values can be kept."""
-        count = max(left["tables.count"]) if "tables.count" in self.asks else 6
-        return count * prod(len(left[f]) for f in (*_LAID[2:], *_LINE) if f in self.asks) <= MOST_LINES
+    def is_within(self, left: Mapping[str, Sequence[Any]], count: Callable[[Sequence[str]], int]) -> bool:
+        """Whether so many lines can be tried."""
+        tables = sum(left["tables.count"]) if "tables.count" in self.asks else 6
+        return tables * count([f for f in (*_LAID[2:], *_LINE) if f in self.asks and len(left[f]) > 1]) <= MOST_LINES
+
+    def _allowed(self, values: Values, over: Over) -> np.ndarray:
+        """[E and F, C] bool: the joint values that are left of what lines are made of."""
+        names = (*_LAID[2:], *_LINE)
+        free = [f for f in names if len(values[f]) > 1]
+        rows = np.zeros((len(some := over(free)), len(names)), np.int64)
+        rows[:, [names.index(f) for f in free]] = some
+        found = np.zeros([len(values[f]) for f in names], bool)
+        found[tuple(rows.T)] = True
+        return found.reshape(found.shape[0] * found.shape[1], -1)
 
     def _explaining(
-        self, x: np.ndarray, wanted: np.ndarray, values: Values
-    ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        """Positions of the fields of `_LAID`, and which joint values of the others, an axis each, explain the dump."""
+        self, x: np.ndarray, wanted: np.ndarray, values: Values, allowed: np.ndarray
+    ) -> Iterator[tuple[tuple[int, ...], np.ndarray, np.ndarray]]:
+        """Positions of the fields of `_LAID`, and which joint values of the others explain the dump, as `_joint`."""
         entries, bits = values["tables.entries"], values["tables.fraction_bits"]
+        pairs, which = list(np.ndindex(len(entries), len(bits))), np.flatnonzero(allowed.any(1))
         for i, count in enumerate(values["tables.count"]):
             some = self._made(count, entries[0], values["tables.entry_rounding"][0])
             if some is None:
                 continue
-            lines = self._lines(count, some, values)
-            for j, rounding in enumerate(values["tables.angle_rounding"]):
-                segments = _segments(x, wanted, some, rounding)
-                outer = self._outer(segments, lines, values)
-                for p, (k, m) in enumerate(np.ndindex(len(entries), len(bits))):
-                    made = [self._made(count, entries[k], v) for v in values["tables.entry_rounding"]]
-                    tables = np.stack([np.asarray(c["entries"], np.int64) for c in made if c is not None])
-                    good = self._joint(segments, lines, p, tables, bits[m], outer, values)
-                    if good is not None:
-                        yield (i, j, k, m), good
+            at_once = max(_LINES_AT_ONCE // (count * allowed.shape[1]), 1)
+            for start in range(0, len(which), at_once):
+                own = which[start : start + at_once]
+                lines = self._lines(count, some, values, own)
+                for j, rounding in enumerate(values["tables.angle_rounding"]):
+                    segments = _segments(x, wanted, some, rounding)
+                    outer = self._outer(segments, lines, values)
+                    for p, (k, m) in enumerate(pairs[o] for o in own):
+                        made = [self._made(count, entries[k], v) for v in values["tables.entry_rounding"]]
+                        tables = np.stack([np.asarray(c["entries"], np.int64) for c in made if c is not None])
+                        valid = lines.valid[p] & allowed[own[p]]
+                        joint = self._joint(segments, lines.inner[p], valid, tables, bits[m], outer, values)
+                        if joint is not None:
+                            yield (i, j, k, m), *joint
 
     def _joint(
         self,
         segments: Mapping[int, Places],
-        lines: Lines,
-        p: int,
+        lines: np.ndarray,
+        valid: np.ndarray,
         tables: np.ndarray,
         bits: int,
         outer: np.ndarray,
         values: Values,
-    ) -> np.ndarray | None:
-        """[*_LINE, *_INNER, *_OUTER] bool for one number of entries and fraction bits; None where nothing explains.
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """What explains integers between the boundaries, [C, *_INNER] bool, and beyond, [C, entry roundings, *_OUTER].
 
-        tables: [entry roundings, N, E]; outer: [C, line roundings], of the lines.
+        For one number of entries and fraction bits; None where nothing explains all.
+
+        lines: [N, C, 4]; valid: [C]; tables: [entry roundings, N, E]; outer: [C, line roundings], of the lines.
         """
-        ends = self._ends(segments, tables, outer, values) & lines.valid[p][:, None, None, None]
+        ends = self._ends(segments, tables, outer, values) & valid[:, None, None, None]
         sizes = [len(values[f]) for f in _INNER]
         good = np.broadcast_to(ends.any((2, 3))[:, None, :, None], (len(ends), *sizes)).copy()
         for s in sorted(segments, key=lambda s: -len(segments[s].x)):
@@ -140,12 +160,9 @@ class Tabled:
                 some = good.any((1, 2, 3))
                 if not some.any():
                     return None
-                own, which = _distinct(lines.inner[p, s - 1, some])
+                own, which = _distinct(lines[s - 1, some])
                 good[some] &= self._inner(segments[s], own, tables[:, s - 1], bits, values)[which]
-        if not good.any():
-            return None
-        whole = good[..., None, None] & ends[:, None, :, None]
-        return whole.reshape(*(len(values[f]) for f in (*_LINE, *_INNER, *_OUTER)))
+        return (good, ends) if good.any() else None
 
     def _ends(
         self, segments: Mapping[int, Places], tables: np.ndarray, outer: np.ndarray, values: Values
@@ -222,20 +239,21 @@ class Tabled:
                 self._constants[key] = None
         return self._constants[key]
 
-    def _lines(self, count: int, some: Constants, values: Values) -> Lines:
-        key = count, *(values[f] for f in ("tables.entries", "tables.fraction_bits", *_LINE))
+    def _lines(self, count: int, some: Constants, values: Values, pairs: np.ndarray) -> Lines:
+        """pairs: which of all entries and fraction bits."""
+        key = count, pairs.tobytes(), *(values[f] for f in ("tables.entries", "tables.fraction_bits", *_LINE))
         if key not in self._lines_of:
             if len(self._lines_of) > _KEPT:
                 self._lines_of.clear()
-            self._lines_of[key] = self._lines_made(count, some, values)
+            self._lines_of[key] = self._lines_made(count, some, values, pairs)
         return self._lines_of[key]
 
-    def _lines_made(self, count: int, some: Constants, values: Values) -> Lines:
+    def _lines_made(self, count: int, some: Constants, values: Values, pairs: np.ndarray) -> Lines:
         assert self.lone.node is not None
         form = NEUTRAL.with_fields({"tables.count": count}).tables
         x_scale, y_scale = (np.asarray(v.scale, np.float32) for v in (self.lone.inputs[0], self.lone.output))
         ends, heights, anchor = segment_lines(self.lone.node.op, x_scale, y_scale, form, np.asarray(some["boundaries"]))
-        last = np.array([(e - 1) << b for e in values["tables.entries"] for b in values["tables.fraction_bits"]])
+        last = np.array([(e - 1) << b for e in values["tables.entries"] for b in values["tables.fraction_bits"]])[pairs]
         n = len(ends) - 2
         inner = np.zeros((len(last), n, 2), np.int32)
         inner[..., 1] = last[:, None]
@@ -259,6 +277,43 @@ class Tabled:
         return np.stack([*(np.take_along_axis(v, best, 1) for v in (alpha, beta, left)), best], axis=-1).astype(
             np.int64
         )
+
+
+class _Made:
+    """What explains a dump as boxes. Lines that go with the same values of the other fields are together."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._positions = np.stack(np.unravel_index(np.arange(prod(sizes)), sizes), axis=1)
+        self._boxed: dict[tuple[tuple[str, ...], bytes], np.ndarray] = {}
+
+    def boxes(self, good: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
+        """Masks of (*_LINE, *_INNER, *_OUTER) for good [C, *_INNER] and ends [C, entry roundings, *_OUTER]."""
+        for e in range(good.shape[2]):
+            inner, outer = good[:, :, e], ends[:, e]
+            some = np.flatnonzero(inner.any((1, 2)) & outer.any((1, 2)))
+            if not len(some):
+                continue
+            whole = np.concatenate([inner[some].reshape(len(some), -1), outer[some].reshape(len(some), -1)], axis=1)
+            _, which = np.unique(np.packbits(whole, axis=1), axis=0, return_inverse=True)
+            entry = np.array([[1 << e]], np.uint64)
+            for i in range(which.max() + 1):
+                lines = some[which.ravel() == i]
+                first = lines[0]
+                between, beyond = np.argwhere(inner[first]), np.argwhere(outer[first])
+                parts = [
+                    self._of(_LINE, self._positions[lines]),
+                    self._of((_INNER[0], _INNER[2]), between),
+                    self._of(_OUTER, beyond),
+                ]
+                a, b, c = np.indices([len(part) for part in parts]).reshape(3, -1)
+                line, (index, last), end = parts[0][a], parts[1][b].T, parts[2][c]
+                made = [line, index[:, None], np.tile(entry, (len(a), 1)), last[:, None], end]
+                yield np.concatenate(made, axis=1)
+
+    def _of(self, fields: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        if (key := (tuple(fields), rows.tobytes())) not in self._boxed:
+            self._boxed[key] = of_rows(fields, rows).masks
+        return self._boxed[key]
 
 
 def _segments(x: np.ndarray, wanted: np.ndarray, some: Constants, angle_rounding: str) -> dict[int, Places]:

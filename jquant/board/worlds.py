@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jquant.board.boxes import Boxes
+from jquant.board.boxes import Boxes, Space, of_rows, telling
 from jquant.board.positions import code, distinct
+
+MOST_LEFT = 400_000  # joint values that are left of the fields that boxes tell something of
+MOST_TIED = 1_000_000  # rows of a table
 
 
 class Table(NamedTuple):
@@ -84,19 +87,19 @@ class Worlds:
         """How many joint values the fields have."""
         return prod(self._size(table, fields) for table in self._tables if set(table.fields) & set(fields))
 
-    def over(self, fields: Sequence[str]) -> np.ndarray:
+    def rows(self, fields: Sequence[str]) -> np.ndarray:
         """The joint values of the fields, [n, fields] positions in their order."""
         joined = joint(self._projected(fields))
         return joined.rows[:, [joined.fields.index(field) for field in fields]]
 
     def some(self, fields: Sequence[str], count: int) -> np.ndarray:
-        """Some joint values of the fields at random, as `over` gives all of them."""
+        """Some joint values of the fields at random, as `rows` gives all of them."""
         rng, parts = np.random.default_rng(0), self._projected(fields)
         rows = np.concatenate([t.rows[rng.integers(len(t.rows), size=count)] for t in parts], axis=1)
         names = [f for t in parts for f in t.fields]
         return rows[:, [names.index(field) for field in fields]]
 
-    def keep(self, fields: Sequence[str], explains: Callable[[np.ndarray], np.ndarray]) -> bool:
+    def keep(self, fields: Sequence[str], explains: Callable[[np.ndarray], np.ndarray]) -> bool | None:
         """Leaves out the worlds that do not explain something which depends on `fields` alone.
 
         Args:
@@ -104,54 +107,39 @@ class Worlds:
           explains: [n, fields] positions to bool [n].
 
         Returns:
-          False where no world does: then all of them stay.
+          False where no world does, and None where those that do are too many to be listed: then all of them stay.
         """
-        rows = self.over(fields)
+        rows = self.rows(fields)
         good = explains(rows)
-        if not good.any():
-            return False
-        if not good.all():
-            touched = [table for table in self._tables if set(table.fields) & set(fields)]
-            whole = joint(touched)
-            codes = self._codes(whole.rows[:, [whole.fields.index(f) for f in fields]], fields)
-            left = whole.rows[np.isin(codes, self._codes(rows[good], fields))]
-            self._replace(Table(whole.fields, left))
-        return True
+        return True if good.all() else self.keep_rows(fields, rows[good])
 
-    def keep_rows(self, fields: Sequence[str], good: np.ndarray) -> bool:
-        """Leaves the worlds whose values of `fields` are among `good`, [n, fields] positions; False where none is."""
-        kept = Table(tuple(fields), good)
-        touched = [table for table in self._tables if set(table.fields) & set(fields)]
-        for table in touched:
-            kept = self._joined(kept, table)
+    def keep_rows(self, fields: Sequence[str], good: np.ndarray) -> bool | None:
+        """Leaves the worlds whose values of `fields` are among `good`, [n, fields] positions; as `keep`."""
+        kept: Table | None = Table(tuple(fields), good)
+        for table in [table for table in self._tables if set(table.fields) & set(fields)]:
+            kept = kept and self._joined(kept, table)
+        if kept is None:
+            return None
         if not len(kept.rows):
             return False
         self._replace(kept)
         return True
 
-    def keep_boxes(self, fields: Sequence[str], masks: np.ndarray, most: int) -> bool | None:
-        """Leaves the worlds whose values of `fields` are in a box, as `keep_rows`; None where they are too many.
+    def keep_boxes(self, good: Boxes, most: int = MOST_LEFT) -> bool | None:
+        """Leaves the worlds whose values of some fields are in a box, as `keep_rows`; None where they are too many.
 
         Args:
-          masks: [n, fields] uint64, as those of `Boxes`.
           most: how many joint values of the fields that the boxes say something of can be listed.
         """
-        names, masks = self._telling(fields, masks)
-        if not names or not len(masks):
-            return bool(len(masks))
-        rows = self._within(names, masks, most)
-        return None if rows is None else len(rows) > 0 and self.keep_rows(names, rows)
+        good = telling(good, {field: int(self._mask(field)) for field in good.fields})
+        if not good.fields or not len(good.masks):
+            return bool(len(good.masks))
+        rows = self._within(good.fields, good.masks, most)
+        return None if rows is None else self.keep_rows(good.fields, rows)
 
-    def _telling(self, fields: Sequence[str], masks: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-        """The boxes as far as they leave something out: without the fields of which each has all that is left."""
-        left = np.array([self._mask(field) for field in fields], np.uint64)
-        masks = masks & left
-        boxes = Boxes(tuple(fields), masks[(masks != 0).all(1)]).merged()
-        while True:
-            tells = [f for f in boxes.fields if (boxes.project([f]).masks != self._mask(f)).any()]
-            if len(tells) == len(boxes.fields) or not len(boxes.masks):
-                return boxes.fields, boxes.masks
-            boxes = boxes.project(tells).merged()
+    def boxed(self) -> Space:
+        """The same worlds as boxes."""
+        return Space(self.domains, [of_rows(table.fields, table.rows) for table in self._tables])
 
     def _mask(self, field: str) -> np.uint64:
         return np.uint64(np.bitwise_or.reduce(np.uint64(1) << self.positions(field).astype(np.uint64)))
@@ -182,13 +170,15 @@ class Worlds:
         stamp = max(self._changed.values()) + 1
         self._changed |= dict.fromkeys(table.fields, stamp)
 
-    def _joined(self, a: Table, b: Table) -> Table:
+    def _joined(self, a: Table, b: Table) -> Table | None:
         """Every row of one with each row of the other that has the same values of the fields which both have."""
         shared = [f for f in a.fields if f in b.fields]
         of_a, of_b = (self._codes(t.rows[:, [t.fields.index(f) for f in shared]], shared) for t in (a, b))
         order = np.argsort(of_b, kind="stable")
         first, last = (np.searchsorted(of_b[order], of_a, side=side) for side in ("left", "right"))
         count = last - first
+        if count.sum() > MOST_TIED:
+            return None
         at = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
         further = [f for f in b.fields if f not in shared]
         more = b.rows[order[at]][:, [b.fields.index(f) for f in further]]

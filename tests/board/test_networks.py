@@ -1,5 +1,6 @@
 """Networks of one's own, fitted to boards that the reference plays: each node on the board's operands."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import jquant as jq
 from jquant import ops
 from jquant.board.fitting import Fit
 from jquant.cli import app
+from jquant.cli.state import State, save_state
 
 NASH = jq.targets.NASH_E
 _CONV = ops.Conv(strides=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1))
@@ -38,7 +40,7 @@ BOARD = NASH.with_fields(
 )
 
 
-def network() -> jq.types.Model:
+def state() -> State:
     """A convolution, another with a residual addition, an int16 table, an average pool and a resize."""
     rng = np.random.default_rng(0)
     shapes = {"first": (3, 2, 3, 3), "second": (3, 3, 3, 3)}
@@ -58,8 +60,8 @@ def network() -> jq.types.Model:
     graph = jq.Graph((jq.Input("x", (None, 2, 6, 8)),), nodes, ("up", "table"))
     wide = jq.Policy(output=jq.int16())
     config = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8()), "sum": wide, "table": wide})
-    model = jq.prepare(graph, params, config, target=NASH, high_precision_outputs=False)
-    return jq.calibrate(model, [jnp.asarray(picture())])
+    model = jq.calibrate(jq.prepare(graph, params, config, target=NASH), [jnp.asarray(picture())])
+    return State(graph, params, config, NASH, model.qparams)
 
 
 def picture() -> np.ndarray:
@@ -82,7 +84,8 @@ def assert_right(found: Fit, march: jq.Target) -> None:
     assert found.suspects == ()
 
 
-MODEL = network()
+STATE = state()
+MODEL = STATE.calibrated()
 DUMPS = played(MODEL, BOARD)
 
 
@@ -201,6 +204,51 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, [str(a) for a in arguments])
     assert found.exit_code == 0, found.output
     assert jq.targets.load(tmp_path / "mine.toml").resize.rounding == "half_even"
+
+
+def test_what_is_too_many_together_is_said_on_the_command_line(tmp_path: Path) -> None:
+    """A model as `jquant calibrate` writes it: a fused addend, and an int16 table that places its own boundaries."""
+    save_state(tmp_path / "net.jqs", STATE)
+    (tmp_path / "dumps").mkdir()
+    for name in ("first", "second", "table"):
+        np.save(tmp_path / "dumps" / f"{name}.npy", DUMPS[name].astype(np.int16))
+    jq.targets.dump(BOARD, tmp_path / "base.toml")
+
+    files = [str(tmp_path / name) for name in ("net.jqs", "dumps", "base.toml", "fit.json", "mine.toml")]
+    net, dumps, base, report, output = files
+    options = ["--base", base, "--held", "rescale.*", "--report", report, "-o", output]
+    made = CliRunner().invoke(app, ["board", "fit", net, dumps, *options])
+    assert made.exit_code == 0, made.output
+    text, fields = made.output, json.loads(Path(report).read_text())["fields"]
+    for field, of in fields.items():
+        true = jq.targets.value_of(BOARD, field)
+        assert true in of["values"] or of["state"] == "not asked", field
+    assert fields["tables.entries"]["probes"] == ["table"]
+    assert fields["addend.multiplier_bits"]["probes"] == ["second"]
+    assert "too many values together in table; the probe table_segments would tell" in text
+    assert "too many values together in second; the probe addend_multipliers would tell" in text
+
+
+def test_a_table_between_given_boundaries_is_solved() -> None:
+    """Of a network too: its fields are tried together."""
+    table = ops.TableOptions(placement=(-4.0, -2.5, -1.0, 0.5, 2.0, 3.0, 4.0), symmetric=False)
+    graph = jq.Graph((jq.Input("x", (None, 4096)),), (jq.Node("y", ops.Tanh(table=table), ("x",)),), ("y",))
+    scales = {"x": 2.0**-12, "y": 2.0**-15}
+    config = jq.QConfig({name: jq.Policy(output=jq.int16(scale=scale)) for name, scale in scales.items()})
+    model = jq.prepare(graph, {}, config, target=NASH)
+    march = NASH.with_fields({"tables.entries": 32, "tables.fraction_bits": 6, "tables.index_rounding": "floor"})
+    x = np.random.default_rng(2).uniform(-8, 8, size=(1, 4096)).astype(np.float32)
+    _, values = jq.reference.run(jq.lower(model.replace(plan=replace(model.plan, target=march))), x)
+    found = jq.board.fit(model, values)
+    assert_right(found, march)
+    assert {"tables.entries", "tables.fraction_bits", "tables.outer"} <= set(found.of("decided"))
+    assert set(found.fields["tables.index_rounding"].values) <= {"floor", "toward_zero"}
+    assert not any(of.probes for of in found.fields.values())
+    for field in found.of("undecided"):
+        for value in found.fields[field].values:
+            witness = found.march_with(field, value)
+            program = jq.lower(model.replace(plan=replace(model.plan, target=witness)))
+            np.testing.assert_array_equal(jq.reference.run(program, x)[1]["y"], values["y"], err_msg=f"{field} {value}")
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ from support.board import board_of, hidden
 
 import jquant as jq
 from jquant.board.asking import Question
-from jquant.board.boxes import Boxes
+from jquant.board.boxes import Boxes, Space
+from jquant.board.probes.layers import additions, slopes
 from jquant.board.questions import Asked, questions_of
+from jquant.board.rows import rescaled_of
 from jquant.board.sifting import Sifted
 from jquant.board.worlds import Worlds
 
-ASKED = [Asked(probe) for probe in jq.board.probe(["tables", "grid"])]
+ASKED = [Asked(probe) for probe in [*jq.board.probe(["tables", "grid"]), slopes(), *additions("int8")]]
 SOLVED = [f"table_{name}" for name in ("lines", "segments", "angles", "counts")] + ["grid_normalized", "grid_regions"]
 
 
@@ -36,6 +38,26 @@ def drawn(question: Question, march: jq.Target, rng: random.Random) -> dict[str,
     }
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", ["slopes", "addition_multipliers_int8"])
+def test_a_rescaled_sum_is_what_explains_one_by_one(name: str, seed: int) -> None:
+    """The slopes of PReLU have a row for each sign."""
+    march, rng = hidden(seed), random.Random(seed)
+    question = question_of(name, march)
+    assert rescaled_of(question) is not None
+    left = drawn(question, march, rng)
+    sifted = Sifted(Space(left))
+    good = sifted._solved(question)
+    assert isinstance(good, Boxes)
+    every = sifted.worlds.rows(question.asks)
+    rows = every[rng.sample(range(len(every)), min(len(every), 400))]
+    explains = question.differing(rows, [left[f] for f in question.asks]) == 0
+    found = {tuple(row) for row in good.project(question.asks).rows().tolist()}
+    assert tuple(left[f].index(jq.targets.value_of(march, f)) for f in question.asks) in found
+    for row, one in zip(rows.tolist(), explains, strict=True):
+        assert (tuple(row) in found) == one, dict(zip(question.asks, row, strict=True))
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", SOLVED)
 def test_what_is_solved_is_what_explains_one_by_one(name: str, seed: int) -> None:
@@ -46,7 +68,7 @@ def test_what_is_solved_is_what_explains_one_by_one(name: str, seed: int) -> Non
     sifted = Sifted(Worlds(left))
     good = sifted._solved(question)
     assert good is not None
-    every = sifted.worlds.over(question.asks)
+    every = sifted.worlds.rows(question.asks)
     rows = every[rng.sample(range(len(every)), min(len(every), 400))]
     domains = [left[f] for f in question.asks]
     explains = question.differing(rows, domains) == 0
@@ -78,7 +100,7 @@ def test_joint_values_that_are_kept_join_what_is_tied() -> None:
     worlds = Worlds({"a": (0, 1, 2), "b": (0, 1), "c": (0, 1)})
     worlds.keep(("a", "b"), lambda rows: rows[:, 0] % 2 == rows[:, 1])
     assert worlds.keep_rows(("b", "c"), np.array([[0, 1], [1, 0], [1, 1]]))
-    assert {tuple(row) for row in worlds.over(("a", "b", "c")).tolist()} == {
+    assert {tuple(row) for row in worlds.rows(("a", "b", "c")).tolist()} == {
         (0, 0, 1),
         (2, 0, 1),
         (1, 1, 0),
