@@ -252,7 +252,7 @@ def changed(name: str, **fields: object) -> str:
         ("c", {"op": {"op": "Conv", **CONV, "addend": True}}, r"1 operands were given, and it has 2$"),
         ("c", {"params": {}}, r"node 'c' \(Conv\): the parameter 'weight' is missing"),
         ("s", {"params": {"wieght": "c.weight"}}, r"node 's' \(Scale\): it has no parameter 'wieght'"),
-        ("s", {"op": {"op": "Attention"}}, r"1 operands were given, and it has 3 to 4"),
+        ("s", {"op": {"op": "Attention"}}, r"1 operands were given, and it has 3 to 5"),
         ("s", {"op": {"op": "Cat", "axis": 1}, "inputs": ["c", "c", "c"]}, None),
         ("c", {"op": {"op": "Conv", **CONV, "strides": [1, -1]}}, r"nodes\[0\].op: Conv: strides \(1, -1\)"),
         ("x", {"dtype": "float64"}, "input 'x' is 'float64'; inputs are one of float32, bool, int32, uint8"),
