@@ -84,7 +84,8 @@ def _explicit_mesh(*trees: Any) -> AbstractMesh | None:
 
 
 def _is_explicit(leaf: Any) -> bool:
-    if not isinstance(leaf, jax.Array):
-        return False
-    mesh = getattr(jax.typeof(leaf).sharding, "mesh", None)
-    return mesh is not None and AxisType.Explicit in mesh.axis_types
+    """Of hundreds of leaves at each call: the type of an array on one device is not asked for."""
+    if isinstance(leaf, jax.core.Tracer):
+        return AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types
+    sharding = getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
