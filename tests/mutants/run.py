@@ -4,9 +4,9 @@
     .venv-mutants/bin/python tests/mutants/run.py --count 40 --first 120
     .venv-mutants/bin/python tests/mutants/run.py --show survived
 
-cosmic-ray finds the places and makes the mutants, in a copy of the tracked files. A sample is drawn by a fixed seed: of
-each place one mutant, annotations left out. The tests of a mutant are those of its module, the quickest first, up to
-the first failure:
+cosmic-ray finds the places and makes the mutants, in a copy of the tracked files. The sample follows from the text of
+the lines: of each place one mutant, annotations left out. Where a line changes, its mutants do, and no others. The
+tests of a mutant are those of its module, the quickest first, up to the first failure:
 
   killed     a test failed, or the module does not import
   survived   all of them passed
@@ -18,6 +18,7 @@ cannot be told from the original by any integer.
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import random
@@ -90,16 +91,16 @@ WIDELY_USED = ("Conv", "Linear", "Add", "Mean", "AvgPool", "GridSample", "Interp
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the `occurrence`-th place of an operator of cosmic-ray in a module."""
+    """One change: the `occurrence`-th place of an operator of cosmic-ray in a module.
+
+    `key`  the module, the text of the line, the place in it, and which of equal ones it is
+    """
 
     module: str
     operator: str
     occurrence: int
     line: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.module}:{self.line} {self.operator} {self.occurrence}"
+    key: str
 
 
 def modules() -> list[str]:
@@ -121,7 +122,7 @@ def annotations(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 def mutants() -> list[Mutant]:
     """One of each place, in the order of the sample."""
-    places: dict[tuple[str, tuple[int, int], tuple[int, int]], list[Mutant]] = {}
+    places: dict[tuple[str, tuple[int, int], tuple[int, int]], list[tuple[str, int]]] = {}
     for module in modules():
         tree, spans = get_ast_from_path(ROOT / module), annotations(ROOT / module)
         nodes = list(ast_nodes(tree))
@@ -133,12 +134,18 @@ def mutants() -> list[Mutant]:
             positions = [place for node in nodes for place in operator.mutation_positions(node)]
             for occurrence, (start, end) in enumerate(positions):
                 if not any(first <= start and end <= last for first, last in spans):
-                    mutant = Mutant(module, name.removeprefix("core/"), occurrence, start[0])
-                    places.setdefault((module, start, end), []).append(mutant)
-    rng = random.Random(SEED)
-    chosen = [rng.choice(found) for _, found in sorted(places.items())]
-    rng.shuffle(chosen)
-    return chosen
+                    found = (name.removeprefix("core/"), occurrence)
+                    places.setdefault((module, start, end), []).append(found)
+    seen: Counter[str] = Counter()
+    chosen = []
+    for (module, start, end), found in sorted(places.items()):
+        text = (ROOT / module).read_text().splitlines()[start[0] - 1].strip()
+        place = f"{module}: {text} [{end[1] - start[1]} at {len(text) - start[1]}]"
+        seen[place] += 1
+        key = f"{place} {seen[place]}"
+        operator, occurrence = random.Random(f"{SEED} {key}").choice(sorted(found))
+        chosen.append(Mutant(module, operator, occurrence, start[0], key))
+    return sorted(chosen, key=lambda mutant: hashlib.blake2b(f"{SEED} {mutant.key}".encode()).digest())
 
 
 def operators_of(module: str, line: int) -> list[str]:
@@ -222,8 +229,7 @@ def _processor() -> float:
 def results() -> dict[str, dict[str, object]]:
     """{key: line} of those that were judged."""
     lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
-    found = [json.loads(line) for line in lines]
-    return {Mutant(one["module"], one["operator"], one["occurrence"], one["line"]).key: one for one in found}
+    return {one["key"]: one for one in map(json.loads, lines)}
 
 
 def table(found: list[dict[str, object]]) -> str:
