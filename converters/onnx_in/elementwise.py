@@ -12,6 +12,7 @@ import onnx
 import jquant.ops as ops
 from jquant.drafts.values import shortest
 from jquant.ops.names import FUNCTIONS
+from jquant.plan.masks import VERY_NEGATIVE
 from jquant.types import Op
 
 from ..exact_values import exact_divisor
@@ -22,7 +23,6 @@ from .values import Known, Result, Unsupported, Value, known, require
 PLAIN: dict[str, Op] = {row.onnx: row.op for row in FUNCTIONS if row.onnx}
 PLAIN |= {"Not": ops.LogicalNot(), "BitwiseNot": ops.BitwiseNot()}
 _OF_SUM: dict[str, Callable[..., Op]] = {"Log": ops.Log, "Sqrt": ops.Sqrt, "Reciprocal": ops.Reciprocal}
-MASK = -1e4  # a number at or below it means minus infinity in front of a softmax
 _EXACT_FUNCTIONS = ("Abs", "Neg", "Not", "BitwiseNot")
 
 
@@ -339,7 +339,7 @@ def where(call: Call) -> Result:
             continue
         value = scalar(call, i, x)
         same = all(m <= n for m, n in zip(mask.shapes[0][::-1], x.shapes[0][::-1], strict=False))
-        if value is not None and (value <= MASK or (mask.rank <= x.rank and same)):
+        if value is not None and (value <= VERY_NEGATIVE or (mask.rank <= x.rank and same)):
             at = mask if i == 1 else call.make(ops.LogicalNot(), mask, part="not")
             filled = call.make(ops.MaskedFill(value=value), x, at)
             return _softmax_with_mask(call, filled, value, mask) if i == 1 and value == 0 else filled
@@ -351,7 +351,9 @@ def _masked_constant(call: Call, fill: int, other: int) -> Value | None:
     number, constant = call.operand(fill), call.operand(other)
     if not isinstance(number, Known) or not isinstance(constant, Known) or number.at[0].size != 1:
         return None
-    is_mask = number.at[0].dtype == np.float32 and number.at[0].item() <= MASK and np.isfinite(constant.at[0]).all()
+    is_mask = (
+        number.at[0].dtype == np.float32 and number.at[0].item() <= VERY_NEGATIVE and np.isfinite(constant.at[0]).all()
+    )
     return call.value(other) if is_mask else None
 
 
@@ -359,7 +361,7 @@ def _softmax_with_mask(call: Call, filled: Value, value: float, mask: Value) -> 
     """where(mask, 0, softmax(where(mask, very negative, x))): the mask is an operand of the softmax."""
     op, (source, *_) = call.maker(call.operand(2))[0], (*call.maker(call.operand(2))[1], "")
     inner = call.graph.maker_of(source) if source else None
-    if not isinstance(op, ops.Softmax) or not isinstance(inner, ops.MaskedFill) or inner.value > MASK:
+    if not isinstance(op, ops.Softmax) or not isinstance(inner, ops.MaskedFill) or inner.value > VERY_NEGATIVE:
         return filled
     x, masked = call.graph.operands_of(source)
     if masked != mask.name:
