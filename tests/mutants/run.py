@@ -5,8 +5,9 @@
     .venv-mutants/bin/python tests/mutants/run.py --show survived
 
 cosmic-ray finds the places and makes the mutants, in a copy of the tracked files. The sample follows from the text of
-the lines: of each place one mutant, annotations left out. Where a line changes, its mutants do, and no others. The
-tests of a mutant are those of its module, the quickest first, up to the first failure:
+the lines: of each place one mutant, annotations left out. Where a line changes, its mutants do, and no others. At first
+all tests run once, and coverage notes which of them reach which line. The tests of a mutant are those that reach its
+line, as many as take QUICK seconds, then all of its module, up to the first failure:
 
   killed     a test failed, or the module does not import
   survived   all of them passed
@@ -34,6 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cosmic_ray.plugins
+import coverage
 from cosmic_ray.ast import ast_nodes, get_ast_from_path
 from cosmic_ray.mutating import mutate_code
 
@@ -45,6 +47,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 MARKS = ("<!-- made: mutants -->", "<!-- end: mutants -->")
 
 COUNT, SEED, LIMIT = 400, 11, 300
+QUICK = 20  # seconds of tests that reach the line
 WAIT = 1200  # seconds for one run of pytest beside other work; a test that hangs
 LIGHT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "CI": "true"}
 PARTS = ("numerics", "ops", "program")
@@ -160,14 +163,75 @@ def operators_of(module: str, line: int) -> list[str]:
     return names
 
 
-def commands(mutant: Mutant) -> Iterator[list[str]]:
+PYTEST = (str(ROOT / ".venv" / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header")
+CONFORMANCE = "tests/conformance/test_conformance.py"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | LIGHT | {"PYTHONPATH": f"{folder}:{folder}/tests:{folder}/link"}
+
+
+class Reached:
+    """The tests that reach a line, from one run of all tests under coverage (a quarter of an hour)."""
+
+    def __init__(self, folder: Path, jobs: int = 2):
+        self.seconds: dict[str, float] = {}
+        self.lines: dict[tuple[str, str], list[str]] = {}
+        self.texts = folder / "texts.json"
+        texts = {module: (ROOT / module).read_text() for module in modules()}
+        if not (folder / "done").is_file():
+            make_copy(folder)
+            files = {name for names in TESTS.values() for name in names.split()}
+            command = [
+                *PYTEST,
+                "-n",
+                str(jobs),
+                "-p",
+                "mutants.reached",
+                CONFORMANCE,
+                *sorted(f"tests/{f}" for f in files),
+            ]
+            print(" ".join(command), flush=True)
+            subprocess.run(command, cwd=folder, env=environment(folder) | {"REACHED": str(folder)}, check=True)
+            self.texts.write_text(json.dumps(texts))
+            (folder / "done").touch()
+        # A module that changed since has other lines: all tests of it run.
+        known = {module for module, text in json.loads(self.texts.read_text()).items() if texts.get(module) == text}
+        for path in folder.glob("gw*.json"):
+            found = json.loads(path.read_text())
+            self.seconds |= found["tests"]
+            for module in known & set(found["lines"]):
+                for line, tests in found["lines"][module].items():
+                    self.lines.setdefault((module, line), []).extend(tests)
+
+    def of(self, mutant: Mutant) -> list[str]:
+        """Those that take QUICK seconds together, of every function of tests in turn, the quickest first."""
+        found: dict[str, list[str]] = {}
+        for test in sorted(self.lines.get((mutant.module, str(mutant.line)), []), key=lambda t: self.seconds.get(t, 0)):
+            found.setdefault(test.partition("[")[0], []).append(test)
+        chosen: list[str] = []
+        total = 0.0
+        while found:
+            for name in list(found):
+                test = found[name].pop(0)
+                if not found[name]:
+                    del found[name]
+                total += self.seconds.get(test, 0)
+                if total > QUICK and chosen:
+                    return chosen
+                chosen.append(test)
+        return chosen
+
+
+def commands(mutant: Mutant, reached: Reached) -> Iterator[list[str]]:
     """The runs of pytest, the quickest first."""
-    python = str(ROOT / ".venv" / "bin" / "python")
-    pytest = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header"]
+    pytest = [*PYTEST, "-x"]
+    if tests := reached.of(mutant):
+        yield [*pytest, *tests]
     is_operator = mutant.module.startswith("jquant/ops/")
     names = operators_of(mutant.module, mutant.line) if is_operator else WIDELY_USED
     if names and not mutant.module.startswith("jquant/program/insert/"):
-        yield [*pytest, "tests/conformance/test_conformance.py", "-k", " or ".join(f"[{name}" for name in names)]
+        yield [*pytest, CONFORMANCE, "-k", " or ".join(f"[{name}" for name in names)]
     files = next(files for start, files in TESTS.items() if mutant.module.startswith(start))
     yield [*pytest, *(f"tests/{name}" for name in files.split())]
 
@@ -185,19 +249,20 @@ def make_copy(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
     (folder / "link").mkdir()
     (folder / "link" / "jquant_converters").symlink_to(folder / "converters")
+    (folder / "link" / "coverage").symlink_to(Path(coverage.__file__).parent)
 
 
-def judge(mutant: Mutant, folder: Path) -> dict[str, object]:
+def judge(mutant: Mutant, folder: Path, reached: Reached) -> dict[str, object]:
     """What the tests say about a mutant."""
     path = folder / mutant.module
     original = path.read_text()
     operator = cosmic_ray.plugins.get_operator(f"core/{mutant.operator}")()
     mutated = mutate_code(original, operator, mutant.occurrence)
     start, outcome, by = _processor(), "survived", ""
-    env = os.environ | LIGHT | {"PYTHONPATH": f"{folder}:{folder}/tests:{folder}/link"}
+    env = environment(folder)
     path.write_text(mutated)
     try:
-        for command in commands(mutant):
+        for command in commands(mutant, reached):
             done = subprocess.run(
                 command, cwd=folder, env=env, capture_output=True, text=True, timeout=WAIT, check=False
             )
@@ -274,11 +339,12 @@ def main() -> None:
     sample = mutants()[given.first : given.first + given.count]
     folder = COPY / f"tree-{given.first}"
     left = [m for m in sample if m.key not in known or (given.again and known[m.key]["outcome"] != "killed")]
+    reached = Reached(COPY / "reached")
     if left:
         make_copy(folder)
     start = time.time()
     for i, mutant in enumerate(left, 1):
-        line = judge(mutant, folder)
+        line = judge(mutant, folder, reached)
         with RESULTS.open("a") as file:
             file.write(json.dumps(line) + "\n")
         rest = (time.time() - start) / i * (len(left) - i) / 60
