@@ -7,7 +7,7 @@ import typer
 
 import jquant as jq
 from jquant.cli.arguments import check_file, check_folder, check_packages
-from jquant.cli.console import Console, Json, Quiet, UnmetError, Verbose, command
+from jquant.cli.console import Console, Json, Quiet, UnmetError, UsageError, Verbose, command
 from jquant.cli.data import are_pictures, check_data, load_data
 from jquant.cli.models import (
     Batch,
@@ -32,6 +32,7 @@ from jquant.graph.serialize import encode
 from jquant.plan.describe import describe, explain
 from jquant.program.files import save
 from jquant.program.lower import lower
+from jquant.program.paths import node_paths, path_table
 from jquant.types import JQuantError, Program
 
 
@@ -41,6 +42,9 @@ def inspect(
     config: Config = None,
     checkpoint: Checkpoint = None,
     shape: Shape = None,
+    platform: Annotated[
+        str | None, typer.Option(help="Of a program: how each node computes on cpu, cuda, rocm or tpu; none is needed.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -51,9 +55,18 @@ def inspect(
     jquant inspect net.py:make --shape 1,3,224,224
     jquant inspect net.jqs --config q.toml
     jquant inspect net.jq --json
+    jquant inspect net.jq --platform cuda
     """
     console = Console(json, quiet, verbose)
     found = load_model(model, checkpoint, shape)
+    if platform is not None:
+        if not isinstance(found, Program):
+            raise UsageError(f"{model} is no program, and --platform is for those; make one with jquant quantize")
+        paths = node_paths(found, platform)
+        console.text(f"{path_table(paths)}\n\njax.export lowers the program for {platform}.")
+        console.next("run", model, "--data", "DATA", "-o", beside(model, ".npz"))
+        console.value({"kind": "program", "platform": platform, "paths": [vars(path) for path in paths]})
+        return
     if isinstance(found, Program):
         console.text(str(found))
         console.next("run", model, "--data", "DATA", "-o", beside(model, ".npz"))

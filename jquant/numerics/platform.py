@@ -14,6 +14,11 @@ def platform() -> str:
     return _traced_for.get() or jax.default_backend()
 
 
+def is_traced_for_another() -> bool:
+    """Whether the trace is for a file, and does not run here."""
+    return bool(_traced_for.get())
+
+
 @contextmanager
 def tracing_for(platforms: Sequence[str]) -> Iterator[None]:
     """Inside, traces are for these: "cpu", "cuda", "rocm", "tpu". The way of a GPU is right on all of them."""

@@ -1,6 +1,6 @@
 """Convolutions and linear layers, with the fused bias, add and activation of the chip's convolution unit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from math import prod
@@ -23,6 +23,7 @@ from jquant.graph.operator import (
 )
 from jquant.numerics import limbs, pairs
 from jquant.numerics.convolution import NO_WINDOW, Window, accumulate_exactly, convolve, kernel_of, matmul
+from jquant.numerics.fused_convolution import Layer, fits, fused_convolution, is_chosen, layer_of
 from jquant.numerics.limbs import Limbs
 from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.pairs import Pair
@@ -30,7 +31,17 @@ from jquant.numerics.rescale import Rescale, multiplier_of, quantize_exactly, ra
 from jquant.numerics.rounding import quantize, shift_right
 from jquant.numerics.transposed import transpose_convolve
 from jquant.ops.batch_norm import KeptBatchNorm, batch_norm_affine
-from jquant.types import Array, GraphError, LoweringError, NodeFormat, Op, Target, bit_width, integer_range
+from jquant.types import (
+    Array,
+    GraphError,
+    LoweringError,
+    NodeFormat,
+    Op,
+    Target,
+    bit_width,
+    integer_range,
+    storage_dtype,
+)
 
 Activation = Literal["none", "relu", "relu6"]
 
@@ -182,9 +193,42 @@ def _(
     weight: Array,
     **post: Array,
 ) -> Array:
+    if (layer := _fused_layer(op, node_format, target, x, weight, addend, post)) is not None:
+        return fused_convolution(layer, x, weight, addend, post)
     product = partial(accumulate_exactly, kernel=node_format.kernel, accumulator=node_format.accumulator)
     products = _slide(op, x, weight, product)
     return _post_process(op.activation, node_format, target, products, addend, **post)
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """What follows the products of a convolution, as a value that a compiled kernel is kept for."""
+
+    activation: Activation
+    node_format: NodeFormat
+    target: Target
+
+    def __call__(self, products: Array, addend: Array | None, constants: Mapping[str, Array]) -> Array:
+        return _post_process(self.activation, self.node_format, self.target, products, addend, **constants)
+
+
+def _fused_layer(
+    op: Conv | ConvTranspose,
+    node_format: NodeFormat,
+    target: Target,
+    x: Array,
+    weight: Array,
+    addend: Array | None,
+    constants: Mapping[str, Array],
+) -> Layer | None:
+    """The layer as a kernel that holds the accumulator on the chip; None where that does not fit or does not pay."""
+    window = Window(op.strides, op.padding, op.dilation)
+    is_narrow = node_format.accumulator == "int32" and node_format.output != "int32"
+    if isinstance(op, ConvTranspose) or not is_narrow or not fits(x, weight, window, op.groups):
+        return None
+    finish = _Finish(op.activation, node_format, target)
+    layer = layer_of(x, weight, window, finish, storage_dtype(node_format.output), addend, constants)
+    return layer if is_chosen(layer) else None
 
 
 @eval_integer.register

@@ -97,6 +97,9 @@ STEPS = {
     "inspect plan": "inspect d/float.jqs --config d/q.toml --json",
     "inspect state": "inspect d/net.jqs",
     "inspect program": "inspect d/net.jq",
+    "inspect platform": "inspect d/net.jq --platform cuda",
+    "inspect platform of a state": "inspect d/net.jqs --platform cuda",
+    "inspect unknown platform": "inspect d/net.jq --platform abacus",
     "check": "check d/net.jqs",
     "calibrate": f"calibrate d/float.jqs -c d/q.toml {TRAIN} --samples 100 -o c.jqs --json",
     "quantize": f"quantize c.jqs -o c.jq {TEST} --report r --samples 4",
@@ -163,6 +166,11 @@ def test_inspect_shows_what_there_is(done: dict) -> None:
     assert {"name": "head", "port": "output"}.items() <= rows[-5].items() or any(r["name"] == "head" for r in rows)
     assert "trainable" in ok(done["inspect state"]).out
     assert "nash-e" in ok(done["inspect program"]).out
+    assert "product f32 x f32 -> f32" in ok(done["inspect platform"]).out
+    assert done["inspect platform of a state"].code == 2
+    assert "make one with jquant quantize" in done["inspect platform of a state"].err
+    assert done["inspect unknown platform"].code != 0
+    assert "'abacus' is none of cpu, cuda, rocm, tpu" in done["inspect unknown platform"].err
 
 
 def test_check_finds_nothing_wrong_with_the_demo(done: dict) -> None:
@@ -185,6 +193,7 @@ NEXT = {
     "inspect": "init d/float.jqs -o q.toml",
     "inspect state": "eval d/net.jqs --data DATA",
     "inspect program": "run d/net.jq --data DATA -o d/net.npz",
+    "inspect platform": "run d/net.jq --data DATA -o d/net.npz",
     "inspect with settings": "calibrate d/float.jqs --config d/q.toml --data DATA -o net.jqs",
     "inspect module": "init net.py:make --shape 1,3,8,10 -o q.toml",
     "check": "eval d/net.jqs --data DATA",
