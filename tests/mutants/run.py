@@ -7,7 +7,8 @@
 cosmic-ray finds the places and makes the mutants, in a copy of the tracked files. The sample follows from the text of
 the lines: of each place one mutant, annotations left out. Where a line changes, its mutants do, and no others. At first
 all tests run once, and coverage notes which of them reach which line. The tests of a mutant are those that reach its
-line, as many as take QUICK seconds, then all of its module, up to the first failure:
+line: QUICK seconds of them, then MORE. A line that runs when its module is imported has the tests of the module. They
+end at the first failure:
 
   killed     a test failed, or the module does not import
   survived   all of them passed
@@ -47,7 +48,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 MARKS = ("<!-- made: mutants -->", "<!-- end: mutants -->")
 
 COUNT, SEED, LIMIT = 400, 11, 300
-QUICK = 20  # seconds of tests that reach the line
+QUICK, MORE = 20, 60  # seconds of tests that reach the line, and of further ones where these notice nothing
 WAIT = 1200  # seconds for one run of pytest beside other work; a test that hangs
 LIGHT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "CI": "true"}
 PARTS = ("numerics", "ops", "program")
@@ -204,30 +205,33 @@ class Reached:
                 for line, tests in found["lines"][module].items():
                     self.lines.setdefault((module, line), []).extend(tests)
 
-    def of(self, mutant: Mutant) -> list[str]:
-        """Those that take QUICK seconds together, of every function of tests in turn, the quickest first."""
-        found: dict[str, list[str]] = {}
+    def of(self, mutant: Mutant) -> Iterator[list[str]]:
+        """Those that take QUICK seconds together, then MORE: of every function of tests in turn, the quickest first."""
+        left: dict[str, list[str]] = {}
         for test in sorted(self.lines.get((mutant.module, str(mutant.line)), []), key=lambda t: self.seconds.get(t, 0)):
-            found.setdefault(test.partition("[")[0], []).append(test)
-        chosen: list[str] = []
-        total = 0.0
-        while found:
-            for name in list(found):
-                test = found[name].pop(0)
-                if not found[name]:
-                    del found[name]
-                total += self.seconds.get(test, 0)
-                if total > QUICK and chosen:
-                    return chosen
-                chosen.append(test)
-        return chosen
+            left.setdefault(test.partition("[")[0], []).append(test)
+        for seconds in (QUICK, MORE):
+            chosen: list[str] = []
+            while left and seconds > 0:
+                for name in list(left):
+                    test = left[name].pop(0)
+                    if not left[name]:
+                        del left[name]
+                    chosen.append(test)
+                    seconds -= self.seconds.get(test, 0)
+                    if seconds <= 0:
+                        break
+            if chosen:
+                yield chosen
 
 
 def commands(mutant: Mutant, reached: Reached) -> Iterator[list[str]]:
     """The runs of pytest, the quickest first."""
     pytest = [*PYTEST, "-x"]
-    if tests := reached.of(mutant):
-        yield [*pytest, *tests]
+    found = list(reached.of(mutant))
+    yield from ([*pytest, *tests] for tests in found)
+    if found:
+        return
     is_operator = mutant.module.startswith("jquant/ops/")
     names = operators_of(mutant.module, mutant.line) if is_operator else WIDELY_USED
     if names and not mutant.module.startswith("jquant/program/insert/"):
