@@ -17,8 +17,8 @@ class Statistics(NamedTuple):
     `own_signal`, `own_noise`             sums of alone^2, (b - alone)^2
     """
 
-    is_masked: bool
-    size: int
+    is_masked: Any
+    size: Any
     minimum: Any
     maximum: Any
     b_minimum: Any
@@ -44,7 +44,6 @@ def statistics_of(
     """Of one batch. `alone` is what a's node makes of b's operands; `step` (real per LSB) broadcasts to the value."""
     error = abs(difference(a, b))
     own = None if alone is None else abs(difference(alone, b))
-    a_wide, b_wide = _wide(a), _wide(b)
     found = Statistics(
         is_masked=is_masked,
         size=int(np.prod(a.shape)),
@@ -52,17 +51,17 @@ def statistics_of(
         maximum=a.max(),
         b_minimum=b.min(),
         b_maximum=b.max(),
-        signal=(a_wide * a_wide).sum(),
-        b_signal=(b_wide * b_wide).sum(),
-        product=(a_wide * b_wide).sum(),
-        noise=(_wide(error) ** 2).sum(),
-        off=_wide(error).sum(),
+        signal=_product(a, a),
+        b_signal=_product(b, b),
+        product=_product(a, b),
+        noise=_product(error, error),
+        off=error.sum(dtype=np.float64) if isinstance(error, np.ndarray) else error.sum(),
         max_error=error.max(),
         max_lsb=None if step is None else (error / step).max(),
         saturated=None if step is None or spec is None else _saturated(a, step, spec),
         differing=(error > (0.0 if step is None else step * 0.5)).sum(),
-        own_signal=None if alone is None else (_wide(alone) ** 2).sum(),
-        own_noise=None if own is None else (_wide(own) ** 2).sum(),
+        own_signal=None if alone is None else _product(alone, alone),
+        own_noise=None if own is None else _product(own, own),
         own_max_error=None if own is None else own.max(),
         own_max_lsb=None if own is None or step is None else (own / step).max(),
     )
@@ -103,9 +102,11 @@ def numbers_of(of: Statistics, step: Array | None, counts: Histogram) -> dict[st
     }
 
 
-def _wide(array: Array) -> Any:
-    """float64 where there is one."""
-    return array.astype(np.float64) if isinstance(array, np.ndarray) else array
+def _product(x: Any, y: Any) -> Any:
+    """The sum of x y, in float64 where there is one, without arrays of float64."""
+    if isinstance(x, np.ndarray):
+        return np.einsum("i,i->", x.ravel(), y.ravel(), dtype=np.float64)
+    return (x * y).sum()
 
 
 def _joined(name: str, one: Any, other: Any) -> Any:
@@ -118,7 +119,7 @@ def _joined(name: str, one: Any, other: Any) -> Any:
     return np.maximum(one, other) if "max" in name else one + other
 
 
-def _decibels(signal: Any, noise: Any, size: int) -> Any:
+def _decibels(signal: Any, noise: Any, size: Any) -> Any:
     return 10 * np.log10(np.maximum(signal / size, FLOOR) / np.maximum(noise / size, FLOOR))
 
 
