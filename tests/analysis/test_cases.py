@@ -53,6 +53,21 @@ def test_fewer_samples_than_cases(model: jq.Model) -> None:
     check(analysis.find_bad_cases(model, [(DATA[:60],), (DATA[60:],)], count=99), 99)
 
 
+def test_several_inputs_keep_the_order_of_the_graph() -> None:
+    inputs = (jq.Input("z", (None, 6)), jq.Input("a", (None, 6)))
+    graph = jq.Graph(inputs, (jq.Node("sum", jq.ops.Add(), ("z", "a")),), ("sum",))
+    config = jq.QConfig({"*": jq.Policy(output=jq.int8(scale=1 / 16))})
+    z, a = DATA, DATA[::-1]
+    model = jq.calibrate(jq.prepare(graph, {}, config, target="nash-e"), [(z, a)])
+    cases = analysis.find_bad_cases(model, [(z[:40], a[:40]), (z[40:], a[40:])], metric="max_error", count=4)
+    together = rounded(z) + rounded(a)
+    order = np.argsort(-np.abs(np.clip(together, -8, 127 / 16) - (z + a)).max(axis=1), kind="stable")[:4]
+    assert cases.index.tolist() == order.tolist()
+    assert list(cases.inputs) == ["z", "a"]
+    for found, wanted in zip(cases.batch(), (z, a), strict=True):
+        np.testing.assert_array_equal(found, wanted[order])
+
+
 def test_ratios_are_sorted_the_other_way(model: jq.Model) -> None:
     """A signal-to-noise ratio becomes noise as a share of the signal, a cosine its distance from 1."""
     y, z = DATA @ WEIGHTS, rounded(DATA) @ WEIGHTS
