@@ -55,7 +55,7 @@ def statistics_of(
         b_signal=_product(b, b),
         product=_product(a, b),
         noise=_product(error, error),
-        off=error.sum(dtype=np.float64) if isinstance(error, np.ndarray) else error.sum(),
+        off=_total(error),
         max_error=error.max(),
         max_lsb=None if step is None else (error / step).max(),
         saturated=None if step is None or spec is None else _saturated(a, step, spec),
@@ -107,6 +107,10 @@ def _product(x: Any, y: Any) -> Any:
     if isinstance(x, np.ndarray):
         return np.einsum("i,i->", x.ravel(), y.ravel(), dtype=np.float64)
     return (x * y).sum()
+
+
+def _total(x: Any) -> Any:
+    return x.sum(dtype=np.float64) if isinstance(x, np.ndarray) else x.sum()
 
 
 def _joined(name: str, one: Any, other: Any) -> Any:
