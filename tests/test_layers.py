@@ -33,7 +33,7 @@ FLOORS = {
     | {"calibration", "program", "meanings", "training"},
     "flax": {"functions"},
     "analysis": {"numerics", "targets", "graph", "quantizers", "observers", "config", "ops", "plan", "program"}
-    | {"meanings", "calibration", "training", "ptq"},
+    | {"meanings", "evaluation", "calibration", "training", "ptq"},
     "reference": set(),
     "board": {"numerics", "targets", "graph", "config", "ops", "plan", "program", "reference"},
     "cli": {"numerics", "targets", "graph", "images", "config", "ops", "plan", "calibration", "program", "meanings"}

@@ -3,7 +3,7 @@
 from jquant.analysis.advice import advise, layer_advice
 from jquant.analysis.cases import BadCases, find_bad_cases, load_bad_cases
 from jquant.analysis.checks import auxiliary_branches, check_model, check_plan, graph_difference
-from jquant.analysis.comparison import Comparison, LayerError, compare
+from jquant.analysis.comparison import Comparison, LayerError, compare, compare_batches
 from jquant.analysis.convergence import judge_losses
 from jquant.analysis.deployment import OperatorSupport, operator_support, support_table
 from jquant.analysis.findings import Finding, findings_table
@@ -36,6 +36,7 @@ __all__ = [
     "check_model",
     "check_plan",
     "compare",
+    "compare_batches",
     "find_bad_cases",
     "findings_table",
     "graph_difference",

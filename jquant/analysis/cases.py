@@ -1,11 +1,10 @@
 """Bad cases: the inputs of a dataset with the largest error, kept as a file to look at and to debug on."""
 
-import heapq
 import os
 import struct
 import tokenize
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,22 @@ from zipfile import BadZipFile
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jquant.analysis.meanings import Side, values_of
-from jquant.analysis.metrics import MetricFunction, badness, metric_of
+from jquant.analysis.metrics import HIGHER_IS_BETTER, MetricFunction, badness, metric_of
 from jquant.analysis.ranking import measured_outputs
+from jquant.evaluation.extremes import Worst
+from jquant.evaluation.loop import evaluate
+from jquant.evaluation.sources import Source
 from jquant.graph.axes import automatic, automatic_axes
 from jquant.graph.evaluate import bind_inputs
-from jquant.host.progress import track
 from jquant.host.whole_files import replacing
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.plan.batch_norm import fold_kept
 from jquant.plan.scales import check_model
 from jquant.text import cut, format_table
-from jquant.types import Array, CalibrationError, FormatError, Model
+from jquant.types import Array, FormatError, Graph, InputError, Model
 
 # What zipfile, zlib and numpy raise for a damaged archive.
 _BROKEN = (
@@ -96,22 +98,30 @@ def find_bad_cases(
     metric: str | MetricFunction = "l1",
     output: str | None = None,
     count: int = 8,
+    mesh: Mesh | None = None,
+    axis: str = "data",
+    total: int | None = None,
+    position: str | os.PathLike[str] | None = None,
+    save_every: int = 100,
 ) -> BadCases:
-    """Finds the samples whose output differs most between two modes.
+    """Finds the samples whose output differs most between two modes, in one pass of `jq.evaluate`.
 
     Args:
       model: calibrated or trained.
-      batches: any iterable of arrays, or tuples of arrays; it is read once.
+      batches: any iterable of arrays, or tuples of arrays; it is read once. Of several processes each gives its share.
       a, b: as for `compare`.
       metric: as for `sensitivity`, of one sample.
       output: which output; None takes the first that is numbers.
       count: how many to keep.
+      mesh, axis, total, position, save_every: as for `jq.evaluate`. The file holds the inputs of the cases so far.
 
     Returns:
-      The cases, the worst first.
+      The cases, the worst first; of equal errors that of the smaller place. Over processes places count through the
+      share of the first, then through that of the second, and so on.
 
     Raises:
-      JQuantError: an unknown mode or metric. CalibrationError: no batches.
+      JQuantError: an unknown mode or metric. CalibrationError: no scales. InputError: no batches, a count below 1, or
+      an axis that the mesh lacks. FormatError: a position of something else, or damaged.
 
     Example:
       cases = jq.analysis.find_bad_cases(model, batches)
@@ -123,31 +133,98 @@ def find_bad_cases(
     name, function = metric_of(metric)
     check_model(model)
     model = fold_kept(model)
-    plan, side = model.plan, Side.of(model, "bit_true" if "bit_true" in (a, b) else "")
-    where = output or measured_outputs(plan)[0]
-    where = where if where in plan.graph.values else f"{where}.to_first"
+    graph = model.plan.graph
+    where = output or measured_outputs(model.plan)[0]
+    where = where if where in graph.values else f"{where}.to_first"
+    source = Source(_Both(a, b, where), Side.of(model, "bit_true" if "bit_true" in (a, b) else ""))
+    worst = Worst(error=_Difference(name, function), count=count, kept=_inputs_of)
+    numbered = _Numbered(graph, batches, _processes_of(mesh))
+    found = evaluate(
+        {f"{b} against {a}": source},
+        numbered,
+        {"bad cases": worst},
+        inputs=_arguments_of,
+        mesh=mesh,
+        axis=axis,
+        total=len(batches) if total is None and isinstance(batches, Sized) else total,
+        position=position,
+        save_every=save_every,
+    )
+    place, difference, inputs = found.figures["bad cases"]
+    error = np.array([badness(name, _signed(name, float(value))) for value in difference])
+    return BadCases({i.name: inputs[i.name] for i in graph.inputs}, numbered.index(place), error, a, b, name, where)
 
-    @jax.jit
-    def errors(side: Side, inputs: dict[str, Array]) -> Array:
-        first, second = (values_of(side, mode, inputs)[where] for mode in (a, b))
-        return jax.vmap(function)(first, second)
 
-    worst: list[tuple[float, int, dict[str, np.ndarray]]] = []
-    start = 0
-    for batch in track(batches, "looking for bad cases"):
-        arrays = jax.tree.map(automatic, batch if isinstance(batch, tuple | list) else (batch,))
-        inputs = bind_inputs(plan.graph, arrays)
-        for i, value in enumerate(np.asarray(errors(side, inputs))):
-            bad = badness(name, float(value))
-            entry = (np.inf if np.isnan(bad) else bad, -(start + i), {k: np.asarray(x[i]) for k, x in inputs.items()})
-            if len(worst) < count:
-                heapq.heappush(worst, entry)
-            elif entry[:2] > worst[0][:2]:
-                heapq.heapreplace(worst, entry)
-        start += len(next(iter(inputs.values())))
-    if not worst:
-        raise CalibrationError("no batches: the iterable was empty (or used up by an earlier pass)")
-    worst.sort(key=lambda entry: entry[:2], reverse=True)
-    arrays = {key: np.stack([case[key] for _, _, case in worst]) for key in worst[0][2]}
-    index, error = np.array([-i for _, i, _ in worst]), np.array([e for e, _, _ in worst])
-    return BadCases(arrays, index, error, a, b, name, where)
+@dataclass(frozen=True)
+class _Both:
+    """A value in two modes: `(side, inputs) -> (value, value)`."""
+
+    a: Mode
+    b: Mode
+    where: str
+
+    def __call__(self, side: Side, inputs: dict[str, Array]) -> tuple[Array, Array]:
+        first, second = (values_of(side, mode, inputs)[self.where] for mode in (self.a, self.b))
+        return first, second
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """A metric of each sample, the larger the worse."""
+
+    name: str
+    function: MetricFunction
+
+    def __call__(self, outputs: tuple[Array, Array], batch: Any) -> Array:
+        return _signed(self.name, jax.vmap(self.function)(*outputs))
+
+
+def _signed(name: str, value: Any) -> Any:
+    return -value if name in HIGHER_IS_BETTER else value
+
+
+def _processes_of(mesh: Mesh | None) -> int:
+    """How many processes look for cases together."""
+    here = jax.process_index()
+    is_spread = mesh is not None and any(device.process_index != here for device in mesh.devices.flat)
+    return jax.process_count() if is_spread else 1
+
+
+class _Numbered:
+    """Batches as (inputs by name, places): a place is that in the share of this process, behind all earlier shares."""
+
+    def __init__(self, graph: Graph, batches: Iterable[Any], processes: int) -> None:
+        self._graph, self._batches, self._processes = graph, batches, processes
+        self._room = 2**31 // processes  # places of a process, all of them in int32
+        self._samples = 0
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Array], np.ndarray]]:
+        first = jax.process_index() * self._room if self._processes > 1 else 0
+        for batch in self._batches:
+            arrays = jax.tree.map(automatic, batch if isinstance(batch, tuple | list) else (batch,))
+            inputs = bind_inputs(self._graph, arrays)
+            start, self._samples = self._samples, self._samples + len(next(iter(inputs.values())))
+            if self._samples > self._room:
+                raise InputError(f"more than {self._room} samples of a process; look for bad cases in a part of them")
+            yield inputs, np.arange(first + start, first + self._samples).astype(np.int32)
+
+    def index(self, places: np.ndarray) -> np.ndarray:
+        """Places in the whole dataset, int64."""
+        share, place = np.divmod(places.astype(np.int64), self._room)
+        return self._first_of_shares()[share] + place
+
+    def _first_of_shares(self) -> np.ndarray:
+        if self._processes == 1:
+            return np.zeros(1, np.int64)
+        from jax.experimental import multihost_utils
+
+        samples = multihost_utils.process_allgather(np.int32(self._samples)).astype(np.int64)
+        return np.cumsum(samples) - samples
+
+
+def _inputs_of(batch: Any) -> dict[str, Array]:
+    return batch[0]
+
+
+def _arguments_of(batch: Any) -> tuple[Any, ...]:
+    return (batch[0],)

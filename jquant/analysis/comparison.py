@@ -1,21 +1,24 @@
 """Two meanings of one plan, value by value: possible because names and edges are the same in all of them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jquant.analysis.meanings import Side, node_rule, values_of
-from jquant.analysis.metrics import Histogram, cosine, difference, histogram, kl_of, l1, max_error, mse, sqnr
+from jquant.analysis.both_sides import Arrays, Values, evaluated, in_batches
+from jquant.analysis.meanings import Side
+from jquant.analysis.metrics import Histogram, histogram, histogram_between
+from jquant.analysis.statistics import Statistics, merged, numbers_of, statistics_of
+from jquant.evaluation.batches import Placement
 from jquant.graph.axes import automatic, automatic_axes
 from jquant.graph.checks import is_finite
 from jquant.graph.evaluate import bind_inputs
 from jquant.graph.float import value_shapes
-from jquant.host.progress import stages
+from jquant.host.progress import track
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
@@ -26,7 +29,6 @@ from jquant.plan.scales import check_model, expand_weight, quantizer_of, scale_o
 from jquant.text import did_you_mean, format_table
 from jquant.types import Array, InputError, JQuantError, Model, Node, Params, Plan, QuantSpec
 
-Arrays = Mapping[str, Any]
 GIVEN = "given"  # the name of a side that is arrays from elsewhere
 
 
@@ -175,15 +177,10 @@ def compare(
       found = jq.analysis.compare(model, x, "fake_quant", "fake_quant", model_b=state.model)
       print(found.table(sort="own_sqnr"))
     """
-    models = [model, model if model_b is None else model_b]
-    for each in models:
-        check_model(each)
-    arrays = jax.tree.map(automatic, inputs if isinstance(inputs, tuple) else (inputs,))
-    bound = bind_inputs(model.plan.graph, arrays)
-    models = [fold_kept(each) for each in models]
-    plan, params = models[0].plan, models[0].params
-    batch = next(iter(bound.values())).shape[0]
-    shapes = value_shapes(plan.graph, params, batch)
+    models = _models(model, model_b)
+    plan = models[0].plan
+    bound = bind_inputs(plan.graph, jax.tree.map(automatic, inputs if isinstance(inputs, tuple) else (inputs,)))
+    shapes = value_shapes(plan.graph, models[0].params, next(iter(bound.values())).shape[0])
     sides: list[Side] = []
     given: list[Any] = []
     for mode, each in zip((a, b), models, strict=True):
@@ -191,15 +188,81 @@ def compare(
             check_mode(mode)
         sides.append(Side.of(each, mode if isinstance(mode, str) else ""))
         given.append(None if isinstance(mode, str) else _checked(plan, mode, shapes, each.params))
-    first, second = (mode if isinstance(mode, str) else GIVEN for mode in (a, b))
-    found = _metrics(plan, (first, second), sides, bound, given)
-    rows = tuple(_row(plan, name, found[0][name]) for name in plan.graph.values if name in found[0])
-    weights = tuple(_row(plan, name, found[1][name]) for name in plan.weights if name in found[1])
-    present = {row.name for row in (*rows, *weights)}
-    missing = tuple(
-        name for name in (*plan.graph.values, *plan.weights) if name not in present and name not in plan.exact
-    )
-    return Comparison(first, second, rows, weights, missing)
+    modes = [mode if isinstance(mode, str) else GIVEN for mode in (a, b)]
+    values = evaluated(modes, sides, bound, given)
+    return _compared(plan, modes, sides, given, lambda is_first: (values,))
+
+
+@automatic_axes()
+def compare_batches(
+    model: Model,
+    batches: Iterable[Any],
+    a: Mode = "float",
+    b: Mode = "fake_quant",
+    *,
+    model_b: Model | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "data",
+    total: int | None = None,
+) -> Comparison:
+    """Compares as `compare` does, over all of the batches, and holds the values of two of them at most.
+
+    Batches are padded to the size of the first one, rounded up to the devices; padding counts nowhere. A batch runs
+    while the numbers of the one before are taken. Where the values are those of all samples at once, so are counts,
+    minima, maxima and histograms, and sums but for their order in float64. `jq.evaluate` has no part in it: that keeps
+    four batches ahead, here with the values of all layers, in one program, and reads the data once.
+
+    Args:
+      model, a, b, model_b: as for `compare`, without arrays from elsewhere.
+      batches: arrays, or tuples of arrays. They are read twice, since the bins of a histogram are over the range of all
+        of the data: a list or a loader, whose second pass may have another order.
+      mesh: devices of this process to spread each batch over, along `axis`.
+      total: how many batches there are, for the progress.
+
+    Returns:
+      A `Comparison`, rows in graph order.
+
+    Raises:
+      JQuantError, LoweringError: as `compare`. InputError: an iterator, no batches, passes that differ in their number
+      of samples, a mesh of several processes; or a batch that needs padding on a mesh, of a plan that joins its batch
+      with another axis.
+
+    Example:
+      found = jq.analysis.compare_batches(model, batches, "float", "bit_true", mesh=mesh)
+    """
+    for mode in (a, b):
+        check_mode(mode)
+    if isinstance(batches, Iterator):
+        raise InputError("batches are read twice; give a list or a loader in the place of an iterator")
+    models = _models(model, model_b)
+    placement = Placement(mesh, axis)
+    if placement.is_spread_over_processes:
+        raise InputError("a comparison reads its values on one host; give a mesh of the devices of this process")
+    sides = [Side.of(each, mode) for mode, each in zip((a, b), models, strict=True)]
+    spread = [placement.everywhere(side) for side in sides]
+    seen = [0, 0]
+
+    def passes(is_first: bool) -> Iterator[Values]:
+        tracked = track(batches, "comparing" if is_first else "comparing: histograms", total)
+        for samples, values in in_batches((a, b), spread, tracked, placement, mesh is not None, is_first):
+            seen[not is_first] += samples
+            yield values
+        if not seen[0]:
+            raise InputError("no batches: the iterable was empty (or used up by an earlier pass)")
+        if not is_first and seen[0] != seen[1]:
+            raise InputError(
+                f"the first pass over the batches gave {seen[0]} samples, the second {seen[1]}; give the same data"
+            )
+
+    return _compared(models[0].plan, (a, b), sides, (None, None), passes)
+
+
+def _models(model: Model, model_b: Model | None) -> list[Model]:
+    """The models of both sides, checked, with what is compared."""
+    models = [model, model if model_b is None else model_b]
+    for each in models:
+        check_model(each)
+    return [fold_kept(each) for each in models]
 
 
 def _checked(
@@ -237,60 +300,65 @@ def _row(plan: Plan, name: str, numbers: dict[str, Any]) -> LayerError:
     )
 
 
-_values = jax.jit(values_of, static_argnames=("mode",))
-
-
-@partial(jax.jit, static_argnames=("mode",))
-def _alone(side: Side, mode: Mode, values: dict[str, Array]) -> dict[str, Array]:
-    """The value of each node for operands that another mode gave, where all of them are there."""
-    rule = node_rule(side, mode)
-    nodes = [node for node in side.model.plan.graph.nodes if all(v in values for v in node.inputs)]
-    return {node.name: rule(node, *(values[v] for v in node.inputs)) for node in nodes}
-
-
-def _metrics(
+def _compared(
     plan: Plan,
     modes: Sequence[Any],
     sides: Sequence[Side],
-    inputs: dict[str, Array],
     given: Sequence[Arrays | None],
-) -> tuple[dict, dict]:
-    """The numbers of every row: in both modes all values, then numpy, which needs no program for each shape."""
-    names = (f"baseline, {modes[0]}", f"against it, {modes[1]}", "each node alone", "errors")
-    with stages("comparing", names) as begin:
-        both = []
-        for name, mode, side, arrays in zip(names, modes, sides, given, strict=False):
-            begin(name)
-            both.append(jax.block_until_ready(_values(side, mode, inputs)) if arrays is None else arrays)
-        begin(names[2])
-        alone = to_host(_alone(sides[0], modes[0], dict(both[1])) if given[0] is None else {})
-        begin(names[3])
-        return _errors_of(plan, modes, sides, [to_host(values) for values in both], alone, given)
-
-
-def _errors_of(
-    plan: Plan,
-    modes: Sequence[Any],
-    sides: Sequence[Side],
-    values: Sequence[Arrays],
-    alone: Arrays,
-    given: Sequence[Arrays | None],
-) -> tuple[dict, dict]:
-    first, second = values
+    passes: Callable[[bool], Iterable[Values]],
+) -> Comparison:
+    """The rows. `passes(is_first)` gives the batches twice: bins of histograms are over the range of all of them."""
     on_host = [Model(plan, to_host(side.model.params), to_host(side.model.qparams)) for side in sides]
-    scales = value_scales(plan, on_host[1].qparams)
-    found, weights = {}, {}
+    steps = _steps(plan, value_scales(plan, on_host[1].qparams))
+    found: dict[str, Statistics] = {}
+    counts: dict[str, Histogram] = {}
     with np.errstate(all="ignore"):
-        masked: dict[str, np.ndarray] = {}
-        for name in plan.graph.values:
-            if name in first and name in second and name not in plan.exact:
-                masked[name] = _masked(plan.graph.by_name.get(name), first[name], second[name], masked)
-                a, b, own, scale = _unmasked(masked[name], first[name], second[name], alone.get(name), scales[name])
-                found[name] = _errors(a, b, own, scale, plan.values[name])
+        for values in passes(True):
+            for name, a, b, own, step, is_masked in _elements(plan, steps, values):
+                part = statistics_of(a, b, own, step, plan.values[name], is_masked)
+                found[name] = merged(found.get(name), part)
+        for values in passes(False):
+            for name, a, b, _, _, is_masked in _elements(plan, steps, values):
+                if is_masked == found[name].is_masked:
+                    counts[name] = _counted(counts.get(name), a, b, found[name])
+        rows = [_row(plan, name, numbers_of(found[name], steps[name], counts[name])) for name in found]
+        weights = []
         for key, x, y in _weights(plan, *zip(modes, on_host, given, strict=True)):
             scale = expand(scale_of(key, plan, on_host[1].qparams), plan.weight_axis.get(key), x.ndim)
-            weights[key] = _errors(x, y, None, scale, plan.weights[key])
-    return found, weights
+            step = _step(scale, plan.weights[key])
+            of = statistics_of(x, y, None, step, plan.weights[key])
+            weights.append(_row(plan, key, numbers_of(of, step, histogram(x, y))))
+    present = {row.name for row in (*rows, *weights)}
+    missing = tuple(
+        name for name in (*plan.graph.values, *plan.weights) if name not in present and name not in plan.exact
+    )
+    return Comparison(modes[0], modes[1], tuple(rows), tuple(weights), missing)
+
+
+def _elements(plan: Plan, steps: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any, Any, Any, Any, bool]]:
+    """(name, a, b, alone, step, whether a mask leaves all out) of the values of both sides, without masked elements."""
+    first, second, alone = values
+    masked: dict[str, np.ndarray] = {}
+    for name in plan.graph.values:
+        if name in first and name in second and name not in plan.exact:
+            masked[name] = _masked(plan.graph.by_name.get(name), first[name], second[name], masked)
+            parts = _unmasked(masked[name], first[name], second[name], alone.get(name), steps[name])
+            yield name, *parts, bool(masked[name].all())
+
+
+def _counted(before: Histogram | None, a: Array, b: Array, of: Statistics) -> Histogram:
+    low, high = np.minimum(of.minimum, of.b_minimum), np.maximum(of.maximum, of.b_maximum)
+    found = histogram_between(a, b, low, high)
+    return found if before is None else Histogram(low, high, before.a + found.a, before.b + found.b)
+
+
+def _steps(plan: Plan, scales: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _step(scales[name], plan.values[name]) for name in plan.graph.values if name not in plan.exact}
+
+
+def _step(scale: Array | None, spec: QuantSpec | None) -> Array | None:
+    """Real per LSB of a value that is rounded and saturated; None of others."""
+    return scale if spec is not None and not spec.is_high_precision and not spec.is_float else None
 
 
 def _weights(plan: Plan, *sides: tuple[str, Model, Arrays | None]) -> Iterator[tuple[str, Array, Array]]:
@@ -314,36 +382,6 @@ def _weights(plan: Plan, *sides: tuple[str, Model, Arrays | None]) -> Iterator[t
             yield key, x, y
 
 
-def _errors(
-    a: Array, b: Array, alone: Array | None, scale: Array | None, spec: QuantSpec | None
-) -> dict[str, Array | Histogram | None]:
-    """The numbers of a row. `alone` is what a's node makes of b's operands; `scale` broadcasts to the value."""
-    error, counts = abs(difference(a, b)), histogram(a, b)
-    on_grid = scale is not None and spec is not None and not spec.is_high_precision and not spec.is_float
-    step = scale if on_grid else None
-    tolerance = 0.0 if step is None else step * 0.5
-    return {
-        "scale": None if step is None else step.max(),
-        "minimum": a.min(),
-        "maximum": a.max(),
-        "b_minimum": b.min(),
-        "b_maximum": b.max(),
-        "cosine": cosine(a, b),
-        "sqnr": sqnr(a, b),
-        "mse": mse(a, b),
-        "l1": l1(a, b),
-        "kl": kl_of(counts),
-        "max_error": error.max(),
-        "max_lsb": None if step is None else (error / step).max(),
-        "saturated": None if step is None or spec is None else _saturated(a, step, spec),
-        "differing": (error > tolerance).mean(),
-        "own_sqnr": None if alone is None else sqnr(alone, b),
-        "own_max_error": None if alone is None else max_error(alone, b),
-        "own_max_lsb": None if alone is None or step is None else (abs(difference(alone, b)) / step).max(),
-        "histogram": counts,
-    }
-
-
 def _masked(node: Node | None, a: Array, b: Array, masked: Mapping[str, np.ndarray]) -> np.ndarray:
     """Where a value has no number: a mask filled it in for a softmax, or it is exp of such elements."""
     if node is not None and isinstance(node.op, Exp) and node.inputs[0] in masked:
@@ -359,8 +397,3 @@ def _unmasked(
         return a, b, alone, scale
     scales = scale if scale is None or scale.size == 1 else np.broadcast_to(scale, masked.shape)[~masked]
     return a[~masked], b[~masked], None if alone is None else alone[~masked], scales
-
-
-def _saturated(a: Array, scale: Array, spec: QuantSpec) -> Array:
-    low, high = spec.range
-    return ((a < (low - 0.5) * scale) | (a > (high + 0.5) * scale)).mean()

@@ -82,7 +82,11 @@ def kl_of(counts: Histogram) -> Array:
 def histogram(a: Array, b: Array) -> Histogram:
     """Both arrays over the same bins."""
     xp = array_namespace(a, b)
-    low, high = xp.minimum(a.min(), b.min()), xp.maximum(a.max(), b.max())
+    return histogram_between(a, b, xp.minimum(a.min(), b.min()), xp.maximum(a.max(), b.max()))
+
+
+def histogram_between(a: Array, b: Array, low: Array, high: Array) -> Histogram:
+    """Both arrays over bins from `low` to `high`; what lies outside counts in the outer ones."""
     return Histogram(low, high, *(_count(x, low, high) for x in (a, b)))
 
 

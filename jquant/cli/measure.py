@@ -1,9 +1,9 @@
 """On data: `eval`, `run`, `compare`, `sensitivity`, `report`."""
 
 import json as json_text
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -257,6 +257,8 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write all numbers as JSON.")] = None,
     config: Config = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to compare on.")] = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples at once; default all of them.")] = None,
+    devices: Devices = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -268,14 +270,18 @@ def compare(
     jquant compare net.jqs --data test.npz -a fake_quant -b tables
     jquant compare net.jqs --other trained.jqs --data test.npz \\
       -a fake_quant -b fake_quant
+    jquant compare net.jqs --data images/ --samples 5000 --batch 32
     jquant compare net.jqs --data test.npz -a board_values.npz -b bit_true
     """
     from jquant import analysis
     from jquant.analysis.comparison import check_column
 
-    console = Console(json, quiet, verbose)
+    console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     check_data(data)
     check_file(output)
+    in_parts = batch is not None or mesh is not None
+    if in_parts and any(side.endswith(".npz") for side in (a, b)):
+        raise UsageError("values of a .npz are compared in one batch; leave --batch and --devices out")
     for side in (a, b):
         if not side.endswith(".npz"):
             check_mode(side)
@@ -292,8 +298,14 @@ def compare(
         if after.graph != state.graph or after.qconfig != state.qconfig or plans[0] != plans[1]:
             raise UsageError(f"{other} is a state of another model or qconfig than {model}")
         second = after.calibrated()
-    x = _one_batch(load_data(data, state.graph, settings.image), samples)
-    found = analysis.compare(state.calibrated(), x, _side(a), _side(b), model_b=second)
+    loaded, calibrated = load_data(data, state.graph, settings.image), state.calibrated()
+    if in_parts:
+        read = _Inputs(loaded, batch or samples, samples)
+        modes: Any = (a, b)
+        found = analysis.compare_batches(calibrated, read, *modes, model_b=second, mesh=mesh, total=read.steps)
+    else:
+        x = _one_batch(loaded, samples)
+        found = analysis.compare(calibrated, x, _side(a), _side(b), model_b=second)
     rows = found.weights if weights else found.rows
     table = found.table(sort=sort, weights=weights) if top is None else _top(found, rows, sort, weights, top)
     console.text(table, keep=() if sort is None else (sort,))
@@ -318,6 +330,22 @@ def _top(found: Any, rows: Sequence[Any], sort: str | None, weights: bool, top: 
 
 def _side(name: str) -> Any:
     return read_arrays(Path(name)) if name.endswith(".npz") else name
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The batches of some data without their labels, read again at every pass."""
+
+    data: Data
+    batch: int
+    samples: int
+
+    @property
+    def steps(self) -> int | None:
+        return self.data.steps(self.batch, self.samples)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
+        return (inputs for inputs, _ in self.data.batches(self.batch, self.samples))
 
 
 def _one_batch(data: Data, samples: int) -> tuple[Any, ...]:

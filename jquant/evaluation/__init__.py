@@ -2,6 +2,9 @@
 
 from jquant.evaluation.detection import COCO_THRESHOLDS as COCO_THRESHOLDS
 from jquant.evaluation.detection import MeanAveragePrecision as MeanAveragePrecision
+from jquant.evaluation.extremes import Largest as Largest
+from jquant.evaluation.extremes import Worst as Worst
+from jquant.evaluation.extremes import WorstSamples as WorstSamples
 from jquant.evaluation.loop import Evaluation as Evaluation
 from jquant.evaluation.loop import evaluate as evaluate
 from jquant.evaluation.metrics import Accuracy as Accuracy

@@ -179,6 +179,7 @@ class _Run:
         inputs: Callable[[Any], tuple[Any, ...]],
         placement: Placement,
     ) -> None:
+        self._metrics = metrics
         here = {name: metric for name, metric in metrics.items() if getattr(metric, "on_host", False)}
         if here and placement.is_spread_over_processes:
             raise InputError(f"{', '.join(here)} need the outputs on one host; leave them out on several processes")
@@ -201,7 +202,7 @@ class _Run:
     def count(self, state: Position, found: Any, placed: Placed) -> Position:
         """Adds the result of a batch."""
         samples = placed.samples if placed.of_all is None else int(jax.device_get(placed.of_all))
-        return state.plus(self.sums(found, placed), samples, placed.size)
+        return state.plus(self.sums(found, placed), samples, placed.size, self._metrics)
 
     def sums(self, found: Any, placed: Placed) -> dict[str, Any]:
         """{mode: {metric: sums}} of a batch, on the host."""

@@ -6,6 +6,11 @@ A metric is a hashable value with two pure functions, so that a second evaluatio
   compute(sums) -> the figure, from the sums as int64 and float64 numpy arrays
 
 Counts are integers, so their sums are exact in any order. `Metric` makes one of two functions of one's own.
+
+Where statistics do not add up, such as a maximum, a metric has a third function, which takes the place of `+`:
+
+  merge(a, b) -> the statistics of the batches of a and of those of b, which come behind them: numpy arrays of the
+    dtypes and shapes that `measure` gives
 """
 
 from collections.abc import Callable
@@ -21,7 +26,7 @@ from jquant.types import Array, InputError
 
 @runtime_checkable
 class Summed(Protocol):
-    """A metric as above. Of the optional fields, `against` names the mode whose outputs take the place of the batch."""
+    """A metric as above. Optional are `merge`, and `against`: the mode whose outputs take the place of the batch."""
 
     def measure(self, outputs: Any, batch: Any, mask: Any) -> Any: ...
     def compute(self, sums: Any) -> Any: ...
@@ -39,12 +44,13 @@ def labels_of(batch: Any) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A metric of one's own: `measure` and `compute` as the module says.
+    """A metric of one's own: `measure`, `compute` and `merge` as the module says.
 
     Attributes:
       measure: `(outputs, batch, mask) -> pytree of arrays`; a function at the top of a module compiles once.
       compute: `(sums) -> figure`.
       against: a mode, such as "float", whose outputs `measure` gets in the place of the batch.
+      merge: `(statistics, statistics) -> statistics`, in numpy; None adds them up.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jquant as jq
@@ -60,6 +66,7 @@ class Metric:
     measure: Callable[[Any, Any, Array], Any]
     compute: Callable[[Any], Any]
     against: str | None = None
+    merge: Callable[[Any, Any], Any] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

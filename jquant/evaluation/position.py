@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ class Position:
       of: digest of source, modes and metrics.
       size: samples of the first batch, padded; 0 before it.
       batches, samples: how many are counted.
-      leaves: the sums [..] in the order of `jax.tree.leaves`, int64 or float64.
+      leaves: the sums [..] in the order of `jax.tree.leaves`: int64 or float64, or as a metric with `merge` gives them.
       structure: the tree of the sums, {mode: {metric: ...}}; None until a batch shows it.
     """
 
@@ -62,18 +63,35 @@ class Position:
             raise FormatError("the position holds the sums of other metrics; name another file")
         return replace(self, structure=structure)
 
-    def plus(self, found: Any, samples: int, size: int) -> "Position":
-        leaves, structure = jax.tree.flatten(found)
-        wide = [np.asarray(v, np.float64 if np.asarray(v).dtype.kind == "f" else np.int64) for v in leaves]
-        sums = tuple(a + b for a, b in zip(self.leaves, wide, strict=True)) if self.leaves else tuple(wide)
+    def plus(self, found: Any, samples: int, size: int, metrics: Mapping[str, Any]) -> "Position":
+        """With the sums {mode: {metric: ...}} of one more batch."""
+        before = self.sums if self.batches else {}
+        sums = {
+            mode: {name: _joined(metrics[name], before.get(mode, {}).get(name), part) for name, part in parts.items()}
+            for mode, parts in found.items()
+        }
+        leaves, structure = jax.tree.flatten(sums)
         return replace(
             self,
             size=self.size or size,
             batches=self.batches + 1,
             samples=self.samples + samples,
-            leaves=tuple(map(np.asarray, sums)),
+            leaves=tuple(map(np.asarray, leaves)),
             structure=structure,
         )
+
+
+def _joined(metric: Any, before: Any, part: Any) -> Any:
+    """The sums of a metric before a batch (None: it is the first), and those of the batch, as one."""
+    merge = getattr(metric, "merge", None)
+    if merge is None:
+        merge, part = partial(jax.tree.map, np.add), jax.tree.map(_wide, part)
+    return part if before is None else merge(before, part)
+
+
+def _wide(sums: Any) -> np.ndarray:
+    array = np.asarray(sums)
+    return array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
 
 
 def save_position(path: str | os.PathLike[str], position: Position) -> None:

@@ -26,6 +26,7 @@ CASES = {
     f"eval no.jqs {DATA} --mode int": "unknown mode 'int'",
     f"compare no.jqs {DATA} -b floot": "unknown mode 'floot'",
     f"compare no.jqs {DATA} -a values.npz": "no values at values.npz",
+    f"compare no.jqs {DATA} -a values.npz --batch 4": "values of a .npz are compared in one batch",
     f"compare no.jqs {DATA} --sort sqn": "no column 'sqn'",
     f"compare no.jqs {DATA} -o folder": "--output folder is a folder",
     f"sensitivity no.jqs {DATA} --metric cosin": "unknown metric 'cosin'",

@@ -21,6 +21,8 @@ def test_two_devices_give_what_one_gives(tmp_path: Path) -> None:
         "calibrate 2": "calibrate d/float.jqs -c q.toml -d d/train.npz -o two.jqs --microbatch 100 --devices 2",
         "eval 1": "eval one.jqs -d odd.npz --mode fake_quant --mode bit_true --json",
         "eval 2": "eval one.jqs -d odd.npz --mode fake_quant --mode bit_true --json --devices 2",
+        "compare 1": "compare one.jqs -d odd.npz --samples 21 --json",
+        "compare 2": "compare one.jqs -d odd.npz --samples 21 --json --batch 8 --devices 2",
         "run 1": "run one.jqs -d odd.npz -o one.npz --raw --taps --batch 8",
         "run 2": "run one.jqs -d odd.npz -o two.npz --raw --taps --batch 8 --devices 2",
         "train": "train one.jqs -c q.toml -d d/train.npz -o trained.jqs --devices 2 --json",
@@ -33,6 +35,10 @@ def test_two_devices_give_what_one_gives(tmp_path: Path) -> None:
     assert set(codes) == {"uneven", "too many"}, codes
     assert (tmp_path / "one.jqs").read_bytes() == (tmp_path / "two.jqs").read_bytes()
     assert found["eval 1"].json == found["eval 2"].json
+    whole, parts = (found[f"compare {i}"].json["rows"] for i in (1, 2))
+    for row, other in zip(whole, parts, strict=True):
+        assert (row["name"], row["size"]) == (other["name"], other["size"])
+        assert abs(row["sqnr"] - other["sqnr"]) < 0.01  # a float value may round to the other side of an LSB
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert one.files == two.files
     for name in one.files:
