@@ -139,7 +139,21 @@ def matmul(x: Array, weight: Array) -> Array:
     As a matrix, since XLA copies a gradient that is summed over several axes into another order, slowly.
     """
     rows = x.reshape(-1, x.shape[-1]) if x.ndim > 2 else x
-    return _product(rows, weight, (rows.ndim - 1, 0)).reshape(*x.shape[:-1], weight.shape[1])
+    if x.ndim < 2 or not _is_slow_row(rows):
+        return _product(rows, weight, (rows.ndim - 1, 0)).reshape(*x.shape[:-1], weight.shape[1])
+    return _product(_two_rows(rows), weight, (1, 0))[:1].reshape(*x.shape[:-1], weight.shape[1])
+
+
+def _is_slow_row(a: Array) -> bool:
+    """Whether a is one row of integers on a CPU: XLA would copy the other operand to int32, four times its bytes.
+
+    With a second row it takes its fast library instead: 0.65 of the time for 1280 to 1000 features, and less for more.
+    """
+    return is_integer(a) and a.shape[-2] == 1 and platform() == "cpu"
+
+
+def _two_rows(a: Array) -> Array:
+    return jnp.pad(a, [*((0, 0),) * (a.ndim - 2), (0, 1), (0, 0)])
 
 
 def _product(a: Array, b: Array, contracted: tuple[int, int], batched: tuple[Axes, Axes] = ((), ())) -> Array:
@@ -326,6 +340,8 @@ def batch_matmul(a: Array, b: Array) -> Array:
     """`jnp.matmul` that accumulates in int32 for integers and float32 for floats."""
     # XLA folds a transposition of b into the product, and its fast library takes none: five times slower.
     b = apart(b) if is_integer(b) else b
+    if a.ndim > 1 and _is_slow_row(a):
+        return jnp.matmul(_two_rows(a), b, preferred_element_type=accumulator_of(a))[..., :1, :]
     if not (is_integer(a) and platform() == "gpu"):
         return jnp.matmul(a, b, preferred_element_type=accumulator_of(a))
     stack = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])

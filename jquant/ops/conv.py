@@ -22,11 +22,20 @@ from jquant.graph.operator import (
     to_channels_last,
 )
 from jquant.numerics import limbs, pairs
-from jquant.numerics.convolution import NO_WINDOW, Window, accumulate_exactly, convolve, kernel_of, matmul
+from jquant.numerics.convolution import (
+    NO_WINDOW,
+    Window,
+    accumulate_exactly,
+    convolve,
+    kernel_of,
+    matmul,
+    pad_spatial,
+)
 from jquant.numerics.fused_convolution import Layer, fits, fused_convolution, is_chosen, layer_of
 from jquant.numerics.limbs import Limbs
 from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.pairs import Pair
+from jquant.numerics.parts import are_parts_of_use, in_parts, parts_of_examples, parts_of_rows
 from jquant.numerics.rescale import Rescale, multiplier_of, quantize_exactly, ratio, rescale, rescale_of
 from jquant.numerics.rounding import quantize, shift_right
 from jquant.numerics.transposed import transpose_convolve
@@ -196,8 +205,27 @@ def _(
     if (layer := _fused_layer(op, node_format, target, x, weight, addend, post)) is not None:
         return fused_convolution(layer, x, weight, addend, post)
     product = partial(accumulate_exactly, kernel=node_format.kernel, accumulator=node_format.accumulator)
-    products = _slide(op, x, weight, product)
-    return _post_process(op.activation, node_format, target, products, addend, **post)
+
+    def compute(op: Conv | ConvTranspose, x: Array, addend: Array | None) -> Array:
+        return _post_process(op.activation, node_format, target, _slide(op, x, weight, product), addend, **post)
+
+    if isinstance(op, ConvTranspose) or node_format.kernel == "depthwise" or not are_parts_of_use():
+        return compute(op, x, addend)
+    shape, width = jax.eval_shape(partial(compute, op), x, addend).shape, _accumulated_bytes(x, weight)
+    if (parts := parts_of_examples(shape, width)) is not None:
+        return in_parts(partial(compute, op), parts, x, addend)
+    if len(op.strides) != 2:
+        return compute(op, x, addend)
+    extent = op.dilation[0] * (weight.shape[0] - 1) + 1
+    if (parts := parts_of_rows(shape, width, op.strides[0], extent)) is None:
+        return compute(op, x, addend)
+    whole = replace(op, padding=((0, 0),) * 2)
+    return in_parts(partial(compute, whole), parts, pad_spatial(x, op.padding), addend)
+
+
+def _accumulated_bytes(x: Array, weight: Array) -> int:
+    """Of one sum: int32, or the sums of two bytes and their limbs."""
+    return 4 if x.dtype == weight.dtype == jnp.int8 else 20
 
 
 @dataclass(frozen=True)
@@ -242,10 +270,16 @@ def _(
     weight: Array,
     **post: Array,
 ) -> Array:
-    flat = x.reshape(-1, x.shape[-1])
-    products = accumulate_exactly(flat, weight, NO_WINDOW, 1, accumulator=node_format.accumulator)
-    products = jax.tree.map(lambda v: v.reshape(*x.shape[:-1], -1), products)
-    return _post_process(op.activation, node_format, target, products, addend, **post)
+    flat, out = x.reshape(-1, x.shape[-1]), weight.shape[-1]
+    added = None if addend is None else addend.reshape(-1, out)
+
+    def compute(x: Array, addend: Array | None) -> Array:
+        products = accumulate_exactly(x, weight, NO_WINDOW, 1, accumulator=node_format.accumulator)
+        return _post_process(op.activation, node_format, target, products, addend, **post)
+
+    parts = parts_of_examples((flat.shape[0], out), _accumulated_bytes(x, weight)) if are_parts_of_use() else None
+    y = compute(flat, added) if parts is None else in_parts(compute, parts, flat, added)
+    return y.reshape(*x.shape[:-1], out)
 
 
 def _post_process(
