@@ -50,7 +50,18 @@ ROOTS = {"jquant", "jquant.api"}  # the roof: they may import everything, and no
 MOST_PLAIN_MODULES = 7
 
 # Folders of tests that are not named after a package of jquant.
-OTHER_TESTS = {"benchmarks", "conformance", "converters", "device", "examples", "faq", "faults", "foreign", "fuzz", "golden"}
+OTHER_TESTS = {
+    "benchmarks",
+    "conformance",
+    "converters",
+    "device",
+    "examples",
+    "faq",
+    "faults",
+    "foreign",
+    "fuzz",
+    "golden",
+}
 
 # `reference` is an independent second implementation: it may lean on nothing that it is there to check.
 REFERENCE_MAY_IMPORT = {"jquant.types", "jquant.reference", "numpy"}

@@ -149,13 +149,10 @@ def requantize(x: Operand, output: Operand, target: Target) -> Rescale:
 
 
 def requantize_each(inputs: Sequence[Operand], outputs: Sequence[Operand], target: Target) -> dict[str, Array]:
-    """The rescale of every operand, stacked: role i belongs to operand i."""
+    """The rescale of every operand, stacked: role i belongs to operand i. The width of an output decides nothing."""
     xp = array_namespace(*(x.scale for x in (*inputs, *outputs)))
-    if len({y.dtype for y in outputs}) == 1:  # one division for all
-        scales = [xp.stack([x.scale for x in side]) for side in (inputs, outputs)]
-        return requantize(replace(inputs[0], scale=scales[0]), replace(outputs[0], scale=scales[1]), target)._asdict()
-    each = [requantize(x, y, target) for x, y in zip(inputs, outputs, strict=True)]
-    return {role: xp.stack([getattr(by, role) for by in each]) for role in Rescale._fields}
+    scales = [xp.stack([x.scale for x in side]) for side in (inputs, outputs)]
+    return requantize(replace(inputs[0], scale=scales[0]), replace(outputs[0], scale=scales[1]), target)._asdict()
 
 
 def rescale_each(inputs: Sequence[Array], by: Mapping[str, Array], dtype: str, target: Target) -> list[Array]:
