@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch import nn
 
 import jquant as jq
 from jquant.graph.evaluate import evaluate
@@ -24,44 +23,14 @@ from jquant_converters import from_torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from keeping import markdown_table
-from nets import MobileNetV2
+from nets import MobileNetV2, ResNet
 from results import write_section
 from timing import Contender, Step, measure
 
 COLUMNS = ("net", "batch", "bfloat16", "integers by XLA", "integers, kernels chosen", "layers by the kernel", "ratio")
 
 
-class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut (He et al. 2016)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
-        straight = [] if stride == 1 else [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
-        self.shortcut = nn.Sequential(*straight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-class ResNet18(nn.Module):
-    """[N, 3, 224, 224] -> [N, 1000]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-        widths = ((64, 64), (64, 128), (128, 256), (256, 512))
-        blocks = [block for a, b in widths for block in (Block(a, b, 1 if a == b else 2), Block(b, b, 1))]
-        self.body, self.head = nn.Sequential(*stem, *blocks), nn.Linear(512, 1000)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x).mean((2, 3)))
-
-
-NETS = {"ResNet-18": ResNet18, "MobileNetV2": MobileNetV2}
+NETS = {"ResNet-18": ResNet, "MobileNetV2": MobileNetV2}
 
 
 def in_bfloat16(model: jq.Model, x: jax.Array) -> Step:

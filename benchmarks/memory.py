@@ -22,16 +22,15 @@ from jquant.ops import conv
 from jquant_converters import from_torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from device import ResNet18
 from keeping import markdown_table
-from nets import CifarResNet, MobileNetV2
+from nets import CifarResNet, MobileNetV2, ResNet
 from results import write_section
 from timing import THREADS, Contender, measure
 
 COLUMNS = ("net", "batch", "peak, MB", "as a whole, MB", "bound, MB", "met", "time over the whole", "quarters")
 WORKLOADS = (("ResNet-20", 32, 1), ("ResNet-20", 32, 64), ("ResNet-18", 224, 1), ("ResNet-18", 224, 8))
 WORKLOADS = (*WORKLOADS, ("MobileNetV2", 224, 1), ("MobileNetV2", 224, 8))
-NETS = {"ResNet-20": CifarResNet, "ResNet-18": ResNet18, "MobileNetV2": MobileNetV2}
+NETS = {"ResNet-20": CifarResNet, "ResNet-18": ResNet, "MobileNetV2": MobileNetV2}
 
 
 class Compiled(NamedTuple):

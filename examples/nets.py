@@ -73,6 +73,46 @@ def load_mobilenet_v2() -> MobileNetV2:
     return net.eval()
 
 
+class Residual(nn.Module):
+    """3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 of a quarter of the width, beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, bottleneck: bool) -> None:
+        super().__init__()
+        inner = outputs // 4 if bottleneck else outputs
+        sizes = ((inputs, inner, 1, 1), (inner, inner, 3, stride), (inner, outputs, 1, 1))
+        sizes = sizes if bottleneck else ((inputs, outputs, 3, stride), (outputs, outputs, 3, 1))
+        layers: list[nn.Module] = []
+        for a, b, kernel, step in sizes:
+            layers += [nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body = nn.Sequential(*layers[:-1])
+        straight = stride == 1 and inputs == outputs
+        other = [] if straight else [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.shortcut = nn.Sequential(*other)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """ResNet-18 or -50 of He et al. 2016, table 1, where the 3 x 3 of a bottleneck strides: [N, 3, H, W] -> [N, 1000]."""
+
+    def __init__(self, depth: int = 18) -> None:
+        super().__init__()
+        repeats, bottleneck = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True)}[depth]
+        blocks: list[nn.Module] = []
+        channels = 64
+        for stage, count in enumerate(repeats):
+            for i in range(count):
+                outputs, stride = (64 << stage) * (4 if bottleneck else 1), 2 if stage and not i else 1
+                blocks.append(Residual(channels, outputs, stride, bottleneck=bottleneck))
+                channels = outputs
+        stem = (nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.body, self.head = nn.Sequential(*stem, *blocks), nn.Linear(channels, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
 class CifarBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut without parameters (option A): every second pixel, zeros for channels."""
 
