@@ -7,11 +7,12 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DOCS   := .venv-docs
 MUTANTS := .venv-mutants
+BENCH  := .venv-bench
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-models architectures conformance foreign support figures fuzz mutants docs \
+.PHONY: help venv demo test test-slow test-models architectures conformance foreign support figures fuzz mutants bench docs \
   lint format wheel clean
 
 help:  ## list the targets
@@ -74,6 +75,21 @@ $(MUTANTS)/.installed: requirements-mutants.txt
 
 mutants: $(STAMP) $(MUTANTS)/.installed  ## change 400 expressions of the integer code, write docs/reliability.md (hours)
 	@$(MUTANTS)/bin/python tests/mutants/run.py --write
+
+# The peers are in an environment of their own, since what they pin is older than what is here.
+$(BENCH)/.installed: requirements-dev.txt requirements-data.txt benchmarks/requirements.txt pyproject.toml
+	@$(PYTHON) -m venv $(BENCH)
+	@$(BENCH)/bin/python -m pip --quiet --disable-pip-version-check --no-input install -r requirements-dev.txt
+	@$(BENCH)/bin/python -m pip --quiet --disable-pip-version-check --no-input install --no-deps \
+	  -r requirements-data.txt -r benchmarks/requirements.txt
+	@$(BENCH)/bin/python -m pip --quiet --disable-pip-version-check --no-input install --no-deps \
+	  --no-build-isolation --editable .
+	@touch $@
+
+bench: $(BENCH)/.installed  ## time everything against peers and goals, write benchmarks/RESULTS.md (an hour)
+	@for part in run_integers memory first_integer evaluation loading depth qat_step peers_in_jax goals; do \
+	  echo "benchmarks/$$part.py"; $(BENCH)/bin/python -W ignore benchmarks/$$part.py || exit 1; \
+	done
 
 # Each tool goes into an environment of its own, which is removed in the end.
 foreign: $(STAMP)  ## install other tools and make the files in tests/foreign anew, then docs/other-tools.md

@@ -96,7 +96,7 @@ def peers(net: torch.nn.Module, model: jq.Model, data: np.ndarray) -> dict[str, 
 
 
 def _with_zeros(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The zeros of weights written out: without them onnxruntime's exact mode fails, and the usual one runs in float."""
+    """The zeros of weights written out: without them onnxruntime's exact mode fails, and the usual one is float."""
     arrays = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         stored = arrays.get(node.input[0]) if node.op_type == "DequantizeLinear" and len(node.input) == 2 else None
