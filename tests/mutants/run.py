@@ -59,6 +59,7 @@ LEFT_OUT |= {"jquant/ops/resample_weights.py"}
 # Beside the cases of tests/conformance for the operators of a module, the files of tests that look at it closest.
 TESTS = {
     "jquant/numerics/placement.py": "numerics/test_tables.py ops/test_tables.py ops/test_table_bytes.py",
+    "jquant/numerics/tables.py": "numerics/test_tables.py ops/test_tables.py ops/test_table_bytes.py",
     "jquant/numerics/rescale.py": "numerics/test_rescale.py faults/test_bias.py targets/test_made_up_marches.py",
     "jquant/numerics/": "numerics",
     "jquant/program/insert/": "program/test_insert.py faq/test_insertion.py",
@@ -73,7 +74,7 @@ TESTS = {
     "jquant/ops/bits.py": "ops/test_elementwise.py",
     "jquant/ops/compare.py": "ops/test_elementwise.py faults/test_joined_values.py faults/test_exact_operators.py",
     "jquant/ops/composite.py": "ops/test_composites.py faults/test_masks.py",
-    "jquant/ops/conv.py": "ops/test_gemm.py",
+    "jquant/ops/conv.py": "ops/test_gemm.py plan/test_accumulators.py numerics/test_parts.py numerics/test_fused_convolution.py",
     "jquant/ops/elementwise.py": "ops/test_elementwise.py faults/test_joined_values.py",
     "jquant/ops/grid": "ops/test_sampling.py",
     "jquant/ops/image.py": "ops/test_images.py",
@@ -200,7 +201,8 @@ class Reached:
             print(" ".join(command), flush=True)
             subprocess.run(command, cwd=folder, env=environment(folder) | {"REACHED": str(folder)}, check=True)
             self.texts.write_text(json.dumps(texts))
-            (folder / "done").touch()
+            (folder / "done").write_text(" ".join(files))
+        self.files = set((folder / "done").read_text().split())
         # A module that changed since has other lines: all tests of it run.
         known = {module for module, text in json.loads(self.texts.read_text()).items() if texts.get(module) == text}
         for path in folder.glob("gw*.json"):
@@ -235,14 +237,16 @@ def commands(mutant: Mutant, reached: Reached) -> Iterator[list[str]]:
     pytest = [*PYTEST, "-x"]
     found = list(reached.of(mutant))
     yield from ([*pytest, *tests] for tests in found)
+    files = next(files for start, files in TESTS.items() if mutant.module.startswith(start)).split()
     if found:
+        if later := [f"tests/{name}" for name in files if not {name, name.split("/")[0]} & reached.files]:
+            yield [*pytest, *later]
         return
     is_operator = mutant.module.startswith("jquant/ops/")
     names = operators_of(mutant.module, mutant.line) if is_operator else WIDELY_USED
     if names and not mutant.module.startswith("jquant/program/insert/"):
         yield [*pytest, CONFORMANCE, "-k", " or ".join(f"[{name}" for name in names)]
-    files = next(files for start, files in TESTS.items() if mutant.module.startswith(start))
-    yield [*pytest, *(f"tests/{name}" for name in files.split())]
+    yield [*pytest, *(f"tests/{name}" for name in files)]
 
 
 def make_copy(folder: Path) -> None:
