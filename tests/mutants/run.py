@@ -74,7 +74,7 @@ TESTS = {
     "jquant/ops/bits.py": "ops/test_elementwise.py",
     "jquant/ops/compare.py": "ops/test_elementwise.py faults/test_joined_values.py faults/test_exact_operators.py",
     "jquant/ops/composite.py": "ops/test_composites.py faults/test_masks.py",
-    "jquant/ops/conv.py": "ops/test_gemm.py plan/test_accumulators.py numerics/test_parts.py numerics/test_fused_convolution.py",
+    "jquant/ops/conv.py": "ops/test_gemm.py plan/test_accumulators.py numerics/test_parts.py",
     "jquant/ops/elementwise.py": "ops/test_elementwise.py faults/test_joined_values.py",
     "jquant/ops/grid": "ops/test_sampling.py",
     "jquant/ops/image.py": "ops/test_images.py",
