@@ -3,6 +3,7 @@
     python tests/fuzz/graphs.py --count 2000              # on all cores; a run that was stopped goes on
     python tests/fuzz/graphs.py --count 2000 --write      # and writes the figures into docs/reliability.md
     python tests/fuzz/graphs.py --seed 17                 # one graph, in this process
+    python tests/fuzz/graphs.py --optimized               # with XLA as users have it, which takes twice as long
 
 A graph follows from its seed. `FOLDER/graphs.jsonl` has a line for each that was checked. A graph that fails is made
 smaller by leaving out steps, and printed as a script of its own, which is in `FOLDER/failed_SEED.py` as well.
@@ -105,8 +106,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--optimized", action="store_true")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
+    if not given.optimized:  # before JAX is imported, here or in a process that starts
+        os.environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
     if given.seed is not None:
         print(one(given.seed))
         return 0
@@ -115,8 +119,12 @@ def main() -> int:
     done = {row["seed"] for row in rows_of(path)}
     # Fresh processes now and then: compiled programs of thousands of graphs would fill the memory.
     with ProcessPoolExecutor(given.jobs, get_context("spawn"), max_tasks_per_child=50) as pool, path.open("a") as file:
-        for future in as_completed([pool.submit(one, seed) for seed in range(given.count) if seed not in done]):
+        futures = [pool.submit(one, seed) for seed in range(given.count) if seed not in done]
+        start = time.monotonic()
+        for i, future in enumerate(as_completed(futures), 1):
             row = future.result()
+            rest = (time.monotonic() - start) / i * (len(futures) - i) / 60
+            print(f"\r{i}/{len(futures)}, {rest:.0f} min left ", end="", file=sys.stderr, flush=True)
             file.write(json.dumps(row) + "\n")
             file.flush()
             if row["outcome"] == "failed":

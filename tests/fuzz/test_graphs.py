@@ -10,6 +10,7 @@ from support.properties import check, check_json, check_split
 
 import jquant as jq
 from jquant.graph.checks import validate
+from jquant.graph.loops import LEAST_STEPS, find_loops
 
 
 def test_every_operator_is_drawn() -> None:
@@ -27,6 +28,18 @@ def test_each_operator_makes_a_graph() -> None:
                 made |= {type(node.op).__name__ for node in draft.nodes}
                 validate(jq.Graph(tuple(draft.inputs), tuple(draft.nodes), (draft.nodes[-1].name,)), draft.params)
         assert name in made
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_loop_is_evaluated_as_one(seed: int) -> None:
+    """Seven steps and more; its values are those of the steps one after the other, and so are its integers."""
+    steps = [(len(any_graphs.cases()), 0, seed)]
+    drawn = any_graphs.build(steps)
+    assert drawn is not None
+    count = sum(isinstance(node.op, jq.ops.IndexSelect) for node in drawn.graph.nodes)
+    loops = find_loops(drawn.graph, lambda node: (node.op, node.params))
+    assert (len(loops) == 1) == (count > LEAST_STEPS)
+    assert check(steps).endswith("integers")
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])

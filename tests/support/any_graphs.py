@@ -3,7 +3,8 @@
 The operators are those of the conformance cases, each with attributes, operand shapes, formats and parameters with
 which it is declared there; a new operator has a case, and is drawn from then on. A step of a graph takes a case, and
 for each of its operands a value that is there already, brought to the shape by real operators (flatten, cat, slice,
-reshape), or a new input. Steps are numbers, so that hypothesis and the fuzz runner shrink them alike.
+reshape), or a new input. One operator more is a loop: an unrolled recurrence with one set of weights. Steps are
+numbers, so that hypothesis and the fuzz runner shrink them alike.
 """
 
 import importlib
@@ -81,15 +82,15 @@ class Draft:
         self.kinds[name] = (shape, dtype)
         return name
 
-    def add(self, op: ops.Op, operands: tuple[str, ...], params: dict[str, Any] | None = None) -> str:
-        """A node; raises what its float rule raises for operands that it does not take."""
+    def add(self, op: ops.Op, operands: tuple[str, ...], params: dict[str, Any] | None = None, shared: str = "") -> str:
+        """A node; raises what its float rule raises for operands that it does not take. `shared`: whose params."""
         kinds = tuple(((BATCH, *self.kinds[x][0]), self.kinds[x][1]) for x in operands)
         made = result_type(op, kinds, tuple((role, array.shape) for role, array in (params or {}).items()))
         is_constant = isinstance(op, ops.Constant)
         if not is_constant and (not made.shape or made.shape[0] != BATCH):
             raise ValueError("the result has no batch")
         name = f"n{len(self.nodes)}"
-        keys = {role: f"{name}.{role}" for role in params or {}}
+        keys = {role: f"{shared or name}.{role}" for role in params or {}}
         self.params |= {keys[role]: array for role, array in (params or {}).items()}
         self.nodes.append(jq.Node(name, op, operands, jq.FrozenMap(keys)))
         if not is_constant:
@@ -158,21 +159,47 @@ def parameters(rng: np.random.Generator, case: Case) -> dict[str, jnp.ndarray]:
     return found
 
 
+def add_loop(draft: Draft, rng: np.random.Generator) -> str:
+    """h = f(W x[t] + U h + b) over a sequence [N, T, size], of as many steps as make a loop, or of fewer."""
+    size, width, count = (int(rng.integers(*ends)) for ends in ((2, 5), (2, 6), (4, 12)))
+    activation = (ops.Tanh(), ops.Relu(), ops.Sigmoid())[rng.integers(3)]
+    weights = {
+        "enter": {"weight": rng.normal(size=(width, size)), "bias": rng.normal(size=width)},
+        "stay": {"weight": rng.normal(size=(width, width)) / width},
+    }
+    params = {k: {r: jnp.asarray(v, jnp.float32) for r, v in w.items()} for k, w in weights.items()}
+    sequence, state = (draft.operand(rng, shape, "int8") for shape in ((count, size), (width,)))
+    begin = f"n{len(draft.nodes)}"
+    for t in range(count):
+        chosen = draft.add(ops.IndexSelect(axis=1, indices=(t,)), (sequence,))
+        entered = draft.add(ops.Linear(), (draft.add(ops.Flatten(), (chosen,)),), params["enter"], f"{begin}.enter")
+        stayed = draft.add(ops.Linear(), (state,), params["stay"], f"{begin}.stay")
+        state = draft.add(activation, (draft.add(ops.Add(), (entered, stayed)),))
+    return state
+
+
 def add_step(draft: Draft, step: Step) -> bool:
     """Adds the node of a step, and what it takes to bring its operands there; False where they do not fit."""
     operator, chosen, seed = step
-    found = list(cases().values())[operator % len(cases())]
-    case, rng = found[chosen % len(found)], np.random.default_rng(seed)
+    rng, place = np.random.default_rng(seed), operator % (len(cases()) + 1)
+    case = None
     before = (len(draft.inputs), len(draft.nodes))
     try:
-        operands = tuple(draft.operand(rng, s, fmt) for s, fmt in zip(case.shapes, case.operands, strict=True))
-        name = _added(draft, rng, case, operands)
+        if place == len(cases()):
+            name = add_loop(draft, rng)
+        else:
+            found = list(cases().values())[place]
+            case = found[chosen % len(found)]
+            operands = tuple(draft.operand(rng, s, fmt) for s, fmt in zip(case.shapes, case.operands, strict=True))
+            name = _added(draft, rng, case, operands)
     except (JQuantError, ValueError, TypeError, IndexError, ZeroDivisionError):
         del draft.inputs[before[0] :], draft.nodes[before[1] :]
         names = {entry.name for entry in draft.inputs} | {node.name for node in draft.nodes}
         draft.kinds = {x: kind for x, kind in draft.kinds.items() if x in names}
         draft.bounds = {x: bound for x, bound in draft.bounds.items() if x in names}
         return False
+    if case is None:
+        return True
     wide = [i for i, fmt in enumerate(case.operands) if fmt == "int16" and draft.kinds[operands[i]][1] == "float32"]
     policy = jq.Policy(input={case.op.ports[i]: jq.int16() for i in wide if i < len(case.op.ports)}) if wide else None
     if case.output == "int16" and draft.kinds.get(name, ((), ""))[1] == "float32":
