@@ -7,6 +7,7 @@ On an accelerator it runs there, and says so; what runs on the CPU alone is then
 
 import argparse
 import copy
+import os
 import platform
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that wait by spinning would take the cores of the next contender
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +113,7 @@ def _with_zeros(model: onnx.ModelProto) -> onnx.ModelProto:
 def _session(path: Path, data: np.ndarray, *, exact: bool = False) -> Step:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if exact:  # products of uint8 and int8 would saturate in 16 bits without VNNI
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])

@@ -271,3 +271,33 @@ def test_a_failed_save_keeps_the_old_file(network: tuple, tmp_path, monkeypatch)
         jq.save(tmp_path / "net.jq", program)
     assert (tmp_path / "net.jq").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["net.jq"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of a CPU's loops")
+@pytest.mark.parametrize("join", ["concatenate", "stack"])
+def test_no_loop_joins_values_in_its_middle(join: str) -> None:
+    """XLA would compute the sum of a and the joined values in one loop that decides at each element what it reads."""
+    rng = np.random.default_rng(0)
+    x, a = (jnp.asarray(rng.normal(size=(2, 8, *rest)), jnp.float32) for rest in ((16, 6), (16, 18)))
+
+    def net(p, x, a):
+        parts = [jax.nn.relu(x) * 0.5, jnp.abs(x), -x]
+        joined = jnp.concatenate(parts, -1) if join == "concatenate" else jnp.stack(parts, -1).reshape(a.shape)
+        return jnp.maximum(joined + a, 0.25)
+
+    graph, params = jq.trace(net, {}, x, a)
+    config = jq.QConfig(jq.templates.int8_default())
+    model = jq.prepare(graph, params, config, target="nash-e", high_precision_outputs=False)
+    program = jq.lower(jq.calibrate(model, [(x, a)]))
+    compiled = jax.jit(jq.run).lower(program, x, a).compile()
+    bodies = re.findall(r"^%fused_computation\S* .*?^}", compiled.as_text(), re.MULTILINE | re.DOTALL)
+    joining = [body for body in bodies if re.search(r"\bconcatenate\(", body)]
+    assert joining or re.search(r"\bconcatenate\(", compiled.as_text())
+    for body in joining:
+        root = re.search(r"ROOT \S+ = \S+ (\w[\w-]*)\(", body)
+        assert root is not None
+        assert root.group(1) in ("concatenate", "bitcast", "convert", "copy", "transpose"), body
+    found = jq.run_with_taps(program, x, a)
+    _, expected = jq.reference.run(program, np.asarray(x), np.asarray(a))
+    for name in program.graph.values:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
