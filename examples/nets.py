@@ -94,7 +94,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 or -50 of He et al. 2016, table 1, where the 3 x 3 of a bottleneck strides: [N, 3, H, W] -> [N, 1000]."""
+    """ResNet-18 or -50 of He et al. 2016, table 1, whose bottlenecks stride in the 3 x 3: [N, 3, H, W] -> [N, 1000]."""
 
     def __init__(self, depth: int = 18) -> None:
         super().__init__()
