@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> list[list[str]]:
         found += rows_of(name, options.rounds)
         print(" | ".join(found[-1]), flush=True)
     if not options.no_write:
-        head = "## To the first integer\n\n`benchmarks/first_integer.py`: medians of "
-        head += f"{options.rounds} fresh processes, batch 1. Compilations of a cold process.\n\n"
+        head = "## To the first integer\n\n`benchmarks/first_integer.py`: fresh processes, batch 1, medians; rounds: "
+        head += f"{options.rounds}. Compilations of a cold process.\n\n"
         write_section("first_integer", head + markdown_table(COLUMNS, found, left=2))
     return found
 

@@ -55,7 +55,8 @@ def _goal(section: str, row: dict[str, str]) -> list[Goal]:
     if not NUMBER.fullmatch(ratio) or not wanted:
         return []
     spread = NUMBER.findall(row.get("quarter to three quarters", "")) or [ratio, ratio]
-    name = (" over " if "ratio" in row else ", ").join(list(row.values())[:2])
+    first, second, *_ = row.values()
+    name = f"{first} over {second}" if "ratio" in row else f"{first}: a warm process over a cold one"
     return [Goal(section, name, *map(float, (ratio, *spread, wanted[0])))]
 
 
@@ -76,7 +77,7 @@ def draw(goals: list[Goal], path: Path) -> None:
     ticks = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("seconds of the first over those of the second; line: the goal; bar: the middle half of the rounds")
+    axes.set_xlabel("ratio of seconds; line: the goal; bar: the middle half of the rounds")
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

@@ -85,16 +85,17 @@ def contenders_of(workload: Workload) -> list[Contender]:
 def peers(net: torch.nn.Module, model: jq.Model, data: np.ndarray) -> dict[str, Step]:
     """torch in float and, inexact on a CPU without VNNI, in int8; onnxruntime in float, and our file in exact int8."""
     found: dict[str, Step] = {TORCH: lambda: _inferred(net, data)}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.onnx and torch.ao say much about their own parts
         plain, quantized = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         torch.onnx.export(net, (torch.from_numpy(data),), plain, dynamo=True, external_data=False, verbose=False)
         onnx.save(_with_zeros(to_onnx(model)), quantized)
         found[ORT] = _session(plain, data)
         found[EXACT] = _session(quantized, data, exact=True)
-    try:
-        found[FBGEMM] = _fbgemm(net, data)
-    except (RuntimeError, NotImplementedError) as error:  # a layer that torch.ao does not know
-        print(f"no {FBGEMM}: {str(error)[:100]}")
+        try:
+            found[FBGEMM] = _fbgemm(net, data)
+        except (RuntimeError, NotImplementedError) as error:  # a layer that torch.ao does not know
+            print(f"no {FBGEMM}: {str(error)[:100]}")
     return found
 
 
@@ -169,7 +170,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error("--rounds is at least 1")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.ao is on its way out of torch
     torch.set_num_threads(THREADS)
     found = []
     for workload in WORKLOADS:

@@ -46,7 +46,7 @@ def test_every_row_with_a_ratio_and_a_goal_is_read(benchmark: ModuleType) -> Non
         ("Running", "small over torch float", 0.61, 0.70, 0.60),
         ("Running", "small over own float", 0.70, 0.75, 0.80),
         ("A step", "ours over theirs", 1.99, 2.06, 1.20),
-        ("First", "small, all", 0.25, 0.25, 0.30),
+        ("First", "small: a warm process over a cold one", 0.25, 0.25, 0.30),
     ]
     assert [goal.is_met for goal in benchmark.goals_of(PAGE)] == [False, True, False, True]
 
