@@ -150,9 +150,7 @@ def integers_over(contenders: list[Contender], times: dict[str, list[float]]) ->
     for name, _, base, goal in contenders:
         if name != base:
             low, middle, high = np.quantile(np.divide(times[base], times[name]), (0.25, 0.5, 0.75))
-            other, _, workload = (
-                name.partition(", ") if not name.startswith(EXACT) else (EXACT, "", name[len(EXACT) + 2 :])
-            )
+            other, _, workload = name.partition(", ")
             met = "-" if goal is None else f"{'met' if middle <= goal else 'not met'} ({goal:.2f})"
             ms = 1000 * float(np.median(times[base]))
             found.append([workload, other, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", met, f"{ms:.1f}"])

@@ -28,8 +28,7 @@ from jquant.types import Array
 Finish = Callable[[Array, Array | None, Mapping[str, Array]], Array]
 
 _KERNEL = (3, 3)
-_PIXELS = 64  # of a tile: rows times columns
-_TILES = ((1, 64), (2, 32), (4, 16), (8, 8))
+_TILES = ((1, 64), (2, 32), (4, 16), (8, 8))  # rows and columns, 64 pixels together
 _CHANNELS = 32  # a product on a matrix unit takes bytes by so many
 _ROUNDS = 5  # of the trial
 
@@ -47,9 +46,10 @@ class Layer(NamedTuple):
 
 
 def fits(x: Array, weight: Array, window: Window, groups: int) -> bool:
-    """Whether the kernel knows this form: int8 x int8, 3 x 3, one group, steps of 1 or 2, no dilation."""
+    """Whether the kernel knows this form: int8, 3 x 3, one group, steps of 1 or 2, no dilation, a known batch."""
     return (
-        x.dtype == jnp.int8 and weight.dtype == jnp.int8
+        isinstance(x.shape[0], int)
+        and x.dtype == jnp.int8 and weight.dtype == jnp.int8
         and weight.shape[:-2] == _KERNEL and groups == 1
         and set(window.strides) <= {1, 2} and set(window.dilation) == {1}
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """A convolution or matrix product in parts, whose accumulators are small: XLA writes them to memory, in int32.
 
-`benchmarks/memory.py` measures time and memory against products as a whole. Parts of several examples that are smaller
-than here were up to 1.1 times slower in a ResNet-18, whose weights are then read more often.
+`benchmarks/memory.py` measures time and memory against products as a whole. Smaller parts of several examples would
+read the weights more often.
 """
 
 from collections.abc import Callable

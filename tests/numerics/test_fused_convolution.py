@@ -88,6 +88,8 @@ def test_forms_that_the_kernel_does_not_know_take_the_other_way(kernel: list) ->
     window = Window((1, 1), SAME, (1, 1))
     assert fits(x, weight, window, 1)
     assert not fits(x.astype(jnp.int16), weight, window, 1)
+    (batch,) = jax.export.symbolic_shape("batch")
+    assert not fits(jax.ShapeDtypeStruct((batch, 9, 9, 8), jnp.int8), weight, window, 1)
     assert not fits(x, weight.astype(jnp.int16), window, 1)
     assert not fits(x, weight[:, :, :4], window, 2)
     assert not fits(x, weight[:, :1], window, 1)
