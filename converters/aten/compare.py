@@ -42,6 +42,20 @@ def bitwise(of_masks: Op, of_integers: Op) -> Handler:
     return handler
 
 
+def shift(sign: int) -> Handler:
+    """By a number of bits, to the right (1) or to the left (-1)."""
+
+    def handler(out: Shape, x: Any, bits: Any) -> Call:
+        bits = scalar_of(bits)
+        require(isinstance(x, Node) and isinstance(bits, int | float) and bits == int(bits), "the bits are a tensor")
+        kind = dtype_of(x)
+        require(kind in (torch.int32, torch.int64), f"a shift of {kind}; convert it with .int() before")
+        require(0 <= bits < 32, f"a shift by {bits} bits; an int32 has 0 to 31")
+        return Call(ops.BitShift(bits=sign * int(bits)), (x,))
+
+    return handler
+
+
 def where(out: Shape, condition: Node, a: Any, b: Any) -> Call:
     """A number on one side is a fill of the other one; of two numbers the smaller one is."""
     a, b = scalar_of(a), scalar_of(b)
@@ -101,6 +115,7 @@ COMPARISONS: dict[str, Callable[..., Op]] = {
 _AND = bitwise(ops.LogicalAnd(), ops.BitwiseAnd())
 _OR = bitwise(ops.LogicalOr(), ops.BitwiseOr())
 _XOR = bitwise(ops.LogicalXor(), ops.BitwiseXor())
+_RIGHT, _LEFT = shift(1), shift(-1)
 
 TABLE: dict[Any, Handler] = {
     **{getattr(aten, name).Tensor: comparison(cls) for name, cls in COMPARISONS.items()},
@@ -122,6 +137,14 @@ TABLE: dict[Any, Handler] = {
     aten.__xor__.Tensor: _XOR,
     aten.__xor__.Scalar: _XOR,
     aten.bitwise_not.default: bitwise(ops.LogicalNot(), ops.BitwiseNot()),
+    aten.bitwise_right_shift.Tensor: _RIGHT,
+    aten.bitwise_right_shift.Tensor_Scalar: _RIGHT,
+    aten.__rshift__.Scalar: _RIGHT,
+    aten.__rshift__.Tensor: _RIGHT,
+    aten.bitwise_left_shift.Tensor: _LEFT,
+    aten.bitwise_left_shift.Tensor_Scalar: _LEFT,
+    aten.__lshift__.Scalar: _LEFT,
+    aten.__lshift__.Tensor: _LEFT,
     aten.where.self: where,
     aten.where.ScalarSelf: where,
     aten.where.ScalarOther: where,

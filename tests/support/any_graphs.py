@@ -23,6 +23,7 @@ from support import marches
 
 import jquant as jq
 from jquant import ops
+from jquant.graph.checks import check_operands
 from jquant.graph.float import result_type
 from jquant.graph.serialize import operators
 from jquant.types import JQuantError
@@ -86,13 +87,15 @@ class Draft:
         """A node; raises what its float rule raises for operands that it does not take. `shared`: whose params."""
         kinds = tuple(((BATCH, *self.kinds[x][0]), self.kinds[x][1]) for x in operands)
         made = result_type(op, kinds, tuple((role, array.shape) for role, array in (params or {}).items()))
-        is_constant = isinstance(op, ops.Constant)
+        is_constant = isinstance(op, ops.Constant | ops.IntegerConstant)
         if not is_constant and (not made.shape or made.shape[0] != BATCH):
             raise ValueError("the result has no batch")
         name = f"n{len(self.nodes)}"
         keys = {role: f"{shared or name}.{role}" for role in params or {}}
+        node = jq.Node(name, op, operands, jq.FrozenMap(keys))
+        check_operands(node)
         self.params |= {keys[role]: array for role, array in (params or {}).items()}
-        self.nodes.append(jq.Node(name, op, operands, jq.FrozenMap(keys)))
+        self.nodes.append(node)
         if not is_constant:
             self.kinds[name] = (tuple(made.shape[1:]), str(made.dtype))
         return name
@@ -105,8 +108,9 @@ class Draft:
         size, wanted = prod(own), prod(shape)
         if len(own) > 1:
             value = self.add(ops.Flatten(), (value,))
-        if size < wanted:
-            value = self.add(ops.Cat(axis=1), (value,) * -(-wanted // size))
+        while size < wanted:
+            value = self.add(ops.Cat(axis=1), (value, value))
+            size *= 2
         if self.kinds[value][0] != (wanted,):
             value = self.add(ops.Slice(starts=(0, 0), stops=(None, wanted), steps=(1, 1)), (value,))
         return value if len(shape) == 1 else self.add(ops.Reshape(shape=(-1, *shape)), (value,))
@@ -211,16 +215,15 @@ def add_step(draft: Draft, step: Step) -> bool:
 
 def _added(draft: Draft, rng: np.random.Generator, case: Case, operands: tuple[str, ...]) -> str:
     params = parameters(rng, case)
-    if isinstance(case.op, ops.Constant):  # with a value beside it, for a constant alone has no batch
+    if isinstance(case.op, ops.Constant | ops.IntegerConstant):  # with a value beside it: alone it has no batch
+        is_exact = isinstance(case.op, ops.IntegerConstant)
+        shape = case.op.shape if isinstance(case.op, ops.IntegerConstant) else case.params["value"]
         constant = draft.add(case.op, (), params)
-        value = draft.operand(rng, case.params["value"], "int8")
-        try:
-            shape = (BATCH, *draft.kinds[value][0])
-            draft.nodes.append(jq.Node(f"n{len(draft.nodes)}", ops.Add(), (value, constant)))
-            draft.kinds[draft.nodes[-1].name] = (shape[1:], "float32")
-        except KeyError as error:
-            raise ValueError("no value") from error
-        return draft.nodes[-1].name
+        value = draft.operand(rng, shape, "index:8" if is_exact else "int8")
+        name = f"n{len(draft.nodes)}"
+        draft.nodes.append(jq.Node(name, ops.Maximum() if is_exact else ops.Add(), (value, constant)))
+        draft.kinds[name] = draft.kinds[value]
+        return name
     if rng.random() < 0.3:
         try:
             return draft.add(varied(case.op, rng), operands, params)

@@ -230,6 +230,17 @@ COMPARE: dict[str, Callable[[Any], Any]] = {
         for n in ("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__")
     },
     "aten.bitwise_and.Tensor/index": lambda v: v.i & (v.i + 1),
+    **{
+        f"aten.{n}": lambda v, n=n: getattr(getattr(A, n.split(".")[0]), n.split(".")[1])(v.i, 2)
+        for n in (
+            "bitwise_right_shift.Tensor_Scalar", "__rshift__.Scalar",
+            "bitwise_left_shift.Tensor_Scalar", "__lshift__.Scalar",
+        )
+    },
+    **{
+        f"aten.{n}.Tensor": lambda v, n=n: getattr(A, n).Tensor(v.i, torch.tensor(3))
+        for n in ("bitwise_right_shift", "__rshift__", "bitwise_left_shift", "__lshift__")
+    },
     "aten.bitwise_not.default": lambda v: A.bitwise_not.default(v.m),
     "aten.bitwise_not.default/index": lambda v: ~v.i,
     "aten.where.self": lambda v: A.where.self(v.m, v.x, v.y),

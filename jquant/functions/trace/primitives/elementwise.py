@@ -107,6 +107,19 @@ def rem(reader: Reader, equation: Any, a: Value, b: Value) -> Value:
     return binary(reader, equation, ops.Mod(same_sign_as_dividend=True), a, b)
 
 
+def shift(sign: int) -> Handler:
+    """By a number of bits, to the right (1) or to the left (-1)."""
+
+    def handle(reader: Reader, equation: Any, x: Value, bits: Value) -> Value:
+        count = scalar_of(bits)
+        require_dtypes(("int32",), x)
+        require(count is not None and 0 <= count < 32, "a shift by bits that are computed, or by more than 31")
+        assert count is not None
+        return reader.draft(ops.BitShift(bits=sign * int(count)), x, shape=x.shape, dtype=np.int32)
+
+    return handle
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of one number
 
@@ -250,6 +263,7 @@ def same(reader: Reader, equation: Any, *operands: Value) -> Any:
 TABLE: dict[str, Handler] = {
     "add": add, "add_any": add, "sub": sub, "mul": mul, "div": div, "neg": neg, "square": square,
     "integer_pow": integer_pow, "pow": power, "rem": rem,
+    "shift_right_arithmetic": shift(1), "shift_left": shift(-1),
     "max": maximum, "min": minimum, "clamp": clamp,
     "eq": comparison(ops.Equal), "ne": comparison(ops.NotEqual), "gt": comparison(ops.Greater),
     "ge": comparison(ops.GreaterEqual), "lt": comparison(ops.Less), "le": comparison(ops.LessEqual),
