@@ -131,7 +131,7 @@ def _of_onnx(entry: Mapping[str, Any]) -> Encoding:
     """Version 2.0.0."""
     dtype = entry.get("output_dtype", "uint8")
     if entry.get("block_size"):
-        raise ConversionError(f"{entry['name']!r} has scales by block; quantize it by channel")
+        raise ConversionError(f"{short(entry['name'])} has scales by block; quantize it by channel")
     scale = _positive(entry["name"], entry["y_scale"])
     point = np.broadcast_to(np.asarray(entry.get("y_zero_point", 0) or 0, np.int64), scale.shape)
     lowest = 0 if dtype.startswith("u") else -(2 ** (_BITS[dtype] - 1))
@@ -149,7 +149,9 @@ def _of_bits(part: Any) -> list[tuple[str, Encoding]]:
         if entry["dtype"].lower() != "int" or int(entry["bw"]) >= 32:
             continue
         if entry["enc_type"] not in ("PER_TENSOR", "PER_CHANNEL"):
-            raise ConversionError(f"{entry['name']!r} is {entry['enc_type']}; per tensor and per channel can be read")
+            raise ConversionError(
+                f"{short(entry['name'])} is {short(entry['enc_type'])}; per tensor and per channel can be read"
+            )
         scale = _positive(entry["name"], entry["scale"])
         scale = scale.reshape(()) if entry["enc_type"] == "PER_TENSOR" else scale
         offset = _offset(entry["offset"]).reshape(scale.shape)
@@ -169,7 +171,7 @@ def _of_range(name: str, entry: Mapping[str, Any]) -> Encoding:
     """onnxruntime's range of a tensor: symmetric int8, from -127 to 127."""
     ends = [np.asarray(entry[key]["data"], np.float32).reshape(-1) for key in ("lowest", "highest")]
     if any(end.size != 1 for end in ends):
-        raise ConversionError(f"{name!r} has ranges by channel; one for the tensor is read")
+        raise ConversionError(f"{short(name)} has ranges by channel; one for the tensor is read")
     largest = max(abs(float(end[0])) for end in ends)
     return Encoding(_positive(name, np.float32(largest) / np.float32(127.0)), np.asarray(128), 8)
 

@@ -86,14 +86,14 @@ class _Inserter:
     def pair(self, name: str, real: str, result: str) -> list[onnx.NodeProto]:
         grid, editor = self.grids[name], self.editor
         if grid.scale.size != 1:
-            raise ConversionError(f"value {name!r} has {grid.scale.size} scales; only weights have one a channel")
+            raise ConversionError(f"value {short(name)} has {grid.scale.size} scales; only weights have one a channel")
         step, point = np.float32(grid.scale.reshape(())), int(grid.zero.reshape(()))
         self.behind[name] = result
         nodes, source = [], real
         bits = grid.bits
         if bits not in (8, 16):
             if not 2 <= bits < 16:
-                raise ConversionError(f"value {name!r} has {bits} bits; 2 to 16 can be read")
+                raise ConversionError(f"value {short(name)} has {bits} bits; 2 to 16 can be read")
             bounds = [editor.add(f"{name}:{part}", np.float32((edge - point) * float(step)))
                       for part, edge in (("low", 0), ("high", 2**bits - 1))]  # fmt: skip
             source = editor.unique(f"{name}:clipped")
@@ -123,11 +123,11 @@ class _Inserter:
             self.behind[name] = editor.model.graph.initializer[-1].name
             return []
         if grid.bits not in _RANGES:
-            raise ConversionError(f"weight {name!r} has {grid.bits} bits; 4, 8 and 16 can be read")
+            raise ConversionError(f"weight {short(name)} has {grid.bits} bits; 4, 8 and 16 can be read")
         dtype, middle = _RANGES[grid.bits]
         if np.any(zero != middle):
             raise ConversionError(
-                f"weight {name!r} is asymmetric: its zero is {np.unique(zero)[:3].tolist()} of {2**grid.bits}; the "
+                f"weight {short(name)} is asymmetric: its zero is {np.unique(zero)[:3].tolist()} of {2**grid.bits}; the "
                 "chip's weights are symmetric. Quantize it so"
             )
         stored = editor.replace(name, (integers - middle).astype("int8" if grid.bits == 4 else dtype), dtype, 1)
@@ -144,9 +144,9 @@ class _Inserter:
             for node in self.editor.nodes:
                 if name in node.input:
                     found = _channels(node, array.ndim)
-        if found is None or array.shape[found] != grid.scale.size:
+        if found is None or not -array.ndim <= found < array.ndim or array.shape[found] != grid.scale.size:
             raise ConversionError(
-                f"weight {name!r} {list(array.shape)} has {grid.scale.size} scales, along no axis of it"
+                f"weight {short(name)} {list(array.shape)} has {grid.scale.size} scales, along no axis of it"
             )
         return found % array.ndim
 
@@ -165,7 +165,7 @@ def pairs_at(model: onnx.ModelProto, grids: Mapping[str, Encoding]) -> onnx.Mode
         low, high, zero = grid.ends
         dtype = _dtype(low, high)
         if dtype is None:
-            raise ConversionError(f"value {name!r} has integers from {low} to {high}; 16 bits are the most")
+            raise ConversionError(f"value {short(name)} has integers from {low} to {high}; 16 bits are the most")
         nodes, source = [], node.input[0]
         lowest, highest = RANGES[dtype]
         if (low, high) != (lowest, highest):

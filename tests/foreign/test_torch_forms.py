@@ -169,6 +169,19 @@ def test_a_calibration_table_of_onnxruntime():
     assert all(g.bits == 8 and g.zero == 128 for g in grids.values())
 
 
+PER_CHANNEL = {"name": "x", "dtype": "INT", "bw": 8, "scale": [1.0], "offset": [0], "enc_type": "PER_CHANNEL"}
+
+
+@pytest.mark.parametrize("axis", [-3, 1, 2])
+def test_an_axis_along_which_a_weight_has_no_such_channels(axis):
+    graph = jq.Graph((jq.Input("x", (None, 3)),), (jq.Node("y", jq.ops.Linear(), ("x",), {"weight": "w"}),), ("y",))
+    model = to_onnx(graph, {"w": jnp.ones((2, 3))})
+    (weight,) = (entry.name for entry in model.graph.initializer if list(entry.dims) == [2, 3])
+    content = {"encodings": [{"name": weight, "output_dtype": "int8", "y_scale": [1.0, 2.0], "axis": axis}]}
+    with pytest.raises(jq.ConversionError, match=r"\[2, 3\] has 2 scales, along no axis of it"):
+        model_from_encodings(model, content, target=jq.targets.NASH_E)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -183,6 +196,10 @@ def test_a_calibration_table_of_onnxruntime():
         (
             {"encodings": [{"name": "stm", "output_dtype": "int8", "y_scale": 1.0}]},
             "names that the model does not have",
+        ),
+        (
+            {"activation_encodings": [], "param_encodings": [PER_CHANNEL | {"enc_type": "x" * 4000}]},
+            r": 'x' is 'x{10,200}\.\.\..*; per tensor and per channel",
         ),
     ],
 )
