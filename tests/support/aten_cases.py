@@ -233,8 +233,10 @@ COMPARE: dict[str, Callable[[Any], Any]] = {
     **{
         f"aten.{n}": lambda v, n=n: getattr(getattr(A, n.split(".")[0]), n.split(".")[1])(v.i, 2)
         for n in (
-            "bitwise_right_shift.Tensor_Scalar", "__rshift__.Scalar",
-            "bitwise_left_shift.Tensor_Scalar", "__lshift__.Scalar",
+            "bitwise_right_shift.Tensor_Scalar",
+            "__rshift__.Scalar",
+            "bitwise_left_shift.Tensor_Scalar",
+            "__lshift__.Scalar",
         )
     },
     **{
