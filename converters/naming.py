@@ -65,7 +65,11 @@ def _nones(program: Any) -> list[bool]:
 
 
 def name_graph(
-    module: torch.nn.Module | None, program: Any, drafts: Sequence[Draft], inputs: Sequence[Input], outputs: list[Draft]
+    module: torch.nn.Module | None,
+    program: Any,
+    drafts: Sequence[Draft],
+    inputs: Sequence[Input],
+    outputs: list[Draft | Input],
 ) -> tuple[Graph, dict[str, Array]]:
     """The graph of what the outputs depend on, and its params.
 
@@ -83,12 +87,16 @@ def name_graph(
     _report_reuse(module, names)
     entries = {entry.name: replace(entry, name=unique(entry.name, taken)) for entry in inputs}
     params: dict[str, Array] = {}
+
+    def name_of(value: Draft | Input) -> str:
+        return entries[value.name].name if isinstance(value, Input) else names[value]
+
     nodes = []
     for draft in drafts:
         roles = _name_params(draft, names[draft], keys, known, params)
-        operands = tuple(entries[o.name].name if isinstance(o, Input) else names[o] for o in draft.operands)
+        operands = tuple(map(name_of, draft.operands))
         nodes.append(Node(names[draft], draft.op, operands, roles, calls.get(draft, "")))
-    graph = prune(Graph(tuple(entries.values()), tuple(nodes), tuple(names[o] for o in outputs)))
+    graph = prune(Graph(tuple(entries.values()), tuple(nodes), tuple(map(name_of, outputs))))
     takes, gives = _structures(program, graph)
     graph = replace(graph, takes=takes, gives=gives)
     params = {key: params[key] for key in graph.param_names}
@@ -131,10 +139,10 @@ def _widths(names: Names) -> dict[str, str]:
     return found
 
 
-def _read_by(outputs: list[Draft], drafts: Sequence[Draft]) -> list[Draft]:
+def _read_by(outputs: list[Draft | Input], drafts: Sequence[Draft]) -> list[Draft]:
     """Drafts that an output depends on: the others take no names."""
     found: set[Draft] = set()
-    wanted = list(outputs)
+    wanted = [o for o in outputs if isinstance(o, Draft)]
     while wanted:
         draft = wanted.pop()
         if draft not in found:

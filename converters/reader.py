@@ -60,7 +60,7 @@ class Reader:
         self.drafts: list[Draft] = []
         self.constants: dict[tuple[Param, int], Draft] = {}  # by the version of the tensor, which may change in place
         self.inputs: list[Input] = []
-        self.outputs: list[Draft] = []
+        self.outputs: list[Draft | Input] = []
         self.problems: list[str] = []
         self.folded_params: dict[FxNode, Param] = {}
         self.folded: dict[FxNode, Any] = {}  # what follows from parameters alone; tensors once they are computed
@@ -471,8 +471,6 @@ class Reader:
             value = self.values[node]
             if isinstance(value, Refused):
                 raise ConversionError(f"output {i} is {value.reason}")
-            if isinstance(value, Input):
-                raise ConversionError(f"output {i} is the input {value.name!r} itself; leave it out of the outputs")
             if self.is_stale(node):
                 raise ConversionError(
                     f"output {i} is a tensor whose view was changed in place; use the out-of-place form"

@@ -102,7 +102,7 @@ def power(out: Shape, x: Any, exponent: Any) -> Any:
         return x
     if exponent == 2:
         return Call(ops.Mul(), (x, x))
-    require(exponent != 0, "the exponent is 0")
+    require(isfinite(exponent), f"the exponent is {exponent}")
     return Call(plain.get(float(exponent), ops.Pow(exponent=float(exponent))), (x,))
 
 

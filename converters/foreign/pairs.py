@@ -127,8 +127,8 @@ class _Inserter:
         dtype, middle = _RANGES[grid.bits]
         if np.any(zero != middle):
             raise ConversionError(
-                f"weight {short(name)} is asymmetric: its zero is {np.unique(zero)[:3].tolist()} of {2**grid.bits}; the "
-                "chip's weights are symmetric. Quantize it so"
+                f"weight {short(name)} is asymmetric: its zero is {np.unique(zero)[:3].tolist()} of {2**grid.bits}; "
+                "the chip's weights are symmetric. Quantize it so"
             )
         stored = editor.replace(name, (integers - middle).astype("int8" if grid.bits == 4 else dtype), dtype, 1)
         steps = editor.add(f"{name}:scale", grid.scale.astype(np.float32).reshape(-1 if axis is not None else ()))

@@ -188,7 +188,7 @@ def power(call: Call) -> Result:
         return x
     if value == 2:
         return call.make(ops.Mul(), x, x)
-    require(value != 0 and isfinite(value), f"the exponent is {value}")
+    require(isfinite(value), f"the exponent is {value}")
     return call.make(known_powers.get(value, ops.Pow(exponent=value)), x)
 
 

@@ -229,9 +229,12 @@ def _(op: ops.TopK | ops.TopKIndices | ops.Sort | ops.SortIndices, call: Call) -
         count, largest = call.static((x.shape[op.axis],))[0], op.descending
     k = call.integers([count], "k")
     options: dict[str, Any] = {"axis": op.axis, "largest": int(largest), "sorted": 1}
-    keeps_values = isinstance(op, ops.TopK | ops.Sort)
-    values = call.output.name if keeps_values else call.writer.unique(f"{call.name}:values")
+    keeps_values, is_mask = isinstance(op, ops.TopK | ops.Sort), x.dtype == "bool"
+    ordered = call.cast(x, "int32", "as_int32") if is_mask else x.name
+    values = call.output.name if keeps_values and not is_mask else call.writer.unique(f"{call.name}:values")
     places = call.writer.unique(f"{call.name}:places")
-    call.writer.node("TopK", (x.name, k), (values, places), call.name, **options)
+    call.writer.node("TopK", (ordered, k), (values, places), call.name, **options)
     if not keeps_values:
         call.writer.node("Cast", (places,), (call.output.name,), f"{call.name}:cast", to=TYPES["int32"])
+    elif is_mask:
+        call.cast(values, "bool")

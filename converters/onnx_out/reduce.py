@@ -48,7 +48,9 @@ def _(op: ops.ReduceAll | ops.ReduceAny, call: Call) -> None:
 @emit.register(ops.ArgMax)
 @emit.register(ops.ArgMin)
 def _(op: ops.ArgMax | ops.ArgMin, call: Call) -> None:
-    place = call.add(type(op).__name__, call.inputs[0], part="place", axis=op.axis, keepdims=int(op.keepdims))
+    (x,) = call.inputs
+    ordered = call.cast(x, "int32", "as_int32") if x.dtype == "bool" else x
+    place = call.add(type(op).__name__, ordered, part="place", axis=op.axis, keepdims=int(op.keepdims))
     call.cast(place, "int32")
 
 

@@ -638,7 +638,6 @@ def test_parameters_that_are_not_finite(value, word):
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda m, x: (x * 2, x), "output 1 is the input 'x' itself"),
         (lambda m, x: (x * 2, 3), "output 1 is 3, not a tensor"),
         (lambda m, x: (None, None), "no tensor"),
         (lambda m, x: (x * 2, x.shape[0]), "output 1 is .*, not a tensor"),
@@ -647,6 +646,30 @@ def test_parameters_that_are_not_finite(value, word):
 def test_bad_outputs(function, reason):
     with pytest.raises(ConversionError, match=reason):
         from_torch(Lambda(function), torch.randn(1, 4))
+
+
+def test_inputs_that_are_outputs():
+    x = torch.randn(2, 4)
+
+    class Passing(nn.Module):
+        def forward(self, x, at):
+            return at, {"twice": x * 2, "x": x}
+
+    graph, params = from_torch(Passing(), (x, torch.arange(2)))
+    assert graph.outputs[0] == "at"
+    assert graph.outputs[2] == "x"
+    found = evaluate_float(graph, params, x.numpy(), np.int32([0, 1]))
+    for a, b in zip(found, (np.int32([0, 1]), 2 * x.numpy(), x.numpy()), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_power_of_zero_is_one():
+    x = torch.tensor([[-1.5, 0.0, 2.0]])
+    graph, params = from_torch(Lambda(lambda m, x: (x**0, torch.pow(x, 0.0))), x)
+    for found in evaluate_float(graph, params, x.numpy()):
+        np.testing.assert_array_equal(found, np.ones(x.shape, np.float32))
+    with pytest.raises(ConversionError, match="the exponent is inf"):
+        from_torch(Lambda(lambda m, x: x ** float("inf")), x)
 
 
 @pytest.mark.parametrize(

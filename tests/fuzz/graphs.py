@@ -85,6 +85,17 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
+def in_parts(seeds: list[int], jobs: int) -> Iterator[dict[str, Any]]:
+    """The row of each seed. A process checks about fifty graphs: the programs of thousands would fill the memory.
+
+    A pool for each part, since `max_tasks_per_child` of Python 3.11 may start no process after the last one.
+    """
+    for first in range(0, len(seeds), 50 * jobs):
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            futures = [pool.submit(one, seed) for seed in seeds[first : first + 50 * jobs]]
+            yield from (future.result() for future in as_completed(futures))
+
+
 def figures(rows: list[dict[str, Any]]) -> list[str]:
     from support.any_graphs import INTERNAL, cases
 
@@ -117,14 +128,13 @@ def main() -> int:
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / "graphs.jsonl"
     done = {row["seed"] for row in rows_of(path)}
-    # Fresh processes now and then: compiled programs of thousands of graphs would fill the memory.
-    with ProcessPoolExecutor(given.jobs, get_context("spawn"), max_tasks_per_child=50) as pool, path.open("a") as file:
-        futures = [pool.submit(one, seed) for seed in range(given.count) if seed not in done]
-        start = time.monotonic()
-        for i, future in enumerate(as_completed(futures), 1):
-            row = future.result()
-            rest = (time.monotonic() - start) / i * (len(futures) - i) / 60
-            print(f"\r{i}/{len(futures)}, {rest:.0f} min left ", end="", file=sys.stderr, flush=True)
+    left = [seed for seed in range(given.count) if seed not in done]
+    start, checked = time.monotonic(), 0
+    with path.open("a") as file:
+        for row in in_parts(left, given.jobs):
+            checked += 1
+            rest = (time.monotonic() - start) / checked * (len(left) - checked) / 60
+            print(f"\r{checked}/{len(left)}, {rest:.0f} min left ", end="", file=sys.stderr, flush=True)
             file.write(json.dumps(row) + "\n")
             file.flush()
             if row["outcome"] == "failed":

@@ -134,7 +134,7 @@ def _functions() -> dict[str, Case]:
     return {
         cls.__name__: (cls(**options.get(cls, {})), (_draw((2, 4, 6), domains.get(cls, "normal")),), {})
         for cls in ops.TABLE_FUNCTIONS
-    }
+    } | {"Pow of exponent 0": (ops.Pow(exponent=0.0), (_draw((2, 4, 6)),), {})}
 
 
 def _elementwise() -> dict[str, Case]:
@@ -279,6 +279,8 @@ def _movement() -> dict[str, Case]:
         ),
         "TopK": (ops.TopK(axis=2, k=3), (X,), {}),
         "TopKIndices": (ops.TopKIndices(axis=2, k=3, largest=False), (X,), {}),
+        "TopK of a mask": (ops.TopK(axis=2, k=3), (MASK,), {}),
+        "TopKIndices of a mask": (ops.TopKIndices(axis=2, k=3), (MASK,), {}),
         "Sort": (ops.Sort(axis=1), (X,), {}),
         "SortIndices": (ops.SortIndices(axis=1, descending=True), (X,), {}),
         "Constant": (ops.Constant(), (), {"value": _draw((3, 2))}),
@@ -295,6 +297,7 @@ def _reductions() -> dict[str, Case]:
     return found | {
         "Sum of a mask": (ops.Sum(axes=(2,), keepdims=True), (MASK,), {}),
         "ArgMax": (ops.ArgMax(axis=1), (X,), {}),
+        "ArgMax of a mask": (ops.ArgMax(axis=1), (MASK,), {}),
         "ArgMin": (ops.ArgMin(axis=-1, keepdims=True), (X,), {}),
         "CumSum": (ops.CumSum(axis=1, exclusive=True, reverse=True), (X,), {}),
         "Variance": (ops.Variance(axes=(1, 2)), (X,), {}),
