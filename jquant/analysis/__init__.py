@@ -3,10 +3,11 @@
 from jquant.analysis.advice import advise, layer_advice
 from jquant.analysis.cases import BadCases, find_bad_cases, load_bad_cases
 from jquant.analysis.checks import auxiliary_branches, check_model, check_plan, graph_difference
-from jquant.analysis.comparison import Comparison, LayerError, compare, compare_batches
+from jquant.analysis.comparison import Comparison, LayerError, compare
 from jquant.analysis.convergence import judge_losses
 from jquant.analysis.deployment import OperatorSupport, operator_support, support_table
 from jquant.analysis.findings import Finding, findings_table
+from jquant.analysis.many_batches import compare_batches
 from jquant.analysis.mixed_precision import MixedPrecision, search_mixed_precision
 from jquant.analysis.mixing import Mixed, mix_precision
 from jquant.analysis.nan import nan_checklist

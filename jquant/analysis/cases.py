@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jquant.analysis.meanings import Side, values_of
 from jquant.analysis.metrics import HIGHER_IS_BETTER, MetricFunction, badness, metric_of
 from jquant.analysis.ranking import measured_outputs
+from jquant.evaluation.batches import processes_of
 from jquant.evaluation.extremes import Worst
 from jquant.evaluation.loop import evaluate
 from jquant.evaluation.sources import Source
@@ -138,7 +139,7 @@ def find_bad_cases(
     where = where if where in graph.values else f"{where}.to_first"
     source = Source(_Both(a, b, where), Side.of(model, "bit_true" if "bit_true" in (a, b) else ""))
     worst = Worst(error=_Difference(name, function), count=count, kept=_inputs_of)
-    numbered = _Numbered(graph, batches, _processes_of(mesh))
+    numbered = _Numbered(graph, batches, processes_of(mesh))
     found = evaluate(
         {f"{b} against {a}": source},
         numbered,
@@ -181,13 +182,6 @@ class _Difference:
 
 def _signed(name: str, value: Any) -> Any:
     return -value if name in HIGHER_IS_BETTER else value
-
-
-def _processes_of(mesh: Mesh | None) -> int:
-    """How many processes look for cases together."""
-    here = jax.process_index()
-    is_spread = mesh is not None and any(device.process_index != here for device in mesh.devices.flat)
-    return jax.process_count() if is_spread else 1
 
 
 class _Numbered:

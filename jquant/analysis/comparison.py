@@ -1,24 +1,21 @@
 """Two meanings of one plan, value by value: possible because names and edges are the same in all of them."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from jquant.analysis.both_sides import Arrays, Values, evaluated, in_batches
+from jquant.analysis.both_sides import Arrays, Values, evaluated
 from jquant.analysis.meanings import Side
-from jquant.analysis.metrics import Histogram, histogram, histogram_between
-from jquant.analysis.statistics import Statistics, merged, numbers_of, statistics_of
-from jquant.evaluation.batches import Placement
+from jquant.analysis.metrics import Histogram, histogram
+from jquant.analysis.statistics import Statistics, numbers_of, statistics_of
 from jquant.graph.axes import automatic, automatic_axes
 from jquant.graph.checks import is_finite
 from jquant.graph.evaluate import bind_inputs
 from jquant.graph.float import value_shapes
-from jquant.host.progress import track
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
@@ -177,7 +174,7 @@ def compare(
       found = jq.analysis.compare(model, x, "fake_quant", "fake_quant", model_b=state.model)
       print(found.table(sort="own_sqnr"))
     """
-    models = _models(model, model_b)
+    models = compared_models(model, model_b)
     plan = models[0].plan
     bound = bind_inputs(plan.graph, jax.tree.map(automatic, inputs if isinstance(inputs, tuple) else (inputs,)))
     shapes = value_shapes(plan.graph, models[0].params, next(iter(bound.values())).shape[0])
@@ -190,74 +187,10 @@ def compare(
         given.append(None if isinstance(mode, str) else _checked(plan, mode, shapes, each.params))
     modes = [mode if isinstance(mode, str) else GIVEN for mode in (a, b)]
     values = evaluated(modes, sides, bound, given)
-    return _compared(plan, modes, sides, given, lambda is_first: (values,))
+    return _compared(plan, modes, sides, given, values)
 
 
-@automatic_axes()
-def compare_batches(
-    model: Model,
-    batches: Iterable[Any],
-    a: Mode = "float",
-    b: Mode = "fake_quant",
-    *,
-    model_b: Model | None = None,
-    mesh: Mesh | None = None,
-    axis: str = "data",
-    total: int | None = None,
-) -> Comparison:
-    """Compares as `compare` does, over all of the batches, and holds the values of two of them at most.
-
-    Batches are padded to the size of the first one, rounded up to the devices; padding counts nowhere. A batch runs
-    while the numbers of the one before are taken. Where the values are those of all samples at once, so are counts,
-    minima, maxima and histograms, and sums but for their order in float64. `jq.evaluate` has no part in it: that keeps
-    four batches ahead, here with the values of all layers, in one program, and reads the data once.
-
-    Args:
-      model, a, b, model_b: as for `compare`, without arrays from elsewhere.
-      batches: arrays, or tuples of arrays. They are read twice, since the bins of a histogram are over the range of all
-        of the data: a list or a loader, whose second pass may have another order.
-      mesh: devices of this process to spread each batch over, along `axis`.
-      total: how many batches there are, for the progress.
-
-    Returns:
-      A `Comparison`, rows in graph order.
-
-    Raises:
-      JQuantError, LoweringError: as `compare`. InputError: an iterator, no batches, passes that differ in their number
-      of samples, a mesh of several processes; or a batch that needs padding on a mesh, of a plan that joins its batch
-      with another axis.
-
-    Example:
-      found = jq.analysis.compare_batches(model, batches, "float", "bit_true", mesh=mesh)
-    """
-    for mode in (a, b):
-        check_mode(mode)
-    if isinstance(batches, Iterator):
-        raise InputError("batches are read twice; give a list or a loader in the place of an iterator")
-    models = _models(model, model_b)
-    placement = Placement(mesh, axis)
-    if placement.is_spread_over_processes:
-        raise InputError("a comparison reads its values on one host; give a mesh of the devices of this process")
-    sides = [Side.of(each, mode) for mode, each in zip((a, b), models, strict=True)]
-    spread = [placement.everywhere(side) for side in sides]
-    seen = [0, 0]
-
-    def passes(is_first: bool) -> Iterator[Values]:
-        tracked = track(batches, "comparing" if is_first else "comparing: histograms", total)
-        for samples, values in in_batches((a, b), spread, tracked, placement, mesh is not None, is_first):
-            seen[not is_first] += samples
-            yield values
-        if not seen[0]:
-            raise InputError("no batches: the iterable was empty (or used up by an earlier pass)")
-        if not is_first and seen[0] != seen[1]:
-            raise InputError(
-                f"the first pass over the batches gave {seen[0]} samples, the second {seen[1]}; give the same data"
-            )
-
-    return _compared(models[0].plan, (a, b), sides, (None, None), passes)
-
-
-def _models(model: Model, model_b: Model | None) -> list[Model]:
+def compared_models(model: Model, model_b: Model | None) -> list[Model]:
     """The models of both sides, checked, with what is compared."""
     models = [model, model if model_b is None else model_b]
     for each in models:
@@ -301,26 +234,36 @@ def _row(plan: Plan, name: str, numbers: dict[str, Any]) -> LayerError:
 
 
 def _compared(
-    plan: Plan,
-    modes: Sequence[Any],
-    sides: Sequence[Side],
-    given: Sequence[Arrays | None],
-    passes: Callable[[bool], Iterable[Values]],
+    plan: Plan, modes: Sequence[Any], sides: Sequence[Side], given: Sequence[Arrays | None], values: Values
 ) -> Comparison:
-    """The rows. `passes(is_first)` gives the batches twice: bins of histograms are over the range of all of them."""
-    on_host = [Model(plan, to_host(side.model.params), to_host(side.model.qparams)) for side in sides]
-    steps = _steps(plan, value_scales(plan, on_host[1].qparams))
+    """The rows of one batch."""
+    on_host = on_host_of(sides)
+    steps = steps_of(plan, value_scales(plan, on_host[1].qparams))
     found: dict[str, Statistics] = {}
     counts: dict[str, Histogram] = {}
     with np.errstate(all="ignore"):
-        for values in passes(True):
-            for name, a, b, own, step, is_masked in _elements(plan, steps, values):
-                part = statistics_of(a, b, own, step, plan.values[name], is_masked)
-                found[name] = merged(found.get(name), part)
-        for values in passes(False):
-            for name, a, b, _, _, is_masked in _elements(plan, steps, values):
-                if is_masked == found[name].is_masked:
-                    counts[name] = _counted(counts.get(name), a, b, found[name])
+        for name, a, b, own, step, is_masked in _elements(plan, steps, values):
+            found[name] = statistics_of(a, b, own, step, plan.values[name], is_masked)
+            counts[name] = histogram(a, b)
+    return comparison_of(plan, modes, on_host, given, steps, found, counts)
+
+
+def on_host_of(sides: Sequence[Side]) -> list[Model]:
+    """The models of both sides, their arrays on the host."""
+    return [Model(side.model.plan, to_host(side.model.params), to_host(side.model.qparams)) for side in sides]
+
+
+def comparison_of(
+    plan: Plan,
+    modes: Sequence[Any],
+    on_host: Sequence[Model],
+    given: Sequence[Arrays | None],
+    steps: Mapping[str, Any],
+    found: Mapping[str, Statistics],
+    counts: Mapping[str, Histogram],
+) -> Comparison:
+    """The rows of `found` and `counts`, by name; `steps` real per LSB."""
+    with np.errstate(all="ignore"):
         rows = [_row(plan, name, numbers_of(found[name], steps[name], counts[name])) for name in found]
         weights = []
         for key, x, y in _weights(plan, *zip(modes, on_host, given, strict=True)):
@@ -346,13 +289,8 @@ def _elements(plan: Plan, steps: Mapping[str, Any], values: Values) -> Iterator[
             yield name, *parts, bool(masked[name].all())
 
 
-def _counted(before: Histogram | None, a: Array, b: Array, of: Statistics) -> Histogram:
-    low, high = np.minimum(of.minimum, of.b_minimum), np.maximum(of.maximum, of.b_maximum)
-    found = histogram_between(a, b, low, high)
-    return found if before is None else Histogram(low, high, before.a + found.a, before.b + found.b)
-
-
-def _steps(plan: Plan, scales: Mapping[str, Any]) -> dict[str, Any]:
+def steps_of(plan: Plan, scales: Mapping[str, Any]) -> dict[str, Any]:
+    """Real per LSB of every value that is a number; None of one that is not rounded."""
     return {name: _step(scales[name], plan.values[name]) for name in plan.graph.values if name not in plan.exact}
 
 

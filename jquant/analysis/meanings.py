@@ -59,3 +59,10 @@ def _integer_rule(program: Program) -> Callable[..., Array]:
         return dequantize_values(program, {node.name: value})[node.name]
 
     return rule
+
+
+def alone_of(side: Side, mode: Mode, values: Mapping[str, Array]) -> dict[str, Array]:
+    """The value of each node for operands that another mode gave, where all of them are there."""
+    rule = node_rule(side, mode)
+    nodes = [node for node in side.model.plan.graph.nodes if all(v in values for v in node.inputs)]
+    return {node.name: rule(node, *(values[v] for v in node.inputs)) for node in nodes}

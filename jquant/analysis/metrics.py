@@ -1,7 +1,7 @@
 """How far one array is from another: the metrics that comparison and sensitivity share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,18 +82,20 @@ def kl_of(counts: Histogram) -> Array:
 def histogram(a: Array, b: Array) -> Histogram:
     """Both arrays over the same bins."""
     xp = array_namespace(a, b)
-    return histogram_between(a, b, xp.minimum(a.min(), b.min()), xp.maximum(a.max(), b.max()))
-
-
-def histogram_between(a: Array, b: Array, low: Array, high: Array) -> Histogram:
-    """Both arrays over bins from `low` to `high`; what lies outside counts in the outer ones."""
+    low, high = xp.minimum(a.min(), b.min()), xp.maximum(a.max(), b.max())
     return Histogram(low, high, *(_count(x, low, high) for x in (a, b)))
 
 
-def _count(x: Array, low: Array, high: Array) -> Array:
+def places(x: Array, low: Array, high: Array) -> Array:
+    """The bin of each element, int32 of the shape of x."""
     xp = array_namespace(x)
     width = xp.where(high > low, (high - low) / BINS, 1.0)
-    place = ((x - low) / width).astype(np.int32).clip(0, BINS - 1).reshape(-1)
+    return ((x - low) / width).astype(np.int32).clip(0, BINS - 1)
+
+
+def _count(x: Array, low: Array, high: Array) -> Array:
+    place = places(x, low, high).reshape(-1)
+    xp: Any = array_namespace(x)
     return xp.bincount(place, minlength=BINS) if xp is np else jnp.zeros(BINS, jnp.int32).at[place].add(1)
 
 

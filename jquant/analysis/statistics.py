@@ -68,15 +68,6 @@ def statistics_of(
     return Statistics(*(None if each is None else np.asarray(each) for each in found))
 
 
-def merged(one: Statistics | None, other: Statistics) -> Statistics:
-    """Those of both. Batches that a mask leaves out as a whole do not count beside others."""
-    if one is None:
-        return other
-    if one.is_masked != other.is_masked:
-        return other if one.is_masked else one
-    return Statistics(*map(_joined, Statistics._fields, one, other))
-
-
 def numbers_of(of: Statistics, step: Array | None, counts: Histogram) -> dict[str, Any]:
     """The numbers of a row; `counts` is over all elements."""
     norms = np.sqrt(np.float64(of.signal)) * np.sqrt(np.float64(of.b_signal))
@@ -111,16 +102,6 @@ def _product(x: Any, y: Any) -> Any:
 
 def _total(x: Any) -> Any:
     return x.sum(dtype=np.float64) if isinstance(x, np.ndarray) else x.sum()
-
-
-def _joined(name: str, one: Any, other: Any) -> Any:
-    if one is None or other is None:
-        return None
-    if name in ("minimum", "b_minimum"):
-        return np.minimum(one, other)
-    if name == "is_masked":
-        return one
-    return np.maximum(one, other) if "max" in name else one + other
 
 
 def _decibels(signal: Any, noise: Any, size: Any) -> Any:

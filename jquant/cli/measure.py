@@ -258,6 +258,10 @@ def compare(
     config: Config = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to compare on.")] = 8,
     batch: Annotated[int | None, typer.Option(min=1, help="Samples at once; default all of them.")] = None,
+    position: Annotated[
+        Path | None,
+        typer.Option(help="A file for the sums so far: a command that was stopped goes on behind them."),
+    ] = None,
     devices: Devices = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -270,7 +274,8 @@ def compare(
     jquant compare net.jqs --data test.npz -a fake_quant -b tables
     jquant compare net.jqs --other trained.jqs --data test.npz \\
       -a fake_quant -b fake_quant
-    jquant compare net.jqs --data images/ --samples 5000 --batch 32
+    jquant compare net.jqs --data images/ --samples 5000 --batch 32 \\
+      --position sums.json
     jquant compare net.jqs --data test.npz -a board_values.npz -b bit_true
     """
     from jquant import analysis
@@ -279,9 +284,9 @@ def compare(
     console, mesh = Console(json, quiet, verbose), mesh_of(devices)
     check_data(data)
     check_file(output)
-    in_parts = batch is not None or mesh is not None
-    if in_parts and any(side.endswith(".npz") for side in (a, b)):
-        raise UsageError("values of a .npz are compared in one batch; leave --batch and --devices out")
+    from_elsewhere = any(side.endswith(".npz") for side in (a, b))
+    if from_elsewhere and (batch is not None or mesh is not None or position is not None):
+        raise UsageError("values of a .npz are compared in one batch; leave --batch, --devices and --position out")
     for side in (a, b):
         if not side.endswith(".npz"):
             check_mode(side)
@@ -299,13 +304,13 @@ def compare(
             raise UsageError(f"{other} is a state of another model or qconfig than {model}")
         second = after.calibrated()
     loaded, calibrated = load_data(data, state.graph, settings.image), state.calibrated()
-    if in_parts:
-        read = _Inputs(loaded, batch or samples, samples)
-        modes: Any = (a, b)
-        found = analysis.compare_batches(calibrated, read, *modes, model_b=second, mesh=mesh, total=read.steps)
+    if from_elsewhere:
+        found = analysis.compare(calibrated, _one_batch(loaded, samples), _side(a), _side(b), model_b=second)
     else:
-        x = _one_batch(loaded, samples)
-        found = analysis.compare(calibrated, x, _side(a), _side(b), model_b=second)
+        read = [_one_batch(loaded, samples)] if batch is None else _Inputs(loaded, batch, samples)
+        modes: Any = (a, b)
+        options: Any = {"total": None if batch is None else loaded.steps(batch, samples), "position": position}
+        found = analysis.compare_batches(calibrated, read, *modes, model_b=second, mesh=mesh, **options)
     rows = found.weights if weights else found.rows
     table = found.table(sort=sort, weights=weights) if top is None else _top(found, rows, sort, weights, top)
     console.text(table, keep=() if sort is None else (sort,))
@@ -318,7 +323,7 @@ def compare(
     console.value(found.to_dict())
     if other is not None:
         console.next(*to_integers(str(other)))
-    elif not any(side.endswith(".npz") for side in (a, b)):
+    elif not from_elsewhere:
         console.next("sensitivity", *named(model, config), "--data", data, "--top", 10)
 
 
@@ -339,10 +344,6 @@ class _Inputs:
     data: Data
     batch: int
     samples: int
-
-    @property
-    def steps(self) -> int | None:
-        return self.data.steps(self.batch, self.samples)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
         return (inputs for inputs, _ in self.data.batches(self.batch, self.samples))

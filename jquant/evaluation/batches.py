@@ -1,6 +1,7 @@
 """Batches of an evaluation: arrays checked, padded to one size, put onto the devices."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,11 @@ def first_of(batch: Any) -> tuple[Array, ...]:
     return (batch[0],) if isinstance(batch, tuple | list) else (batch,)
 
 
+def processes_of(mesh: Mesh | None) -> int:
+    """How many processes have devices of a mesh."""
+    return 1 if mesh is None else len({device.process_index for device in mesh.devices.flat})
+
+
 class Placed(NamedTuple):
     """A batch on the devices, padded to `size`. `given`: its arrays before, [samples, ...]; `of_all`: the number of
     samples over all processes."""
@@ -28,7 +34,7 @@ class Placed(NamedTuple):
     mask: Array
     given: Any
     samples: int
-    of_all: Array | None = None
+    of_all: int
 
 
 class Placement:
@@ -55,52 +61,65 @@ class Placement:
         return jax.device_put(sums, self._whole) if self.is_spread_over_processes else sums
 
     def batches(
-        self, batches: Iterable[Any], inputs: Callable[[Any], tuple[Any, ...]], skipped: int
+        self, batches: Iterable[Any], inputs: Callable[[Any], tuple[Any, ...]], skipped: int, is_padded: bool = True
     ) -> Iterator[Placed]:
         """The batches, each padded to the size of the first one, rounded up to the devices, or to its own if larger.
 
         Of the `skipped` first ones the very first alone. Of several processes, one that has no more batches goes on
-        with padding until the others have none either.
+        with padding until the others have none either. Without padding each batch has its own size, which is that of
+        all processes.
         """
         size, last, number = 0, None, -1
-        for number, batch in enumerate(self._in_step(batches)):
-            if batch is None and last is None:
+        for number, (given, counts) in enumerate(self._in_step(batches)):
+            if given is None and last is None:
                 raise InputError("a process has no batches at all; give each process at least one")
-            given = last if batch is None else _arrays(batch, number)
-            samples = 0 if batch is None else _samples(given, number)
-            if batch is not None:
+            samples, given = (0, last) if given is None else (_samples(given, number), given)
+            if samples:
                 _check_finite(inputs(given), number)
-            size = max(size, -(-samples // self._devices) * self._devices)
+            if not is_padded:
+                self._check_unpadded(number, counts)
+                size = 0
+            size = max(size, -(-max(counts) // self._devices) * self._devices)
             if not 0 < number < skipped:
                 padded = jax.tree.map(lambda v, size=size: _padded(v, size), given)
                 mask = np.arange(size) < samples
-                yield Placed(number, size, self._put(padded), self._put(mask), given, samples, self._total(samples))
+                yield Placed(number, size, self._put(padded), self._put(mask), given, samples, sum(counts))
             last = jax.tree.map(lambda v: v[:1], given) if self._processes > 1 else given
         if number + 1 < skipped:
             raise InputError(
                 f"the position counts {skipped} batches, and there are {number + 1}; give the same data or another file"
             )
 
-    def _in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, and None for each that only other processes have."""
+    def _check_unpadded(self, number: int, counts: list[int]) -> None:
+        if len(set(counts)) > 1:
+            raise InputError(
+                f"batch {number} has {', '.join(map(str, counts))} samples in the processes, and padding is off; give "
+                "each process as many batches of the same sizes"
+            )
+        if counts[0] % self._devices:
+            raise InputError(
+                f"batch {number} has {counts[0]} samples, which the {self._devices} devices do not divide, and padding "
+                "is off; give batches of a size that they divide"
+            )
+
+    def _in_step(self, batches: Iterable[Any]) -> Iterator[tuple[Any, list[int]]]:
+        """Each batch, None where only other processes have one, and the numbers of samples in the processes."""
         if self._processes == 1:
-            yield from batches
+            for number, batch in enumerate(batches):
+                given = _arrays(batch, number)
+                yield given, [_samples(given, number)]
             return
         from jax.experimental import multihost_utils
 
         iterator = iter(batches)
-        while True:
+        for number in count():
             batch = next(iterator, None)
-            if not multihost_utils.process_allgather(np.int32(batch is not None)).any():
+            given = None if batch is None else _arrays(batch, number)
+            samples = 0 if batch is None else _samples(given, number)
+            counts = [int(n) for n in np.ravel(multihost_utils.process_allgather(np.int32(samples)))]
+            if not any(counts):
                 return
-            yield batch
-
-    def _total(self, samples: int) -> Array | None:
-        if self._processes == 1:
-            return None
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(np.int32(samples)).sum()
+            yield given, counts
 
     def _put(self, arrays: Any) -> Any:
         if self._split is None:

@@ -58,6 +58,8 @@ def evaluate(
     total: int | None = None,
     position: str | PathLike[str] | None = None,
     save_every: int = 100,
+    padded: bool = True,
+    label: str = "evaluating",
 ) -> Evaluation:
     """Measures a model on data, in several modes and by several metrics, in one pass.
 
@@ -76,6 +78,8 @@ def evaluate(
       position: a file that holds the sums so far, written every `save_every` batches and at the end. Where it exists, a
         run with the same source, modes, metrics and batch size goes on behind the batches counted there, with the same
         figures bit for bit.
+      padded: False gives batches of other sizes as they are. Each size compiles, and on a mesh the devices divide it.
+      label: the words beside the progress.
 
     Returns:
       `Evaluation`.
@@ -102,7 +106,7 @@ def evaluate(
     state = Position.begin(sources, metrics) if position is None else load_position(position, sources, metrics)
     waiting: deque[tuple[Any, Placed]] = deque()
     done = state.batches
-    for placed in placement.batches(track(batches, "evaluating", total), inputs, skipped=done):
+    for placed in placement.batches(track(batches, label, total), inputs, done, padded):
         if placed.number == 0:
             _check_memory(sources, placed.size, mesh)
         if placed.number < done:  # counted before: the first one shows the form of the sums
@@ -125,7 +129,8 @@ def evaluate(
 def _check_memory(sources: Mapping[str, Source], batch: int, mesh: Mesh | None) -> None:
     devices = 1 if mesh is None else len([d for d in mesh.devices.flat if d.process_index == jax.process_index()])
     at_once = devices if jax.default_backend() == "cpu" else 1
-    for model in [one.value for one in sources.values() if isinstance(one.value, Model)]:
+    held = jax.tree.leaves([one.value for one in sources.values()], is_leaf=lambda v: isinstance(v, Model))
+    for model in [one for one in held if isinstance(one, Model)]:
         check_memory(model.plan.graph, model.params, -(-batch // devices), "Give batches of {batch} a device", at_once)
 
 
@@ -157,7 +162,7 @@ def _figures(state: Position, mode: str, metrics: Mapping[str, Summed]) -> dict[
 def _measure(
     values: dict[str, Any], batch: Any, mask: Any, *, calls: Any, metrics: Any, inputs: Any, wanted: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """{mode: {metric: sums}} of a batch, and the outputs of the modes in `wanted`, for metrics on the host."""
+    """{mode: {metric: sums}} of a batch, and the outputs of the modes in `wanted`, for other metrics."""
     given = inputs(batch)
     outputs = {mode: call(values[mode], *given) for mode, call in calls}
     sums: dict[str, Any] = {mode: {} for mode, _ in calls}
@@ -167,6 +172,11 @@ def _measure(
         for mode, _ in calls:
             sums[mode][name] = metric.measure(outputs[mode], other, mask)
     return sums, {mode: outputs[mode] for mode in wanted}
+
+
+@partial(jax.jit, static_argnames=("metric",))
+def _measure_alone(outputs: Any, batch: Any, mask: Any, *, metric: Summed) -> Any:
+    return metric.measure(outputs, batch, mask)
 
 
 class _Run:
@@ -184,25 +194,28 @@ class _Run:
         if here and placement.is_spread_over_processes:
             raise InputError(f"{', '.join(here)} need the outputs on one host; leave them out on several processes")
         self._host = here
+        self._alone = {name: metric for name, metric in metrics.items() if getattr(metric, "compiled_alone", False)}
         self._shown = [mode for mode, one in sources.items() if one.is_shown]
         self._values = placement.everywhere({mode: one.value for mode, one in sources.items()})
         self._static = {
             "calls": tuple((mode, one.call) for mode, one in sources.items()),
-            "metrics": tuple((name, metric) for name, metric in metrics.items() if name not in here),
+            "metrics": tuple((name, m) for name, m in metrics.items() if name not in here | self._alone),
             "inputs": inputs,
-            "wanted": tuple(self._shown if here else ()),
+            "wanted": tuple(self._shown if here or self._alone else ()),
         }
         self._placement = placement
 
     def dispatch(self, placed: Placed) -> Any:
         """Starts a batch; the result is not waited for."""
         sums, outputs = _measure(self._values, placed.batch, placed.mask, **self._static)
-        return self._placement.together(sums), outputs
+        for mode in self._shown:
+            for name, metric in self._alone.items():
+                sums[mode][name] = _measure_alone(outputs[mode], placed.batch, placed.mask, metric=metric)
+        return self._placement.together(sums), outputs if self._host else {}
 
     def count(self, state: Position, found: Any, placed: Placed) -> Position:
         """Adds the result of a batch."""
-        samples = placed.samples if placed.of_all is None else int(jax.device_get(placed.of_all))
-        return state.plus(self.sums(found, placed), samples, placed.size, self._metrics)
+        return state.plus(self.sums(found, placed), placed.of_all, placed.size, self._metrics)
 
     def sums(self, found: Any, placed: Placed) -> dict[str, Any]:
         """{mode: {metric: sums}} of a batch, on the host."""

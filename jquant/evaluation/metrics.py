@@ -26,7 +26,9 @@ from jquant.types import Array, InputError
 
 @runtime_checkable
 class Summed(Protocol):
-    """A metric as above. Optional are `merge`, and `against`: the mode whose outputs take the place of the batch."""
+    """A metric as above. Optional are `merge`; `against`, the mode whose outputs take the place of the batch; and
+    `compiled_alone = True`, without `against`: the metric reads the outputs in a program of its own, which compiles
+    faster where they are many."""
 
     def measure(self, outputs: Any, batch: Any, mask: Any) -> Any: ...
     def compute(self, sums: Any) -> Any: ...

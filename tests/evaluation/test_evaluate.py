@@ -158,6 +158,19 @@ def test_a_torch_loader_is_taken() -> None:
     assert found.figures["top-1"] == top(IMAGES[:, :4], LABELS, 1)
 
 
+def test_batches_that_are_not_padded_have_their_own_size() -> None:
+    sizes: list[int] = []
+
+    def model(x: jax.Array) -> jax.Array:
+        sizes.append(len(x))  # once for each size, where it is traced
+        return x[:, :4]
+
+    data = [(IMAGES[:8], LABELS[:8]), (IMAGES[8:11], LABELS[8:11])]
+    found = jq.evaluate(model, data, {"top-1": Accuracy()}, padded=False)
+    assert found.figures["top-1"] == top(IMAGES[:11, :4], LABELS[:11], 1)
+    assert set(sizes) == {8, 3}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Going on
 

@@ -59,10 +59,11 @@ def check(cases: BadCases, count: int) -> None:
     np.testing.assert_array_equal(cases.inputs["x"], DATA[order])
 
 
-def check_rows(found: Comparison) -> None:
-    """Input and output of float against what is rounded, on all of the data.
+def check_rows(found: Comparison, bound: float = 1e-12) -> None:
+    """Input and output of float against what is rounded, on all of the data, sums within a share of them.
 
-    Sums of numpy are float64, as those of a comparison: equal but for their order, far below 1e-12 of them.
+    Sums of numpy are float64, as those of `compare`: equal but for their order, far below 1e-12 of them. Those of many
+    batches have terms of float32, which are 2^-24 off: 2^-22 covers two sums and their quotient.
     """
     step = 1 / 16
     pairs = {"x": (DATA, rounded(DATA)), "linear": (DATA @ WEIGHTS, rounded(DATA) @ WEIGHTS)}
@@ -72,9 +73,9 @@ def check_rows(found: Comparison) -> None:
         assert (row.size, row.minimum, row.maximum) == (a.size, a.min(), a.max())
         assert (row.b_minimum, row.b_maximum, row.max_error) == (b.min(), b.max(), error.max())
         a, b, error = (v.astype(np.float64) for v in (a, b, error))
-        np.testing.assert_allclose((row.l1, row.mse), (error.mean(), (error**2).mean()), rtol=1e-12)
-        np.testing.assert_allclose(row.sqnr, 10 * np.log10((a**2).sum() / (error**2).sum()), rtol=1e-12)
-        np.testing.assert_allclose(row.cosine, (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()), rtol=1e-12)
+        np.testing.assert_allclose((row.l1, row.mse), (error.mean(), (error**2).mean()), rtol=bound)
+        np.testing.assert_allclose(row.sqnr, 10 * np.log10((a**2).sum() / (error**2).sum()), rtol=0, atol=5 * bound)
+        np.testing.assert_allclose(row.cosine, (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()), rtol=bound)
         low, high = min(a.min(), b.min()), max(a.max(), b.max())
         places = [np.minimum(np.floor((v - low) / ((high - low) / 64)), 63).astype(int).ravel() for v in (a, b)]
         counts = [np.bincount(place, minlength=64) for place in places]
