@@ -7,7 +7,7 @@ nothing to that. Sums are in units of a power of two near the scale of the value
 Source: D. Knuth, The Art of Computer Programming, volume 2, 4.2.2, theorem B.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -117,53 +117,72 @@ class Both:
 
 
 class _Value(NamedTuple):
-    """A value of a batch.
+    """A value of a batch, or several of one form, along a first axis of every array.
 
     Attributes:
-      axis: that of the batch; None where it has none.
       a, b: real. `alone`: the node of the first side on operands of the second, or None.
-      masked_by: both sides of the value whose masked elements are those of this one.
-      step: real per LSB, broadcastable to a; `limits`: integers; None where the value is not rounded.
+      masked_by: both sides of the value whose masked elements are those of this one; None for itself.
+      step: real per LSB, broadcastable to a; `limits` [2] integers; None where the value is not rounded.
       unit: of the sums, real. `bins`: low, high and is_masked.
     """
 
-    axis: int | None
     a: Array
     b: Array
     alone: Array | None
-    masked_by: tuple[Array, Array]
+    masked_by: tuple[Array, Array] | None
     step: Array | None
-    limits: tuple[int, int] | None
+    limits: Array | None
     unit: Array
     bins: Bins
 
 
-def _values(layers: tuple[Layer, ...], seen: Seen, alone: Mapping[str, Array]) -> Iterator[_Value]:
+def _by_form(
+    measure: Callable[[_Value, Array | None], Any],
+    layers: tuple[Layer, ...],
+    seen: Seen,
+    alone: Mapping[str, Array],
+    mask: Array,
+) -> Any:
+    """`measure(value, mask)` of each value, stacked; None as the mask of a value without a batch.
+
+    Values of one form are measured as one: XLA would compile the same reduction for each of a thousand layers.
+    """
+    forms: dict[Any, list[tuple[int, _Value]]] = {}
     for place, layer in enumerate(layers):
-        (a, b), masked_by = (
-            (seen.first[name].astype(jnp.float32), seen.second[name].astype(jnp.float32))
-            for name in (layer.name, layer.masked_as or layer.name)
-        )
-        yield _Value(
-            layer.axis,
-            a,
-            b,
-            alone[layer.name].astype(jnp.float32) if layer.name in alone else None,
-            masked_by,
-            seen.given.steps[layer.name],
-            layer.limits,
-            seen.given.units[place],
-            Bins(*(of[place] for of in seen.given.bins)),
-        )
+        value = _value(place, layer, seen, alone)
+        form = layer.axis, jax.tree.structure(value), tuple(leaf.shape for leaf in jax.tree.leaves(value))
+        forms.setdefault(form, []).append((place, value))
+    found = []
+    for (axis, *_), members in forms.items():
+        stacked = jax.tree.map(lambda *v: jnp.stack(v), *(value for _, value in members))
+        rank = members[0][1].a.ndim
+        along = None if axis is None else mask.reshape([-1 if i == axis else 1 for i in range(rank)])
+        found.append(jax.vmap(measure, in_axes=(0, None))(stacked, along))
+    order = np.argsort([place for members in forms.values() for place, _ in members])
+    return jax.tree.map(lambda *v: jnp.concatenate(v)[order], *found)
 
 
-def _kept(value: _Value, mask: Array) -> tuple[Array, Array]:
+def _value(place: int, layer: Layer, seen: Seen, alone: Mapping[str, Array]) -> _Value:
+    def sides(name: str) -> tuple[Array, Array]:
+        return seen.first[name].astype(jnp.float32), seen.second[name].astype(jnp.float32)
+
+    step = seen.given.steps[layer.name]
+    return _Value(
+        *sides(layer.name),
+        alone[layer.name].astype(jnp.float32) if layer.name in alone else None,
+        None if layer.masked_as is None else sides(layer.masked_as),
+        None if step is None else jnp.asarray(step),
+        None if layer.limits is None else jnp.float32(layer.limits),
+        jnp.asarray(seen.given.units[place]),
+        Bins(*(jnp.asarray(of[place]) for of in seen.given.bins)),
+    )
+
+
+def _kept(value: _Value, mask: Array | None) -> tuple[Array, Array]:
     """Bool of the shape of a: no padding, and in the mask unless it leaves out all of them; and whether it does."""
-    one, other = value.masked_by
+    one, other = value.masked_by or (value.a, value.b)
     masked = (one <= MASKED / 2) | (other <= MASKED / 2)
-    real = jnp.ones(one.shape, bool)
-    if value.axis is not None:
-        real = jnp.broadcast_to(mask.reshape([-1 if i == value.axis else 1 for i in range(one.ndim)]), one.shape)
+    real = jnp.ones(one.shape, bool) if mask is None else jnp.broadcast_to(mask, one.shape)
     is_masked = jnp.all(masked | ~real)
     return real & (~masked | is_masked), is_masked
 
@@ -252,11 +271,11 @@ def statistics_by_layer(
 
 def errors_of(layers: tuple[Layer, ...], seen: Seen, alone: Mapping[str, Array], mask: Array) -> Errors:
     """Of a batch, `mask` [N] where no padding is; `alone`: nodes of the first side on operands of the second."""
-    found = [_errors(value, mask) for value in _values(layers, seen, alone)]
-    return Errors(*(jnp.stack(each) for each in zip(*found, strict=True)))
+    found: Errors = _by_form(_errors, layers, seen, alone, mask)
+    return found
 
 
-def _errors(value: _Value, mask: Array) -> Errors:
+def _errors(value: _Value, mask: Array | None) -> Errors:
     a, b, step, unit = value.a, value.b, value.step, value.unit
     error = jnp.abs(difference(a, b))
     counts = {"size": jnp.ones(a.shape, bool), "differing": error > (0.0 if step is None else step * 0.5)}
@@ -264,7 +283,7 @@ def _errors(value: _Value, mask: Array) -> Errors:
     x, y, off = a / unit, b / unit, error / unit
     sums = {"signal": x * x, "b_signal": y * y, "product": x * y, "noise": off * off, "off": off}
     if step is not None and value.limits is not None:
-        low, high = value.limits
+        low, high = value.limits[0], value.limits[1]
         counts["saturated"] = (a < (low - 0.5) * step) | (a > (high + 0.5) * step)
     if step is not None:
         extremes["max_lsb"] = error / step
@@ -324,13 +343,14 @@ class LayerHistograms:
     layers: tuple[Layer, ...]
 
     def measure(self, outputs: Seen, batch: Any, mask: Array) -> Array:
-        return jnp.stack([_counts(value, mask) for value in _values(self.layers, outputs, {})])
+        found: Array = _by_form(_counts, self.layers, outputs, {}, mask)
+        return found
 
     def compute(self, counts: np.ndarray) -> np.ndarray:
         return counts
 
 
-def _counts(value: _Value, mask: Array) -> Array:
+def _counts(value: _Value, mask: Array | None) -> Array:
     low, high, is_masked = value.bins
     kept, all_are = _kept(value, mask)
     weight = (kept & (all_are == is_masked)).astype(jnp.int32)
