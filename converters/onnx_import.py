@@ -487,11 +487,9 @@ class _Reader:
         return self.made[self.add(f"{name}.batch_first", ops.Permute(axes=order), (value,), {})]
 
     def output_of(self, value: Value, name: str, others: list[str]) -> str:
-        """The node of an output; an input that is passed on gets one of its own."""
-        if value.name not in {i.name for i in self.inputs} and value.name not in others:
+        """The node of an output; a float input that is passed on gets one of its own, with the output's name."""
+        if value.dtype != "float32" or (value.name not in {i.name for i in self.inputs} and value.name not in others):
             return value.name
-        if value.dtype != "float32":
-            raise ConversionError(f"output {name!r} is {value.name!r} itself; leave it out of the outputs")
         return self.add(name, ops.Requantize(), (value,), {})
 
 

@@ -154,9 +154,14 @@ def _axes(op: Any) -> list[int]:
     return list(op.axes)
 
 
+def _real(site: Site, x: Any) -> Any:
+    """Pixels and masks as float, of which alone torch has means."""
+    return x if site.dtypes[0] == "float32" else x.float()
+
+
 @torch_rule.register
 def _(op: ops.Mean, site: Site, x: Any) -> Any:
-    return torch.mean(x, _axes(op), op.keepdims)
+    return torch.mean(_real(site, x), _axes(op), op.keepdims)
 
 
 @torch_rule.register
@@ -207,13 +212,13 @@ def _counted(site: Site, total: Any) -> Any:
 
 @torch_rule.register
 def _(op: ops.Variance, site: Site, x: Any) -> Any:
-    return torch.var(x, _axes(op), correction=op.correction, keepdim=op.keepdims)
+    return torch.var(_real(site, x), _axes(op), correction=op.correction, keepdim=op.keepdims)
 
 
 @torch_rule.register
 def _(op: ops.Norm, site: Site, x: Any) -> Any:
     order = {"1": 1, "2": 2, "max": float("inf")}[op.order]
-    return torch.linalg.vector_norm(x, order, _axes(op), op.keepdims)
+    return torch.linalg.vector_norm(_real(site, x), order, _axes(op), op.keepdims)
 
 
 @torch_rule.register(ops.Sort)

@@ -72,12 +72,17 @@ def _(op: ops.Pad, site: Site, x: Any) -> Any:
         return pad_spatial(x, op.padding, op.value)
     for axis, (low, high) in enumerate(op.padding):
         if low or high:
-            x = _mirrored(x, axis, len(op.padding), low, high, "replicate" if op.mode == "border" else "reflect")
+            x = _mirrored(site, x, axis, len(op.padding), low, high, "replicate" if op.mode == "border" else "reflect")
     return x
 
 
-def _mirrored(x: Any, axis: int, rank: int, low: int, high: int, mode: str) -> Any:
+def _mirrored(site: Site, x: Any, axis: int, rank: int, low: int, high: int, mode: str) -> Any:
     """One axis at a time, as the last one of three: torch pads the last axes of a few ranks only."""
+    if site.dtypes[0] != "float32":  # which torch pads with a value alone
+        n = site.shapes[0][axis]
+        beyond = [abs(i) if i < n else 2 * (n - 1) - i for i in range(-low, n + high)]
+        places = beyond if mode == "reflect" else [min(max(i, 0), n - 1) for i in range(-low, n + high)]
+        return x.index_select(axis, site.constant(torch.tensor(places)))
     last = x.transpose(axis, rank - 1)
     flat = last.flatten(0, rank - 2).unsqueeze(0) if rank > 1 else last.unsqueeze(0).unsqueeze(0)
     padded = F.pad(flat, [low, high], mode)

@@ -12,7 +12,7 @@ from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.rescale import Rescale, ratio, rescale_of, rescale_unsaturated
 from jquant.numerics.rounding import expand, quantize, saturate, widen
 from jquant.ops.movement import channels_last_axis
-from jquant.types import MIN_SCALE, Array, NodeFormat, Op, Target, bit_width, integer_range
+from jquant.types import MIN_SCALE, Array, GraphError, NodeFormat, Op, Target, bit_width, integer_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,10 @@ class Dropout(Op):
 
     rate: float = 0.5
     shared_axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise GraphError(f"Dropout: rate {self.rate} must be from 0 to 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

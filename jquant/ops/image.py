@@ -7,6 +7,7 @@ The hardware's inputs are [N, H, W, C] in every layout of the network behind the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ from jquant.ops.movement import channels_last_axis
 from jquant.types import Array, GraphError, InputError, LoweringError, NodeFormat, Op, Target, bit_width
 
 
+def _check_unit(op: Any) -> None:
+    if not (op.unit > 0 and isfinite(op.unit)):
+        raise GraphError(f"{type(op).__name__}: unit {op.unit} must be positive and finite, real per step of a pixel")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CentrePixels(Op):
     """Pixels minus 128: uint8, any shape. The gray input, and YUV 4:4:4 or RGB in bytes."""
@@ -28,6 +34,9 @@ class CentrePixels(Op):
     needs_stats: ClassVar = False
 
     unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_unit(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,9 @@ class Nv12ToCentredYuv444(Op):
     ports: ClassVar = ("y", "uv")
 
     unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_unit(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +63,7 @@ class RgbToCentredYuv444(Op):
     unit: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_unit(self)
         check_swing(self.swing)
         if self.order not in ("rgb", "bgr"):
             raise GraphError(f"order must be 'rgb' or 'bgr', not {self.order!r}")
@@ -88,6 +101,7 @@ class RoiResize(Op):
     unit: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_unit(self)
         if min(self.size) < 1 or max(self.size) > REACH:
             raise GraphError(f"RoiResize to {self.size}: sides are from 1 to {REACH}")
         if self.mode == "nv12":

@@ -131,6 +131,10 @@ class Tile(Op):
 
     repeats: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if any(n < 1 for n in self.repeats):
+            raise GraphError(f"Tile: repeats {self.repeats} must be positive: no value is empty")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Roll(Op):

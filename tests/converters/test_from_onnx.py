@@ -75,6 +75,24 @@ def test_other_networks_come_back(name):
     check_float_round_trip(name)
 
 
+def test_outputs_that_are_exact_inputs():
+    """Identities of masks and pixels have no node; one that is float keeps the name of its output."""
+    nodes = [onnx.helper.make_node("Identity", [x], [f"{x}_out"]) for x in ("mask", "pixels", "real")]
+    kinds = {"mask": onnx.TensorProto.BOOL, "pixels": onnx.TensorProto.UINT8, "real": onnx.TensorProto.FLOAT}
+    entries = [
+        [onnx.helper.make_tensor_value_info(f"{name}{end}", kind, ["batch", 3]) for name, kind in kinds.items()]
+        for end in ("", "_out")
+    ]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "net", *entries), opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9
+    )
+    graph, params = from_onnx(model)
+    assert graph.outputs == ("mask", "pixels", "real_out")
+    given = np.array([[True, False, True]]), np.uint8([[1, 2, 255]]), np.float32([[0.5, -1, 2]])
+    for a, b in zip(evaluate_float(graph, params, *given), given, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def calibrated(name, dtype="int8"):
     graph, params = from_torch(architectures.build(name), architectures.inputs(name, 1, seed=0))
     qconfig = jq.QConfig({"*": jq.Policy(output=getattr(jq, dtype)(), weight=jq.int8(axis="out"))})

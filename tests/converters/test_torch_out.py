@@ -11,6 +11,7 @@ from support import architectures
 from support.aten_cases import GROUPS, Values, difference, example
 
 import jquant as jq
+from jquant import ops
 from jquant.types import CalibrationError, ConversionError
 from jquant_converters import from_torch, to_torch
 
@@ -44,6 +45,32 @@ def test_every_imported_overload_goes_out_again(group):
         leaves = torch.utils._pytree.tree_leaves(expected)
         for name, actual, value in zip(names, outputs_of(written, *used), leaves, strict=True):
             assert not difference(actual.detach().numpy(), value.detach().numpy(), 1e-5), name
+
+
+EXACT = [
+    ops.Mean(axes=(1,)),
+    ops.Variance(axes=(1, 2), correction=0),
+    ops.Pad(padding=((0, 0), (1, 2), (0, 3)), mode="border"),
+    ops.Pad(padding=((0, 0), (2, 1), (3, 0)), mode="reflect"),
+]
+
+
+@pytest.mark.parametrize(("op", "dtype"), [
+    (op, dtype) for op in EXACT for dtype in ("uint8", "bool", "int32") if isinstance(op, ops.Pad) or dtype != "int32"
+])  # fmt: skip
+def test_exact_values_that_torch_has_no_kernel_for(op, dtype):
+    """numpy is the reference."""
+    x = (np.random.default_rng(0).integers(0, 200, (2, 4, 5)) % (2 if dtype == "bool" else 256)).astype(dtype)
+    graph = jq.Graph((jq.Input("x", (None, 4, 5), dtype),), (jq.Node("y", op, ("x",)),), ("y",))
+    if isinstance(op, ops.Pad):
+        wanted = np.pad(x, op.padding, "edge" if op.mode == "border" else "reflect")
+    else:
+        wanted = (np.mean if isinstance(op, ops.Mean) else np.var)(x.astype(np.float64), axis=op.axes)
+    written = to_torch(graph, {})
+    np.testing.assert_allclose(outputs_of(written, torch.from_numpy(x))[0].numpy(), wanted, rtol=1e-6)
+    again, params = from_torch(written, torch.from_numpy(x))
+    (found,) = jq.graph.evaluate_float(again, params, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def calibrated(name, output, weight, target, **options):

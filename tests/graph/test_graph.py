@@ -230,6 +230,12 @@ POOL = {"kernel": (2, 2), "strides": (2, 2), "padding": ((0, 0), (0, 0))}
         (ops.AdaptiveAvgPool, {"output_size": (0,)}, r"output_size \(0,\) must be positive"),
         (ops.Permute, {"axes": (0, 2, 2)}, r"axes \(0, 2, 2\) are no permutation"),
         (ops.Roll, {"shifts": (1,), "axes": (1, 2)}, "differ in length"),
+        (ops.Tile, {"repeats": (1, 0)}, r"repeats \(1, 0\) must be positive"),
+        (ops.Dropout, {"rate": -0.5}, r"rate -0\.5 must be from 0 to 1"),
+        (ops.CentrePixels, {"unit": 0.0}, r"unit 0\.0 must be positive"),
+        (ops.Nv12ToCentredYuv444, {"unit": float("inf")}, "unit inf must be positive and finite"),
+        (ops.RgbToCentredYuv444, {"unit": float("nan")}, "unit nan must be positive and finite"),
+        (ops.RoiResize, {"size": (4, 4), "unit": -1.0}, r"unit -1\.0 must be positive"),
         (ops.Slice, {"starts": (0,), "stops": (1, 2), "steps": (1,)}, "differ in length"),
     ],
 )

@@ -90,6 +90,8 @@ class Draft:
         is_constant = isinstance(op, ops.Constant | ops.IntegerConstant)
         if not is_constant and (not made.shape or made.shape[0] != BATCH):
             raise ValueError("the result has no batch")
+        if operands and _joins_examples(op, 1 + len(self.kinds[operands[0]][0])):
+            raise ValueError("it works along the batch")
         name = f"n{len(self.nodes)}"
         keys = {role: f"{shared or name}.{role}" for role in params or {}}
         node = jq.Node(name, op, operands, jq.FrozenMap(keys))
@@ -129,6 +131,14 @@ class Draft:
             return self.input(shape, dtype)
         value = str(same[-1] if rng.random() < 0.5 else rng.choice(same))
         return value if dtype != "float32" else self.brought(value, shape)
+
+
+def _joins_examples(op: ops.Op, rank: int) -> bool:
+    """Whether an operator works along the batch, axis 0 of `rank`."""
+    if isinstance(op, ops.Permute):
+        return op.axes[0] % rank != 0
+    rank += isinstance(op, ops.Stack)
+    return any(axis in (0, -rank) for axis in (getattr(op, "axis", None), *getattr(op, "axes", ())))
 
 
 def varied(op: ops.Op, rng: np.random.Generator) -> ops.Op:
