@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import jax
@@ -108,6 +108,16 @@ def check_lengths(op: Op, *names: str, positive: Sequence[str] = ()) -> None:
     for name in positive:
         if min(getattr(op, name), default=1) < 1:
             raise GraphError(f"{kind}: {name} {getattr(op, name)} must be positive")
+
+
+def check_epsilon(op: Any) -> None:
+    """The epsilon of a normalization is finite and not negative.
+
+    Raises:
+      GraphError: with the value.
+    """
+    if not (op.epsilon >= 0 and isfinite(op.epsilon)):
+        raise GraphError(f"{type(op).__name__}: epsilon {op.epsilon} must be finite and not negative")
 
 
 def check_graph(graph: Any) -> None:

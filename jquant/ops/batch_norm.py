@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jquant.graph.checks import check_epsilon
 from jquant.graph.operator import eval_float
 from jquant.numerics.namespace import array_namespace, barrier
 from jquant.types import Array, Op
@@ -28,6 +29,9 @@ class BatchNorm(Op):
     unbiased: bool = True
     running: bool = True
     channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        check_epsilon(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from jquant.graph.checks import check_epsilon
 from jquant.graph.operator import Parts, decompose, eval_float
 from jquant.ops.compare import LogicalAnd, LogicalNot, MaskedFill
 from jquant.ops.elementwise import Abs, Add, Clamp, Constant, Mul, Requantize, Scale, Sub
@@ -92,6 +93,9 @@ class LayerNorm(Op):
     rank: int = 1
     epsilon: float = 1e-5
 
+    def __post_init__(self) -> None:
+        check_epsilon(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RmsNorm(Op):
@@ -99,6 +103,9 @@ class RmsNorm(Op):
 
     rank: int = 1
     epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_epsilon(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +119,18 @@ class GroupNorm(Op):
     epsilon: float = 1e-5
     channels_last: bool = False
 
+    def __post_init__(self) -> None:
+        check_epsilon(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceNorm(Op):
     """Normalization of x [N, C, *S] over its spatial axes. Parameters [C]: weight, bias (optional)."""
 
     epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_epsilon(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ plain integer arithmetic that wraps as torch's does.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -54,6 +55,10 @@ class Scale(Op):
     needs_stats: ClassVar = False
 
     factor: float
+
+    def __post_init__(self) -> None:
+        if not self.factor or not isfinite(self.factor):
+            raise GraphError(f"Scale: factor {self.factor} must be finite and not zero")
 
 
 @dataclass(frozen=True, kw_only=True)

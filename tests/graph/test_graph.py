@@ -231,6 +231,16 @@ POOL = {"kernel": (2, 2), "strides": (2, 2), "padding": ((0, 0), (0, 0))}
         (ops.Permute, {"axes": (0, 2, 2)}, r"axes \(0, 2, 2\) are no permutation"),
         (ops.Roll, {"shifts": (1,), "axes": (1, 2)}, "differ in length"),
         (ops.Tile, {"repeats": (1, 0)}, r"repeats \(1, 0\) must be positive"),
+        (ops.Scale, {"factor": 0.0}, r"factor 0\.0 must be finite and not zero"),
+        *(
+            (
+                op,
+                {"epsilon": value} | ({"groups": 2} if op is ops.GroupNorm else {}),
+                "epsilon .* must be finite and not",
+            )
+            for op in (ops.BatchNorm, ops.LayerNorm, ops.RmsNorm, ops.GroupNorm, ops.InstanceNorm)
+            for value in (-1e-5, float("nan"))
+        ),
         (ops.Dropout, {"rate": -0.5}, r"rate -0\.5 must be from 0 to 1"),
         (ops.CentrePixels, {"unit": 0.0}, r"unit 0\.0 must be positive"),
         (ops.Nv12ToCentredYuv444, {"unit": float("inf")}, "unit inf must be positive and finite"),
