@@ -22,7 +22,7 @@ def test_two_devices_give_what_one_gives(tmp_path: Path) -> None:
         "eval 1": "eval one.jqs -d odd.npz --mode fake_quant --mode bit_true --json",
         "eval 2": "eval one.jqs -d odd.npz --mode fake_quant --mode bit_true --json --devices 2",
         "compare 1": "compare one.jqs -d odd.npz --samples 21 --json",
-        "compare 2": "compare one.jqs -d odd.npz --samples 21 --json --batch 8 --devices 2",
+        "compare 2": "compare one.jqs -d odd.npz --samples 21 --json --batch 8 --devices 2 --position p.json",
         "run 1": "run one.jqs -d odd.npz -o one.npz --raw --taps --batch 8",
         "run 2": "run one.jqs -d odd.npz -o two.npz --raw --taps --batch 8 --devices 2",
         "train": "train one.jqs -c q.toml -d d/train.npz -o trained.jqs --devices 2 --json",
@@ -39,6 +39,7 @@ def test_two_devices_give_what_one_gives(tmp_path: Path) -> None:
     for row, other in zip(whole, parts, strict=True):
         assert (row["name"], row["size"]) == (other["name"], other["size"])
         assert abs(row["sqnr"] - other["sqnr"]) < 0.01  # a float value may round to the other side of an LSB
+    assert (tmp_path / "p.json").is_file()
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert one.files == two.files
     for name in one.files:
