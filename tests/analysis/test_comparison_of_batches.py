@@ -122,6 +122,21 @@ def test_a_batch_that_is_masked_as_a_whole_counts_beside_no_other() -> None:
         assert numbers["sqnr"] == pytest.approx(10 * np.log10(10 / 1))
 
 
+def test_equal_layers_are_reduced_as_one() -> None:
+    """A reduction for each of a thousand layers would take XLA a minute."""
+
+    def reductions(count: int) -> int:
+        layers = tuple(Layer(f"x{i}", 0, False, None, None) for i in range(count))
+        values = {layer.name: jnp.ones((2, 3)) for layer in layers}
+        given: Any = Given((), dict.fromkeys(values), np.ones(count, np.float32), no_bins(layers))  # type: ignore[arg-type]
+        lowered = jax.jit(lambda v, mask: errors_of(layers, Seen(v, v, given), v, mask)).lower(
+            values, jnp.ones(2, bool)
+        )
+        return lowered.as_text().count("stablehlo.reduce")
+
+    assert reductions(20) == reductions(2) > 0
+
+
 class StopError(Exception):
     """Stands for a machine that goes down."""
 
