@@ -52,6 +52,7 @@ def work(rank: int, port: str) -> None:
     step = jq.training.make_step(loss, slices=4, mesh=mesh)
     for _ in range(60):
         state, metrics = step(state, spread((x[mine], labels[mine]), split))
+        jax.block_until_ready(metrics)  # host devices: steps in flight may wait for each other's threads
 
     # 3. Every mode in one pass; counts are those of one process.
     metrics = {"top-1": jq.evaluation.Accuracy()}
