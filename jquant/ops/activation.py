@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jquant.graph.operator import Lowered, Operand, check_roles, eval_float, eval_integer, lower_op, to_channels_last
 from jquant.numerics.namespace import array_namespace, real
 from jquant.numerics.rescale import Rescale, ratio, rescale_of, rescale_unsaturated
-from jquant.numerics.rounding import expand, quantize, saturate, widen
+from jquant.numerics.rounding import divide, expand, quantize, saturate, widen
 from jquant.ops.movement import channels_last_axis
 from jquant.types import MIN_SCALE, Array, GraphError, NodeFormat, Op, Target, bit_width, integer_range
 
@@ -131,7 +131,7 @@ def _(op: PRelu, inputs: Sequence[Operand], output: Operand, params: dict[str, A
     (x,), bits = inputs, bit_width(output.dtype)
     weight = params["weight"]
     low, high = integer_range(target.slope_dtype)
-    slope_scale = array_namespace(weight).maximum(abs(weight).max() / ((high - low) / 2), MIN_SCALE)
+    slope_scale = array_namespace(weight).maximum(divide(abs(weight).max(), real((high - low) / 2)), MIN_SCALE)
     positive = rescale_of(ratio(x.scale, 1.0, output.scale, 1.0), bits=bits, narrow=True, form=target.rescale)
     negative = rescale_of(ratio(x.scale, slope_scale, output.scale, 1.0), bits=bits, form=target.rescale)
     slope = quantize(weight, slope_scale, target.slope_dtype, target.quantize_rounding)

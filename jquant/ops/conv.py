@@ -109,6 +109,8 @@ class ConvTranspose(Op):
 
     def __post_init__(self) -> None:
         check_lengths(self, "strides", "padding", "output_padding", "dilation", positive=("strides", "dilation"))
+        if min(self.output_padding, default=0) < 0:
+            raise GraphError(f"ConvTranspose: output_padding {self.output_padding} must not be negative")
         _check_groups(self)
 
 

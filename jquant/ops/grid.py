@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.graph.checks import check_lengths
 from jquant.graph.operator import Lowered, Operand, eval_float, eval_integer, lower_op
 from jquant.numerics.rescale import Rescale, ratio, rescale, rescale_of
 from jquant.numerics.rounding import round_fraction, widen
@@ -26,6 +27,9 @@ class AffineGrid(Op):
 
     size: tuple[int, int]
     align_corners: bool = False
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "size", positive=("size",))
 
 
 def base_grid(size: tuple[int, int]) -> Array:

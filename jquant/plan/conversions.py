@@ -20,6 +20,7 @@ def insert_requantize(graph: Graph, policies: Policies) -> tuple[Graph, dict[str
     """
     nodes, policies = [], dict(policies)
     made: dict[tuple[str, QuantSpec | None], str] = {}
+    taken = {*graph.values}
     for node in graph.nodes:
         ports, operands = node.op.ports, list(node.inputs)
         for port, spec in policies[node.name].input.items():
@@ -30,13 +31,20 @@ def insert_requantize(graph: Graph, policies: Policies) -> tuple[Graph, dict[str
             index = ports.index(port)
             value = operands[index]
             if (value, spec) not in made:
-                name = made[value, spec] = f"{node.name}.{port}"
+                name = made[value, spec] = _free(f"{node.name}.{port}", taken)
                 nodes.append(Node(name, Requantize(), (value,)))
                 policies[name] = Requested(output=spec)
             operands[index] = made[value, spec]
         policies[node.name] = replace(policies[node.name], input=FrozenMap())
         nodes.append(replace(node, inputs=tuple(operands)))
     return replace(graph, nodes=tuple(nodes)), policies
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, with a number behind it where it is taken; it is taken from then on."""
+    found = next(n for n in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 1))) if n not in taken)
+    taken.add(found)
+    return found
 
 
 def is_quantized(spec: QuantSpec | None) -> bool:
@@ -78,7 +86,7 @@ def insert_conversions(
     The side of the smaller range stays int16. Before any data that is the one of `bounded` (`bounded_values`), else the
     first. Returns the graph, its policies, and {inserted node: why}.
     """
-    made = _Conversions(dict(policies))
+    made, taken = _Conversions(dict(policies)), {*graph.values}
     for node in graph.nodes:
         operands, asked = list(node.inputs), policies[node.name].output
         if asked is not None and is_quantized(asked):
@@ -89,7 +97,8 @@ def insert_conversions(
                 wide = formats[side]
                 assert wide is not None
                 spec = replace(wide, dtype="int8", fixed_scale=None)
-                operands[side] = made.convert(operands[side], f"{node.name}.{node.op.ports[side]}", spec, PRODUCT)
+                name = _free(f"{node.name}.{node.op.ports[side]}", taken)  # the policy of the operand may have it
+                operands[side] = made.convert(operands[side], name, spec, PRODUCT)
         made.nodes.append(replace(node, inputs=tuple(operands)))
     graph = replace(graph, nodes=tuple(made.nodes))
     return graph, {name: made.policies[name] for name in graph.values}, made.notes

@@ -225,6 +225,8 @@ POOL = {"kernel": (2, 2), "strides": (2, 2), "padding": ((0, 0), (0, 0))}
         (ops.Conv, CONV | {"dilation": (0, 1)}, r"dilation \(0, 1\) must be positive"),
         (ops.Conv, CONV | {"groups": 0}, "groups 0 must be positive"),
         (ops.ConvTranspose, CONV | {"output_padding": (0,)}, "output_padding .* differ in length"),
+        (ops.ConvTranspose, CONV | {"output_padding": (0, -1)}, r"output_padding \(0, -1\) must not be negative"),
+        (ops.AffineGrid, {"size": (0, 5)}, r"size \(0, 5\) must be positive"),
         (ops.MaxPool, POOL | {"dilation": (1, 1, 1)}, "dilation .* differ in length"),
         (ops.AvgPool, POOL | {"kernel": (0, 2)}, r"kernel \(0, 2\) must be positive"),
         (ops.AdaptiveAvgPool, {"output_size": (0,)}, r"output_size \(0,\) must be positive"),

@@ -249,6 +249,24 @@ def test_an_int16_product_falls_back_on_one_side_and_says_so() -> None:
     assert "y.products.b" not in model.plan.graph.values
 
 
+def test_an_int16_product_of_an_operand_with_a_policy_has_a_node_of_its_own() -> None:
+    """The policy of operand a has the name y.a, and the product needs a second conversion of it."""
+    graph = jq.Graph(
+        (jq.Input("x", (None, 4, 4)), jq.Input("z", (None, 4, 4))),
+        (jq.Node("s", ops.Sigmoid(), ("x",)), jq.Node("y", ops.MatMul(), ("z", "s"))),
+        ("y",),
+    )
+    asked = jq.Policy(input={"b": jq.int16(), "a": jq.int16()})
+    model = jq.prepare(graph, {}, jq.QConfig({"*": jq.Policy(output=jq.int16()), "y": asked}), target="nash-e")
+    inserted = {
+        name: model.plan.spec(name).dtype for name in ("y.a", "y.b", "y.b_1") if name in model.plan.graph.values
+    }
+    assert inserted == {"y.a": "int16", "y.b": "int16", "y.b_1": "int8"}
+    x, z = (jnp.asarray(array(2, 4, 4)) for _ in range(2))
+    found = jq.run(jq.lower(jq.calibrate(model, [(x, z)])), x, z)
+    assert np.abs(found - np.asarray(z) @ (1 / (1 + np.exp(-np.asarray(x))))).max() < 0.05
+
+
 @pytest.mark.parametrize("name", ["softmax", "layer_norm", "attention", "lstm sequence False", "gru sequence False"])
 def test_gradients_reach_every_operand_weight_and_scale(name: str) -> None:
     graph, params, arrays = graph_of(name)

@@ -232,6 +232,23 @@ def test_negative_and_absolute_values_saturate() -> None:
         assert run_op(ops.Abs(), x, scales=(0.5,)).tolist() == [high, high, 1, 0, high]
 
 
+def test_slopes_are_rounded_alike_in_and_outside_of_jit() -> None:
+    """The largest negative slope is half a step off by definition: one ulp of its scale moves the integer."""
+    slope_of = jax.jit(
+        lambda weight: lower_op(
+            ops.PRelu(),
+            (Operand("int8", jnp.float32(0.1), (None, 6)),),
+            Operand("int8", jnp.float32(0.1), (None, 6)),
+            {"weight": weight},
+            jq.targets.NASH_E,
+        ).constants["slope"]
+    )
+    weights = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
+    for weight in weights:
+        steps = weight / (np.abs(weight).max() / np.float32(32767.5))
+        np.testing.assert_array_equal(slope_of(weight), np.clip(np.rint(steps), -32768, 32767))
+
+
 def test_a_mask_counts_as_its_number() -> None:
     x, mask = np.array([-100, 50, 7, 8], np.int8), np.array([True, False, True, False])
     assert run_op(ops.Mul(), x, mask, scales=(0.5,), y=0.5).tolist() == [-100, 0, 7, 0]
