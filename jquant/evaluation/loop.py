@@ -104,6 +104,8 @@ def evaluate(
     placement = Placement(mesh, axis)
     run = _Run(sources, metrics, inputs, placement)
     state = Position.begin(sources, metrics) if position is None else load_position(position, sources, metrics)
+    # Host devices of several processes share few threads, where programs in flight can wait for each other for ever.
+    ahead = 0 if placement.is_spread_over_processes and jax.default_backend() == "cpu" else AHEAD
     waiting: deque[tuple[Any, Placed]] = deque()
     done = state.batches
     for placed in placement.batches(track(batches, label, total), inputs, done, padded):
@@ -113,7 +115,7 @@ def evaluate(
             state = state.shaped(run.sums(run.dispatch(placed), placed), placed.size)
             continue
         waiting.append((run.dispatch(placed), placed))
-        if len(waiting) > AHEAD:
+        if len(waiting) > ahead:
             state = run.count(state, *waiting.popleft())
         if position is not None and (state.batches + len(waiting)) % save_every == 0:
             state = _counted(run, state, waiting)
