@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from jquant.numerics.namespace import array_namespace, real
+from jquant.numerics.namespace import array_namespace, barrier, real
+from jquant.numerics.rounding import divide
 from jquant.ops.conv import Conv, ConvTranspose, Linear
 from jquant.plan.scales import quantizer_of, scale_of, value_scales
 from jquant.types import Array, Node, Params, Plan, QParams, Target
@@ -54,8 +55,13 @@ def _smallest_scale(
         bias = abs(params[node.params["bias"]])
         if isinstance(node.op, ConvTranspose):  # groups share the scales of their channels
             bias = bias.reshape(node.op.groups, -1).max(0)
-        floor = (bias if per_channel else bias.max()) / real(LARGEST_BIAS) / x_scale
+        floor = _floor(bias if per_channel else bias.max(), LARGEST_BIAS, x_scale)
     for scale in addends:
         if scale is not None:
-            floor = _larger(floor, scale / (2**target.addend.multiplier_bits - 1) / x_scale)
+            floor = _larger(floor, _floor(scale, 2**target.addend.multiplier_bits - 1, x_scale))
     return floor
+
+
+def _floor(needed: Array, largest: float, x_scale: Array) -> Array:
+    """needed / largest / x_scale; XLA would make one division of two, and its scale would differ from that of numpy."""
+    return divide(barrier(divide(needed, real(largest))), x_scale)

@@ -1,5 +1,6 @@
 """Channels that batch norm has switched off: their scales must leave room for the bias and for a fused add."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from support import graphs
 
 import jquant as jq
 from jquant import ops
+from jquant.plan.accumulators import _smallest_scale
 
 SPECS = {
     "per channel": jq.int8(axis="out"),
@@ -59,6 +61,26 @@ def test_a_transposed_convolution_shares_scales_between_groups(spec: jq.QuantSpe
     y = np.asarray(jq.run(program, x))
     bias = np.asarray(model.params["y.bias"])[:, None, None]
     np.testing.assert_allclose(y, np.broadcast_to(bias, y.shape), atol=float(program.scales["y"]))
+
+
+def test_floors_of_scales_are_those_of_numpy_inside_of_jit() -> None:
+    graph, params = residual(add=True)
+    config = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8())})
+    model = jq.prepare(graph, params, config, target=jq.targets.NASH_E, high_precision_outputs=False)
+    model = jq.calibrate(model, [graphs.images(1, graph)])
+    (node,) = (node for node in model.plan.graph.nodes if isinstance(node.op, ops.Conv))
+    assert len(node.inputs) == 2
+
+    @jax.jit
+    def floors(bias: jax.Array, scale: jax.Array) -> jax.Array:
+        found = dict(model.params) | {"y.bias": bias}
+        return _smallest_scale(node, dict.fromkeys(node.inputs, scale), found, jq.targets.NASH_E, per_channel=True)
+
+    rng, largest = np.random.default_rng(0), np.float32(2**31 * (1 - 2**-20))
+    for _ in range(50):
+        bias, scale = (1e6 * rng.normal(size=8)).astype(np.float32), np.float32(np.exp2(rng.uniform(-9, 0)))
+        addend = scale / np.float32(32767) / scale
+        np.testing.assert_array_equal(floors(bias, scale), np.maximum(np.abs(bias) / largest / scale, addend))
 
 
 def test_healthy_scales_stay_bit_for_bit() -> None:
