@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -102,13 +103,17 @@ def figures(rows: list[dict[str, Any]]) -> list[str]:
     counts = Counter(row["outcome"] for row in rows)
     drawn = {name for row in rows for name in row["operators"]}
     refused = Counter(row["text"].partition("refused: ")[2][:60] for row in rows if row["outcome"] == "refused")
-    lines = [
+    text = (
         f"{len(rows)} graphs, {sum(len(r['operators']) for r in rows)} nodes, {len(drawn)} of {len(cases())} operators "
         f"(left out: {', '.join(sorted(INTERNAL))}). {counts['checked']} held in every property, {counts['refused']} "
         f"were refused with a reason on the way to integers, {counts['no graph']} had no node that fits, "
         f"{counts['failed']} failed."
+    )
+    return [
+        *textwrap.wrap(text, 120),
+        "",
+        f"Seconds of work: {sum(r['seconds'] for r in rows):.0f}. Kinds of refusals: {len(refused)}.",
     ]
-    return [*lines, "", f"Seconds of work: {sum(r['seconds'] for r in rows):.0f}. Kinds of refusals: {len(refused)}."]
 
 
 def main() -> int:
