@@ -144,6 +144,8 @@ def _check_metrics(metrics: Mapping[str, Summed], save_every: int) -> None:
     for name, metric in metrics.items():
         if not isinstance(metric, Summed):
             raise InputError(f"metric {name!r} is {metric!r}, which has no `measure` and `compute`; see jq.evaluation")
+        if getattr(metric, "compiled_alone", False) and getattr(metric, "against", None) is not None:
+            raise InputError(f"metric {name!r} is compiled alone, where it cannot compare with {metric.against!r}")  # type: ignore[attr-defined]
 
 
 def _counted(run: "_Run", state: Position, waiting: deque[tuple[Any, Placed]]) -> Position:

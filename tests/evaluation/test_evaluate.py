@@ -241,6 +241,12 @@ def test_errors_say_what_to_do(model: jq.Model) -> None:
         jq.evaluate(model, batches(8), {})
     with pytest.raises(jq.InputError, match="has no `measure` and `compute`"):
         jq.evaluate(model, batches(8), {"top-1": max})
+
+    class Alone(SignalToNoise):
+        compiled_alone = True
+
+    with pytest.raises(jq.InputError, match="'dB' is compiled alone, where it cannot compare with 'float'"):
+        jq.evaluate(model, batches(8), {"dB": Alone()})
     with pytest.raises(jq.JQuantError, match="fake_quant"):
         jq.evaluate(model, batches(8), metrics, modes=("fakequant",))
     with pytest.raises(jq.InputError, match="the text 'float'"):
