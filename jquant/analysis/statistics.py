@@ -1,4 +1,4 @@
-"""The error of a value as statistics that merge over batches, and the numbers made of them."""
+"""The error of a value as counts, extremes and sums, and the numbers made of them."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,8 @@ from jquant.types import Array, QuantSpec
 
 
 class Statistics(NamedTuple):
-    """Of the elements of `a` and `b`, real. Sums of numpy arrays are float64, of arrays of several devices float32.
+    """Of the elements of `a` and `b`, real. Sums of numpy arrays are float64, of arrays of several devices float32;
+    those of many batches have terms of float32.
 
     `is_masked`  every element is left out by a mask: counts only where all batches are so
     `size`, `saturated`, `differing`      counts
