@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis
 import jax
 import pytest
+from support.compilations import EVENT
 
 # A silent int8 + float32 -> float32 is the bug that this library exists to prevent.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -37,4 +38,31 @@ def pytest_collection_finish() -> None:
 def _compiled_programs_go_with_their_module() -> Iterator[None]:
     """Thousands of small programs are compiled here; kept for the whole session they fill gigabytes."""
     yield
+    _forget_compiled_programs()
+
+
+# A compiled program is about 25 ranges of memory, and Linux gives a process 65,530 (vm.max_map_count); XLA ends the
+# process where it gets no more. The hundred random graphs of tests/fuzz compile more than 2,500 programs.
+MOST_PROGRAMS = 600
+_since_then = 0
+
+
+def _count(event: str, _seconds: float, **_: object) -> None:
+    global _since_then
+    _since_then += event == EVENT
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def _forget_compiled_programs() -> None:
+    global _since_then
     jax.clear_caches()
+    _since_then = 0
+
+
+@pytest.fixture(autouse=True)
+def _compiled_programs_stay_below_the_limit_of_the_system() -> Iterator[None]:
+    yield
+    if _since_then > MOST_PROGRAMS:
+        _forget_compiled_programs()
