@@ -87,6 +87,8 @@ class _Writer:
         self.held: set[str] = set()
         self.keys: dict[str, fx.Proxy] = {}
         self.constants = 0
+        norms = [node.params for node in graph.nodes if isinstance(node.op, ops.BatchNorm)]
+        self.statistics = {roles[role] for roles in norms for role in ("running_mean", "running_var")}
         kinds = value_types(graph, params)
         self.shapes = {name: kind.shape for name, kind in kinds.items()}
         self.dtypes = {name: str(kind.dtype) for name, kind in kinds.items()}
@@ -199,7 +201,8 @@ class _Writer:
 
     def parameter(self, key: str) -> fx.Proxy:
         if key not in self.keys:
-            self.keys[key] = self.attribute(key, _tensor(self.params[key]), trainable=True)
+            trained = key not in self.statistics  # torch has no gradient of them
+            self.keys[key] = self.attribute(key, _tensor(self.params[key]), trainable=trained)
         return self.keys[key]
 
     # -- quantization

@@ -1,7 +1,9 @@
 """Programs and fake-quant as StableHLO, by jax.export: for a runtime that knows neither jquant nor Python."""
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ def to_stablehlo(
     platforms: Sequence[str] = ("cpu",),
 ) -> None:
     """Writes a program, or the fake-quant meaning of a model, as a serialized StableHLO module with its constants.
+
+    The bytes follow from the program and the versions of jax; they name no file of the source code.
 
     Args:
       path: of the file.
@@ -57,11 +61,27 @@ def to_stablehlo(
         jax.ShapeDtypeStruct(tuple(symbol if n is None else n for n in i.shape), dtypes.get(i.name, i.dtype))
         for i in graph.inputs
     ]
-    with tracing_for(platforms):
+    with tracing_for(platforms), _without_source_lines():
         exported = jax.export.export(jax.jit(function), platforms=list(platforms))(*arguments)
     data = bytes(exported.serialize())
     with replacing(path) as partial:
         partial.write_bytes(data)
+
+
+_alone = threading.Lock()
+
+
+@contextmanager
+def _without_source_lines() -> Iterator[None]:
+    """Inside, jax writes no lines of Python files into a module: with them the bytes depend on who calls, and where."""
+    with _alone:
+        config: Any = jax.config  # its attributes are made when jax is imported
+        before = config.jax_traceback_in_locations_limit
+        config.update("jax_traceback_in_locations_limit", 0)
+        try:
+            yield
+        finally:
+            config.update("jax_traceback_in_locations_limit", before)
 
 
 def _function(program: Program | Model, raw: bool) -> tuple[Callable[..., Any], Graph, dict[str, str]]:

@@ -225,3 +225,20 @@ def test_bad_arguments():
         to_torch(model)
     with pytest.raises(ConversionError, match="takes a Model, or a Graph with its params, not Graph"):
         to_torch(graph)
+
+
+def test_statistics_are_buffers_and_the_affine_part_is_trained():
+    """The exporter of torch and its training refuse a mean or variance that asks for a gradient."""
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(4)
+    with torch.no_grad():
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    net, x = torch.nn.Sequential(torch.nn.ReLU(), norm).eval(), torch.randn(2, 4, 5, 5)
+    written = to_torch(*from_torch(net, (x,)))
+    torch.testing.assert_close(torch.export.export(written, (x,)).module()(x), net(x))
+    assert {name for name, _ in written.named_buffers()} == {"1.running_mean", "1.running_var"}
+    written(x).sum().backward()
+    net(x).sum().backward()
+    for role, parameter in norm.named_parameters():
+        torch.testing.assert_close(dict(written.named_parameters())[f"1.{role}"].grad, parameter.grad)

@@ -138,3 +138,20 @@ def test_a_kept_batch_norm_is_folded_as_in_apply(handling, tmp_path):
     assert np.abs(expected - float_values).max() < 0.05  # what the two are compared with is the net
     with on_cpu():
         np.testing.assert_array_equal(np.asarray(jq.from_stablehlo(tmp_path / "net")(x)), expected)
+
+
+@pytest.mark.parametrize("kind", ["program", "model"])
+def test_the_bytes_do_not_depend_on_who_writes_them(network, tmp_path, kind):
+    """Nor does a file say where the sources of jquant, or those of its user, are on this machine."""
+    source = network[1] if kind == "program" else network[0]
+    before = jax.config.jax_traceback_in_locations_limit
+    jq.to_stablehlo(tmp_path / "a", source)
+
+    def elsewhere() -> None:
+        jq.to_stablehlo(tmp_path / "b", source)
+
+    jax.clear_caches()
+    elsewhere()
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert b".py" not in (tmp_path / "a").read_bytes()
+    assert jax.config.jax_traceback_in_locations_limit == before
