@@ -63,9 +63,11 @@ architectures: $(STAMP)  ## measure the networks of the tests that are not yet, 
 	@PYTHONPATH=tests $(BIN)/python -m support.architecture_table
 
 # A run that was stopped goes on; seeds and findings are in out/fuzz, which `make clean` removes.
-fuzz: $(STAMP)  ## damage 10,000 files a reader, draw 2,000 graphs, write docs/reliability.md (hours)
+fuzz: $(STAMP)  ## damage files, draw graphs, kill saves, interrupt commands, write docs/reliability.md (hours)
 	@$(BIN)/python tests/fuzz/run.py --count 10000 --write
 	@$(BIN)/python tests/fuzz/graphs.py --count 2000 --write
+	@$(BIN)/python tests/fuzz/saves.py --count 200 --write
+	@$(BIN)/python tests/fuzz/interrupts.py --count 500 --write
 
 # A run that was stopped goes on, behind the lines of tests/mutants/results.jsonl.
 $(MUTANTS)/.installed: requirements-mutants.txt
