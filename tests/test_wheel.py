@@ -117,6 +117,8 @@ def test_a_minimal_install_runs_the_example_for_jax(wheel: Path, tmp_path: Path)
     code = head + readme("From JAX, flax or equinox") + tail
     assert output(python, "-c", code, folder=tmp_path).split("\n")[-2] == "set() (32, 4)"
     assert (tmp_path / "net.jq").is_file()
+    export = "import jquant as jq\njq.to_stablehlo('net.hlo', jq.load('net.jq'))\nprint(jq.from_stablehlo('net.hlo'))"
+    assert "PjitFunction" in output(python, "-c", export, folder=tmp_path)
     without = "from jquant_converters import from_torch"
     done = subprocess.run([python, "-I", "-c", without], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "pip install 'jquant[torch]'" in done.stderr

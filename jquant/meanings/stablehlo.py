@@ -134,6 +134,8 @@ def from_stablehlo(path: str | os.PathLike[str]) -> Callable[..., Any]:
         raise FileNotFoundError(f"no file at {path}")
     try:
         exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    except ImportError:
+        raise
     except Exception as error:  # flatbuffers raises whatever it meets
         raise FormatError(f"{path}: not a StableHLO module of jax.export: {error}") from error
     return jax.jit(exported.call)
