@@ -7,8 +7,8 @@
 cosmic-ray finds the places and makes the mutants, in a copy of the tracked files. The sample follows from the text of
 the lines: of each place one mutant, annotations left out. Where a line changes, its mutants do, and no others. At first
 all tests run once, and coverage notes which of them reach which line. The tests of a mutant are those that reach its
-line: QUICK seconds of them, then MORE. A line that runs when its module is imported has the tests of the module. They
-end at the first failure:
+line: QUICK seconds of them, then MORE. A line that runs when its module is imported has the tests of the module, first
+those with the name of its operator. They end at the first failure:
 
   killed     a test failed, or the module does not import
   survived   all of them passed
@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -47,56 +48,18 @@ COPY = ROOT / "out" / "mutants"
 PAGE = ROOT / "docs" / "reliability.md"
 MARKS = ("<!-- made: mutants -->", "<!-- end: mutants -->")
 
-COUNT, SEED, LIMIT = 400, 11, 300
-QUICK, MORE = 20, 60  # seconds of tests that reach the line, and of further ones where these notice nothing
+# Folders of tests that run under coverage: those that compute integers, or float meanings of operators.
+RUN = {"calibration", "config", "conformance", "converters", "faq", "faults", "foreign", "functions", "fuzz", "graph"}
+RUN |= {"meanings", "numerics", "observers", "ops", "plan", "program", "quantizers", "reference", "targets"}
+
+COUNT, SEED, LIMIT = 400, 11, 400
+QUICK, MORE = 20, 120  # seconds of tests that reach the line, and of further ones where these notice nothing
 WAIT = 1200  # seconds for one run of pytest beside other work; a test that hangs
 LIGHT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "CI": "true"}
 PARTS = ("numerics", "ops", "program")
 # What `lower` and `run` never use: lists of names, the meanings in float, and an operator without integers.
 LEFT_OUT = {"jquant/ops/__init__.py", "jquant/ops/functional.py", "jquant/ops/names.py", "jquant/program/cache.py"}
 LEFT_OUT |= {"jquant/ops/resample_weights.py"}
-
-# Beside the cases of tests/conformance for the operators of a module, the files of tests that look at it closest.
-TESTS = {
-    "jquant/numerics/placement.py": "numerics/test_tables.py ops/test_tables.py ops/test_table_bytes.py",
-    "jquant/numerics/tables.py": "numerics/test_tables.py ops/test_tables.py ops/test_table_bytes.py",
-    "jquant/numerics/rescale.py": "numerics/test_rescale.py faults/test_bias.py targets/test_made_up_marches.py",
-    "jquant/numerics/": "numerics",
-    "jquant/program/insert/": "program/test_insert.py faq/test_insertion.py",
-    "jquant/program/candidates.py": "program/test_candidates.py",
-    "jquant/program/files.py": "program/test_program_files.py",
-    "jquant/program/lower.py": "program/test_integers.py quantizers/test_quantizers_in_jax.py",
-    "jquant/program/paths.py": "program/test_paths.py",
-    "jquant/program/": "program/test_integers.py",
-    "jquant/ops/activation.py": "ops/test_elementwise.py",
-    "jquant/ops/attention.py": "ops/test_composites.py faults/test_masks.py",
-    "jquant/ops/batch_norm.py": "plan/test_batch_norm.py",
-    "jquant/ops/bits.py": "ops/test_elementwise.py",
-    "jquant/ops/compare.py": "ops/test_elementwise.py faults/test_joined_values.py faults/test_exact_operators.py",
-    "jquant/ops/composite.py": "ops/test_composites.py faults/test_masks.py",
-    "jquant/ops/conv.py": "ops/test_gemm.py plan/test_accumulators.py numerics/test_parts.py",
-    "jquant/ops/elementwise.py": "ops/test_elementwise.py faults/test_joined_values.py",
-    "jquant/ops/grid": "ops/test_sampling.py",
-    "jquant/ops/image.py": "ops/test_images.py",
-    "jquant/ops/indexing.py": "ops/test_movement.py faults/test_indices_out_of_range.py faults/test_exact_operators.py",
-    "jquant/ops/lookup.py": "ops/test_tables.py",
-    "jquant/ops/matmul.py": "ops/test_gemm.py",
-    "jquant/ops/movement.py": "ops/test_movement.py faults/test_exact_operators.py",
-    "jquant/ops/on_grid.py": "faults/test_exact_operators.py faults/test_one_scale.py",
-    "jquant/ops/pool.py": "ops/test_pool.py",
-    "jquant/ops/recurrent.py": "ops/test_composites.py",
-    "jquant/ops/reduce.py": "ops/test_reduce.py faults/test_exact_operators.py",
-    "jquant/ops/regions.py": "ops/test_sampling.py",
-    "jquant/ops/resample": "ops/test_sampling.py faults/test_resize.py",
-    "jquant/ops/rounding.py": "ops/test_elementwise.py",
-    "jquant/ops/scatter.py": "ops/test_scatter.py faults/test_exact_operators.py",
-    "jquant/ops/shuffle.py": "ops/test_movement.py faults/test_exact_operators.py",
-    "jquant/ops/sorting.py": "ops/test_reduce.py ops/test_movement.py faults/test_exact_operators.py",
-    "jquant/ops/table.py": "ops/test_tables.py",
-    "jquant/ops/": "ops/test_elementwise.py",
-}
-# Of numerics and the program: what the operators of these names compute with.
-WIDELY_USED = ("Conv", "Linear", "Add", "Mean", "AvgPool", "GridSample", "Interpolate", "Sigmoid", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -171,7 +134,6 @@ def operators_of(module: str, line: int) -> list[str]:
 
 
 PYTEST = (str(ROOT / ".venv" / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header")
-CONFORMANCE = "tests/conformance/test_conformance.py"
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -179,43 +141,70 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class Reached:
-    """The tests that reach a line, from one run of all tests under coverage (a quarter of an hour)."""
+    """The tests that reach a line, from runs of the tests under coverage (half an hour of two processors).
+
+    `folder` holds a run in each of its folders, with the texts of the modules and of the files of tests at that time.
+    Files of tests that are new since, or changed, run once more.
+    """
 
     def __init__(self, folder: Path, jobs: int = 2):
         self.seconds: dict[str, float] = {}
         self.lines: dict[tuple[str, str], list[str]] = {}
-        self.texts = folder / "texts.json"
-        texts = {module: (ROOT / module).read_text() for module in modules()}
-        if not (folder / "done").is_file():
-            make_copy(folder)
-            files = {name for names in TESTS.values() for name in names.split()}
-            command = [
-                *PYTEST,
-                "-n",
-                str(jobs),
-                "-p",
-                "mutants.reached",
-                CONFORMANCE,
-                *sorted(f"tests/{f}" for f in files),
-            ]
-            print(" ".join(command), flush=True)
-            subprocess.run(command, cwd=folder, env=environment(folder) | {"REACHED": str(folder)}, check=True)
-            self.texts.write_text(json.dumps(texts))
-            (folder / "done").write_text(" ".join(files))
-        self.files = set((folder / "done").read_text().split())
-        # A module that changed since has other lines: all tests of it run.
-        known = {module for module, text in json.loads(self.texts.read_text()).items() if texts.get(module) == text}
-        for path in folder.glob("gw*.json"):
+        self.files = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("tests/**/test_*.py"))}
+        self.files = {name: text for name, text in self.files.items() if name.split("/")[1] in RUN}
+        runs = [path.parent for path in sorted(folder.glob("*/done"))]
+        left = set(self.files)
+        for run in reversed(runs):
+            left -= self.add(run, left)
+        if left:
+            run = folder / str(len(runs))
+            self.run(run, sorted(left), jobs)
+            self.add(run, left)
+
+    def run(self, folder: Path, files: list[str], jobs: int) -> None:
+        make_copy(folder / "tree")
+        texts = {name: (ROOT / name).read_text() for name in modules()}
+        command = [*PYTEST, "-n", str(jobs), "--dist", "worksteal", "-p", "mutants.reached", *files]
+        print(f"{len(files)} files of tests run under coverage", flush=True)
+        env = environment(folder / "tree") | {"REACHED": str(folder)}
+        subprocess.run(command, cwd=folder / "tree", env=env, check=False)  # a test that fails is left out
+        if len(list(folder.glob("gw*.json"))) != jobs:
+            raise RuntimeError(f"a process of pytest wrote nothing to {folder}")
+        (folder / "done").write_text(json.dumps({"modules": texts, "tests": {n: self.files[n] for n in files}}))
+
+    def add(self, run: Path, wanted: set[str]) -> set[str]:
+        """Takes over what a run found of these files, where they are as they were; returns which."""
+        texts = json.loads((run / "done").read_text())
+        files = {name for name in wanted if texts["tests"].get(name) == self.files[name]}
+        # A module that changed since has other lines: the tests of its names run.
+        known = {name for name in modules() if texts["modules"].get(name) == (ROOT / name).read_text()}
+        for path in run.glob("gw*.json"):
             found = json.loads(path.read_text())
-            self.seconds |= found["tests"]
+            passed = {t: seconds for t, seconds in found["tests"].items() if t.partition("::")[0] in files}
+            self.seconds |= passed
             for module in known & set(found["lines"]):
                 for line, tests in found["lines"][module].items():
-                    self.lines.setdefault((module, line), []).extend(tests)
+                    self.lines.setdefault((module, line), []).extend(t for t in tests if t in passed)
+        return files
+
+    def tests(self, mutant: Mutant) -> list[str]:
+        """Those that reach the line, the quickest first.
+
+        A line that runs when its module is imported has the tests of the module; first those with the name of an
+        operator that it belongs to, from any module.
+        """
+        if found := self.lines.get((mutant.module, str(mutant.line))):
+            return sorted(set(found), key=self.seconds.__getitem__)
+        names = operators_of(mutant.module, mutant.line) if mutant.module.startswith("jquant/ops/") else []
+        named = re.compile("|".join(rf"\b{name}\b" for name in names) or "(?!)")
+        reached = {test for (module, _), tests in self.lines.items() if module == mutant.module for test in tests}
+        every = reached | {test for test in self.seconds if named.search(test)}
+        return sorted(every, key=lambda test: (named.search(test) is None, self.seconds[test]))
 
     def of(self, mutant: Mutant) -> Iterator[list[str]]:
-        """Those that take QUICK seconds together, then MORE: of every function of tests in turn, the quickest first."""
+        """Those that take QUICK seconds together, then MORE: of every function of tests in turn."""
         left: dict[str, list[str]] = {}
-        for test in sorted(self.lines.get((mutant.module, str(mutant.line)), []), key=lambda t: self.seconds.get(t, 0)):
+        for test in self.tests(mutant):
             left.setdefault(test.partition("[")[0], []).append(test)
         for seconds in (QUICK, MORE):
             chosen: list[str] = []
@@ -225,28 +214,11 @@ class Reached:
                     if not left[name]:
                         del left[name]
                     chosen.append(test)
-                    seconds -= self.seconds.get(test, 0)
+                    seconds -= self.seconds[test]
                     if seconds <= 0:
                         break
             if chosen:
                 yield chosen
-
-
-def commands(mutant: Mutant, reached: Reached) -> Iterator[list[str]]:
-    """The runs of pytest, the quickest first."""
-    pytest = [*PYTEST, "-x"]
-    found = list(reached.of(mutant))
-    yield from ([*pytest, *tests] for tests in found)
-    files = next(files for start, files in TESTS.items() if mutant.module.startswith(start)).split()
-    if found:
-        if later := [f"tests/{name}" for name in files if not {name, name.split("/")[0]} & reached.files]:
-            yield [*pytest, *later]
-        return
-    is_operator = mutant.module.startswith("jquant/ops/")
-    names = operators_of(mutant.module, mutant.line) if is_operator else WIDELY_USED
-    if names and not mutant.module.startswith("jquant/program/insert/"):
-        yield [*pytest, CONFORMANCE, "-k", " or ".join(f"[{name}" for name in names)]
-    yield [*pytest, *(f"tests/{name}" for name in files)]
 
 
 def make_copy(folder: Path) -> None:
@@ -275,9 +247,9 @@ def judge(mutant: Mutant, folder: Path, reached: Reached) -> dict[str, object]:
     env = environment(folder)
     path.write_text(mutated)
     try:
-        for command in commands(mutant, reached):
+        for tests in reached.of(mutant):
             done = subprocess.run(
-                command, cwd=folder, env=env, capture_output=True, text=True, timeout=WAIT, check=False
+                [*PYTEST, "-x", *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=WAIT, check=False
             )
             if done.returncode not in (0, 5):  # 5: no test was selected
                 outcome = "killed"

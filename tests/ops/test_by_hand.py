@@ -1,0 +1,113 @@
+"""Single numbers by hand, at the edges that the suites in bulk draw rarely or never."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jquant import ops
+from jquant.graph.operator import Operand, constraints, eval_float, lower_op
+from jquant.numerics.rescale import quantize_exactly
+from jquant.ops.elementwise import exact_number
+from jquant.ops.movement import carries_accumulator
+from jquant.ops.opaque import OpaqueCall
+from jquant.targets import NASH_E
+from jquant.types import GraphError
+
+
+def test_the_slopes_of_a_value_of_one_axis_are_those_of_its_elements() -> None:
+    y = eval_float(ops.PRelu(), jnp.float32([-1, 2, -3]), weight=jnp.float32([0.5, 0.5, 2]))
+    assert y.tolist() == [-0.5, 2, -6]
+
+
+def test_a_draw_of_dropout_is_shared_along_its_axes() -> None:
+    x = jnp.ones((3, 4, 50))
+    y = np.asarray(eval_float(ops.Dropout(rate=0.5, shared_axes=(1,)), x, rng=jax.random.key(0)))
+    np.testing.assert_array_equal(y, y[:, :1].repeat(4, axis=1))
+    assert set(np.unique(y)) == {0.0, 2.0}
+    assert len({tuple(row) for row in y[:, 0].tolist()}) == 3
+
+
+def test_integers_are_compared_as_integers() -> None:
+    """2^24 + 1 is no float32."""
+    a, b = jnp.int32([2**24 + 1, 2**31 - 1, -(2**31)]), jnp.int32([2**24, 2**31 - 2, -(2**31)])
+    assert eval_float(ops.Equal(), a, b).tolist() == [False, False, True]
+    assert eval_float(ops.Greater(), a, b).tolist() == [True, True, False]
+    assert eval_float(ops.Less(), a, b).tolist() == [False, False, False]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [
+    (-1, "bool"), (2, "bool"), (-1, "uint8"), (256, "uint8"), (0.5, "int32"), (2.0**31, "int32"),
+])  # fmt: skip
+def test_a_number_that_an_exact_operand_is_not(value: float, dtype: str) -> None:
+    with pytest.raises(GraphError, match=f"is no {dtype}"):
+        exact_number(value, dtype)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(0, "bool"), (1, "bool"), (255, "uint8"), (-(2.0**31), "int32")])
+def test_a_number_that_an_exact_operand_is(value: float, dtype: str) -> None:
+    found = exact_number(value, dtype)
+    assert (float(found), str(found.dtype)) == (value, dtype)
+
+
+@pytest.mark.parametrize(("value", "carries"), [(0.0, True), (1.0, False), (-0.5, False)])
+def test_only_zeros_have_every_scale(value: float, carries: bool) -> None:
+    """Accumulators of channels with scales of their own can be padded with zeros, and with nothing else."""
+    pad = ops.Pad(padding=((0, 0), (1, 1)), mode="constant", value=value)
+    assert carries_accumulator(pad, (2, 3), (2, 5)) == carries
+
+
+@pytest.mark.parametrize("side", [7, 100, 1000])
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_the_worst_sum_of_a_bin(side: int, ratio: int) -> None:
+    """ratio^2 samples of -128, each with weights whose sum is 2^(2 bits); a side of 2^b has 15 - b fraction bits or 8."""
+    bits = min(NASH_E.grid.coordinate_bits - side.bit_length(), NASH_E.grid.max_fraction_bits)
+    op = ops.RoiAlign(output_size=(2, 2), sampling_ratio=ratio, spatial_scale=1.0, channels_last=True)
+    x = Operand("int8", np.float32(0.1), (side, side, 4))
+    boxes, output = Operand("int16", np.float32(0.25), (4,)), Operand("int8", np.float32(0.1), (2, 2, 4))
+    assert lower_op(op, (x, boxes), output, {}, NASH_E).worst_case == ratio * ratio * 128 * 2 ** (2 * bits)
+
+
+REDUCTIONS = [
+    *(cls(axes=(0,)) for cls in (ops.Mean, ops.Sum, ops.ReduceMax, ops.ReduceMin, ops.ReduceAll, ops.ReduceAny)),
+    *(cls(axis=0) for cls in (ops.CumSum, ops.ArgMax, ops.ArgMin)),
+]
+
+
+@pytest.mark.parametrize("op", REDUCTIONS, ids=lambda op: type(op).__name__)
+def test_reductions_over_the_batch_are_refused(op: ops.Op) -> None:
+    dtype = "bool" if isinstance(op, ops.ReduceAll | ops.ReduceAny) else "int8"
+    x = Operand(dtype, np.float32(1), (None, 5))
+    found = constraints(op, (x,), Operand(dtype, np.float32(1), (5,)), None, NASH_E)
+    assert [line for line in found if "over the batch" in line]
+
+
+def test_quotients_next_to_the_end_of_32_bits() -> None:
+    """The 31 bits in front of the point are all kept; beyond them it saturates."""
+    x = np.float32([2**31 - 128, 2**30 + 128, -(2**30) - 128, 2**31, -(2**31), 1.5 * 2**31])
+    one = np.float32(1)
+    wanted = [2**31 - 128, 2**30 + 128, -(2**30) - 128, 2**31 - 1, -(2**31), 2**31 - 1]
+    for rounding in ("half_even", "half_up", "floor"):
+        assert quantize_exactly(x, one, one, rounding=rounding).tolist() == wanted
+    assert quantize_exactly(np.float32([3 * 2.0**30]), np.float32(3), one, rounding="half_even").tolist() == [2**30]
+    assert quantize_exactly(np.float32([2.0**31]), np.float32(3), one, rounding="half_even").tolist() == [715827883]
+
+
+def test_an_equation_without_an_operator_is_the_same_when_it_is_traced_again() -> None:
+    """Its parameters are functions, whose addresses differ."""
+
+    def equation() -> OpaqueCall:
+        @jax.custom_jvp
+        def f(x: jax.Array) -> jax.Array:
+            return jnp.sin(x)
+
+        f.defjvps(lambda tangent, _, x: tangent * jnp.cos(x))
+        return OpaqueCall(jax.make_jaxpr(f)(1.0).eqns[0])
+
+    first, second = equation(), equation()
+    assert first == second
+    assert hash(first) == hash(second)
+    assert "0x" not in first.text
+    (y,) = first(jnp.float32(0.5))
+    assert float(y) == float(jnp.sin(jnp.float32(0.5)))
+    assert eval_float(ops.Opaque(call=first), jnp.float32(0.5)) == y
