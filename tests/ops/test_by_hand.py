@@ -60,7 +60,7 @@ def test_only_zeros_have_every_scale(value: float, carries: bool) -> None:
 @pytest.mark.parametrize("side", [7, 100, 1000])
 @pytest.mark.parametrize("ratio", [1, 2, 3])
 def test_the_worst_sum_of_a_bin(side: int, ratio: int) -> None:
-    """ratio^2 samples of -128, each with weights whose sum is 2^(2 bits); a side of 2^b has 15 - b fraction bits or 8."""
+    """ratio^2 samples of -128, each with weights whose sum is 2^(2 bits), bits being those of a fraction of a pixel."""
     bits = min(NASH_E.grid.coordinate_bits - side.bit_length(), NASH_E.grid.max_fraction_bits)
     op = ops.RoiAlign(output_size=(2, 2), sampling_ratio=ratio, spatial_scale=1.0, channels_last=True)
     x = Operand("int8", np.float32(0.1), (side, side, 4))
