@@ -48,7 +48,7 @@ def updated(observer: Observer, state: Any, data: Array) -> Any:
     Raises:
       CalibrationError: an update that changes shapes, dtypes or the structure of its state.
     """
-    found = observer.update(state, data)
+    found = _update(observer, state, data)
     try:
         chex.assert_trees_all_equal_shapes_and_dtypes(state, found)
     except AssertionError as error:
@@ -57,6 +57,12 @@ def updated(observer: Observer, state: Any, data: Array) -> Any:
             f"gave {_form(state)}"
         ) from error
     return found
+
+
+@partial(jax.jit, static_argnames=("observer",))
+def _update(observer: Observer, state: Any, data: Array) -> Any:
+    """Traced once for all values of one size."""
+    return observer.update(state, data)
 
 
 def _form(state: Any) -> Any:
@@ -176,6 +182,7 @@ def _scales(observers: Mapping[str, Observer], plan: Plan, stats: Stats) -> dict
     return {name: found[name] for name in stats}
 
 
+@partial(jax.jit, static_argnames=("spec", "axis"))
 def weight_scale_from_data(weight: Array, spec: QuantSpec, axis: int | None) -> Array:
     """The observed scale of a weight: scalar, or [channels]."""
     observer = weight_observer_of(spec)

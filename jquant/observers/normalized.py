@@ -85,6 +85,7 @@ def _shift_rows(counts: Array, octaves: Array) -> Array:
     return jnp.zeros_like(counts).at[kept, sign, bin_ >> jnp.minimum(moved - kept, 31)].add(counts)
 
 
+@jax.jit
 def _with_exponent(state: SampleHistogramState, exponent: Array) -> SampleHistogramState:
     octaves = exponent - state.exponent
     lower, upper = carry(
@@ -94,11 +95,12 @@ def _with_exponent(state: SampleHistogramState, exponent: Array) -> SampleHistog
 
 
 def _count(x: Array, row: Array, exponent: Array) -> Array:
-    """[samples, entries], the row of each sample and the exponent of row 0 to counts [8, 2, 512]."""
-    bins = bin_of(x, (exponent - row)[:, None])
-    index = row[:, None] * (2 * _BINS) + jnp.where(x < 0, _BINS, 0) + bins
-    counts = jnp.zeros(_OCTAVES * 2 * _BINS, jnp.uint32)
-    return counts.at[index].add((x != 0).astype(jnp.uint32)).reshape(_OCTAVES, 2, _BINS)
+    """[channels, samples, entries], the rows of samples and the exponents of row 0 to counts [channels, 8, 2, 512]."""
+    bins = bin_of(x, (exponent[:, None] - row)[:, :, None])
+    channel = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    index = (channel * _OCTAVES + row[:, :, None]) * (2 * _BINS) + jnp.where(x < 0, _BINS, 0) + bins
+    counts = jnp.zeros(x.shape[0] * _OCTAVES * 2 * _BINS, jnp.uint32)
+    return counts.at[index].add((x != 0).astype(jnp.uint32)).reshape(-1, _OCTAVES, 2, _BINS)
 
 
 def _update(state: SampleHistogramState, x: Array) -> SampleHistogramState:
@@ -108,7 +110,7 @@ def _update(state: SampleHistogramState, x: Array) -> SampleHistogramState:
     exponent = jnp.maximum(state.exponent, needed.max(axis=1, initial=MIN_EXPONENT))
     state = _with_exponent(state, exponent)
     row = jnp.minimum(exponent[:, None] - needed, _OCTAVES - 1)
-    lower, upper = carry(state.lower + jax.vmap(_count)(x, row, exponent), state.upper, _LIMB)
+    lower, upper = carry(state.lower + _count(x, row, exponent), state.upper, _LIMB)
     seen = RangeState(low.min(axis=1, initial=jnp.inf), high.max(axis=1, initial=-jnp.inf))
     entries = add_counts(state.entries, split_count(x.shape[1] * x.shape[2]))
     return SampleHistogramState(merge_range(state.range, seen), exponent, lower, upper, entries)
