@@ -137,7 +137,10 @@ PYTEST = (str(ROOT / ".venv" / "bin" / "python"), "-m", "pytest", "-q", "-p", "n
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return os.environ | LIGHT | {"PYTHONPATH": f"{folder}:{folder}/tests:{folder}/link"}
+    """Most programs of a mutant are those of the original: their compiled forms are kept."""
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(COPY / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    kept |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    return os.environ | LIGHT | kept | {"PYTHONPATH": f"{folder}:{folder}/tests:{folder}/link"}
 
 
 class Reached:
@@ -201,12 +204,12 @@ class Reached:
         every = reached | {test for test in self.seconds if named.search(test)}
         return sorted(every, key=lambda test: (named.search(test) is None, self.seconds[test]))
 
-    def of(self, mutant: Mutant) -> Iterator[list[str]]:
+    def of(self, mutant: Mutant, more: int) -> Iterator[list[str]]:
         """Those that take QUICK seconds together, then MORE: of every function of tests in turn."""
         left: dict[str, list[str]] = {}
         for test in self.tests(mutant):
             left.setdefault(test.partition("[")[0], []).append(test)
-        for seconds in (QUICK, MORE):
+        for seconds in (QUICK, more):
             chosen: list[str] = []
             while left and seconds > 0:
                 for name in list(left):
@@ -237,7 +240,7 @@ def make_copy(folder: Path) -> None:
     (folder / "link" / "coverage").symlink_to(Path(coverage.__file__).parent)
 
 
-def judge(mutant: Mutant, folder: Path, reached: Reached) -> dict[str, object]:
+def judge(mutant: Mutant, folder: Path, reached: Reached, more: int) -> dict[str, object]:
     """What the tests say about a mutant."""
     path = folder / mutant.module
     original = path.read_text()
@@ -247,7 +250,7 @@ def judge(mutant: Mutant, folder: Path, reached: Reached) -> dict[str, object]:
     env = environment(folder)
     path.write_text(mutated)
     try:
-        for tests in reached.of(mutant):
+        for tests in reached.of(mutant, more):
             done = subprocess.run(
                 [*PYTEST, "-x", *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=WAIT, check=False
             )
@@ -311,6 +314,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="of the sample")
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--show", choices=("killed", "survived", "slow"), help="print these, and run nothing")
+    parser.add_argument("--more", type=int, default=MORE, help="seconds of further tests")
     parser.add_argument("--again", action="store_true", help="judge once more those that were not killed")
     parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")
     given = parser.parse_args()
@@ -329,7 +333,7 @@ def main() -> None:
         make_copy(folder)
     start = time.time()
     for i, mutant in enumerate(left, 1):
-        line = judge(mutant, folder, reached)
+        line = judge(mutant, folder, reached, given.more)
         with RESULTS.open("a") as file:
             file.write(json.dumps(line) + "\n")
         rest = (time.time() - start) / i * (len(left) - i) / 60
