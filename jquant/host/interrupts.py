@@ -1,13 +1,13 @@
 """Ctrl-C while the command line is being imported, which takes seconds: one line and exit code 130, as later on.
 
 `jquant/__init__.py` imports this first. It acts in a process that was started as the command `jquant` or as
-`python -m jquant` alone: a library leaves signals to the program that uses it.
+`python -m jquant` alone: a library leaves signals to the program that uses it. It imports nothing that takes time:
+`_signal` is built into Python, and `signal` is a module of enumerations around it.
 """
 
+import _signal
 import os
-import signal
 import sys
-from types import FrameType
 
 INTERRUPTED = 130
 TEXT = "interrupted; no file was left half-written"
@@ -20,16 +20,16 @@ def is_command(arguments: list[str], original: list[str]) -> bool:
     return bool(arguments) and os.path.basename(arguments[0]) == "jquant"
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _end(number: int, frame: object) -> None:
     os.write(2, f"error: {TEXT}\n".encode())
     os._exit(INTERRUPTED)
 
 
 def restore() -> None:
     """Gives Ctrl-C back to Python, when everything is imported."""
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _signal.getsignal(_signal.SIGINT) is _end:
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
 
 
-if is_command(sys.argv, sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _end)
+if is_command(sys.argv, sys.orig_argv) and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _end)

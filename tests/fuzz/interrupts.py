@@ -7,7 +7,7 @@ Every command runs once as a whole, on the files of `jquant demo`, and then gets
 of that time. A command that was done before its signal, code 0, does not count.
 
   130       exit code 130, and one line on stderr
-  python    in the first hundredths of a second, before Python reads jquant: it ends as Python does; a shell says 130
+  python    in the first hundredths of a second, before Python reads jquant: it ends in Python's own way
   code      another exit code
   pages     a traceback, or more than the line
   left      a temporary file was left behind, or an input of the command changed
@@ -103,12 +103,15 @@ def interrupted(command: str, files: Path, name: str, after: float) -> tuple[str
 def judge(code: int, error: str) -> str:
     if code == 0:
         return "done"
+    began = code in (1, 130) and "KeyboardInterrupt" in error  # or it died by the signal
+    if (began or code == -signal.SIGINT) and "/jquant/" not in error:
+        return "python"
     if code not in (130, -signal.SIGINT):
         return "code"
     # Where the signal falls into a callback of XLA, Python says that it ignores it; the command ends all the same.
     if code == 130 and (error == LINE or (error.endswith(LINE) and error.startswith("Exception ignored in"))):
         return "130"
-    return "python" if "jquant" not in error else "pages"
+    return "pages"
 
 
 def measured(files: Path) -> dict[str, float]:

@@ -30,7 +30,10 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "{}", line 1, in x\nKeyb
     (130, "Exception ignored in: <f>\nerror: interrupted; no file was left half-written\n", "130"),
     (130, "something\nof jquant\nerror: interrupted; no file was left half-written\n", "pages"),
     (-signal.SIGINT, TRACEBACK.format("lib/python3.11/site.py"), "python"),
-    (-signal.SIGINT, TRACEBACK.format("jquant/__init__.py"), "pages"),
+    (-signal.SIGINT, TRACEBACK.format("/src/jquant/__init__.py"), "pages"),
+    (1, "Fatal Python error: init_import_site\n" + TRACEBACK.format("__editable___jquant_finder.py"), "python"),
+    (-signal.SIGINT, "", "python"),
+    (1, "error: no file at net.jqs\n", "code"),
     (1, "error: interrupted; no file was left half-written\n", "code"),
     (-signal.SIGSEGV, "", "code"),
 ])  # fmt: skip
