@@ -122,15 +122,28 @@ def mutants() -> list[Mutant]:
 
 
 def operators_of(module: str, line: int) -> list[str]:
-    """The operator classes whose rule a line belongs to; all of the module where it belongs to none."""
+    """The operator classes that a line declares, or whose rule it belongs to; all of the module where there is none."""
     tree = ast.parse((ROOT / module).read_text())
-    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-    for node in tree.body:
-        inside = node.lineno - 8 <= line <= (node.end_lineno or node.lineno)
-        if isinstance(node, ast.FunctionDef) and inside and node.args.args and node.args.args[0].annotation is not None:
-            asked = ast.unparse(node.args.args[0].annotation).replace(" ", "").split("|")
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    for name, node in classes.items():
+        if min([node.lineno, *(d.lineno for d in node.decorator_list)]) <= line <= (node.end_lineno or node.lineno):
+            derived = [n for n, c in classes.items() if name in map(ast.unparse, c.bases)]
+            return [name, *derived]
+    names = list(classes)
+    for function in tree.body:
+        if not isinstance(function, ast.FunctionDef) or not function.args.args:
+            continue
+        first = min([function.lineno, *(d.lineno for d in function.decorator_list)])
+        kind = function.args.args[0].annotation
+        if first <= line <= (function.end_lineno or function.lineno) and kind is not None:
+            asked = [*ast.unparse(kind).replace(" ", "").split("|"), *map(_registered, function.decorator_list)]
             names = [name for name in asked if name in names] or names
     return names
+
+
+def _registered(decorator: ast.expr) -> str:
+    """The class of `@rule.register(Class)`."""
+    return ast.unparse(decorator.args[0]) if isinstance(decorator, ast.Call) and decorator.args else ""
 
 
 PYTEST = (str(ROOT / ".venv" / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header")

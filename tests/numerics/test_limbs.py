@@ -48,14 +48,16 @@ def test_multiplication(m: int) -> None:
 
 def rounded(v: int, n: int, rounding: str) -> int:
     quotient, remainder = v >> n, v - ((v >> n) << n)
+    if rounding == "toward_zero":
+        return quotient + int(v < 0 and remainder > 0)
     if rounding == "floor" or 2 * remainder < 2**n:
         return quotient
     if 2 * remainder > 2**n or rounding == "half_up":
         return quotient + 1
-    return quotient + quotient % 2
+    return quotient + (quotient % 2 if rounding == "half_even" else int(v > 0))
 
 
-@pytest.mark.parametrize("rounding", ["floor", "half_up", "half_even"])
+@pytest.mark.parametrize("rounding", ["floor", "half_up", "half_even", "half_away", "toward_zero"])
 def test_right_shift_by_every_shift(rounding: str) -> None:
     a = values(62)
     shift = jax.jit(limbs.shift_right, static_argnames="rounding")

@@ -9,10 +9,11 @@ from jquant import ops
 from jquant.graph.operator import Operand, constraints, eval_float, lower_op
 from jquant.numerics.rescale import quantize_exactly
 from jquant.ops.elementwise import exact_number
+from jquant.ops.lookup import table_constants
 from jquant.ops.movement import carries_accumulator
 from jquant.ops.opaque import OpaqueCall
 from jquant.targets import NASH_E
-from jquant.types import GraphError
+from jquant.types import GraphError, LoweringError
 
 
 def test_the_slopes_of_a_value_of_one_axis_are_those_of_its_elements() -> None:
@@ -111,3 +112,20 @@ def test_an_equation_without_an_operator_is_the_same_when_it_is_traced_again() -
     (y,) = first(jnp.float32(0.5))
     assert float(y) == float(jnp.sin(jnp.float32(0.5)))
     assert eval_float(ops.Opaque(call=first), jnp.float32(0.5)) == y
+
+
+def test_a_number_of_tables_that_the_march_has_not_is_refused_for_int16_alone() -> None:
+    """A table of int8 has 256 entries, whatever the options say."""
+    op = ops.Sigmoid(table=ops.TableOptions(num_tables=NASH_E.tables.multiple + 1))
+    scale = np.float32(0.01)
+    with pytest.raises(LoweringError, match=r"num_tables must be a multiple of \d+ from \d+ to \d+, not \d+"):
+        table_constants(op, scale, "int16", scale, "int16", NASH_E.tables)
+    assert list(table_constants(op, scale, "int8", scale, "int8", NASH_E.tables)) == ["table"]
+
+
+def test_operators_without_attributes_are_equal() -> None:
+    """As keys of plans and caches, and after a file was read."""
+    for cls in (ops.QuantStub, ops.DeQuantStub, ops.Relu, ops.Add, ops.Where):
+        assert cls() == cls()
+        assert hash(cls()) == hash(cls())
+    assert ops.QuantStub() != ops.DeQuantStub()

@@ -233,6 +233,22 @@ def test_lines_and_entries_of_tables_are_those_of_rationals(march: jq.Target) ->
 
 
 @EVERY_MARCH
+@pytest.mark.parametrize("mirror", [-1, 0, 1])
+def test_every_input_of_a_table_in_the_middle_of_the_axis(march: jq.Target, mirror: int) -> None:
+    """On both sides of the boundaries lie lines, with a rounding of their own."""
+    form = march.tables
+    low, high = (0.0, 1.1) if mirror else (-0.7, 1.1)
+    shape = tables.Shape(form.count, "evenly", mirror, low, high, (0.21, 0.37))
+    table = tables.segment_table(np.tanh, np.float32(1e-4), np.float32(3e-5), "int16", form, shape)
+    x = np.arange(-32768, 32768, dtype=np.int32)
+    y = slow_tables.segmented(np.abs(x) if mirror else x, *map(np.int64, table[:3]), "int16", form)
+    wanted = np.where((mirror == -1) & (x < 0), -y, y).clip(-32768, 32767)
+    assert len(set(table.boundaries.tolist()) & {-32768, 32767}) == 0
+    np.testing.assert_array_equal(tables.evaluate_segments(x, table, "int16", form), wanted)
+    np.testing.assert_array_equal(tables.evaluate_segments(jnp.asarray(x), table, "int16", form), wanted)
+
+
+@EVERY_MARCH
 def test_steps_and_maps_are_those_of_rationals(march: jq.Target) -> None:
     for step, offset in (
         (Fraction(7, 13), Fraction(-3, 13)),
