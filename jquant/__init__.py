@@ -7,9 +7,15 @@ The public names are those of `jquant.api`. They load when the first of them is 
 wait for jax.
 """
 
-from typing import TYPE_CHECKING
+try:
+    import jquant.host.interrupts  # it answers Ctrl-C while the rest is imported
+except KeyboardInterrupt:  # which came in between
+    import jquant.host.interrupts
 
-import jquant.host.interrupts  # noqa: F401  # it answers Ctrl-C while the rest is imported
+    jquant.host.interrupts.end()
+    raise
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
 

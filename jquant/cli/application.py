@@ -12,7 +12,7 @@ import typer
 
 from jquant.cli import board, build, demo, doctor, export, init, measure, train
 from jquant.cli.console import INTERRUPTED_TEXT
-from jquant.host.interrupts import INTERRUPTED, restore
+from jquant.host.interrupts import INTERRUPTED
 from jquant.program.cache import use_compilation_cache
 
 HELP = """Quantization for JAX, and an integer simulator of the Nash BPU.
@@ -102,7 +102,6 @@ def main() -> None:
     """The entry point. An interrupted command ends at once: XLA may be compiling in a thread, which a Python that takes
     itself down under it does not survive (a segmentation fault, some seconds later). A finished command keeps its exit
     code: Ctrl-C is ignored while Python takes itself down, where it would otherwise end the process by a signal."""
-    restore()
     _end_on_interrupt()
     try:
         app(prog_name="jquant")

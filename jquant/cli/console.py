@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from jquant.host import whole_files
-from jquant.host.interrupts import INTERRUPTED, TEXT
+from jquant.host.interrupts import INTERRUPTED, TEXT, ignore, restore
 from jquant.text import fitted, format_table
 from jquant.types import JQuantError
 
@@ -120,10 +120,14 @@ def command(function: Command) -> Command:
         if quiet:
             os.environ["JQUANT_PROGRESS"] = "off"
         try:
+            is_answered = restore()  # up to here a command ends at once
             with warnings.catch_warnings():
                 if not verbose:
                     warnings.showwarning = partial(_show_warning, quiet)
-                return function(*args, **kwargs)
+                found = function(*args, **kwargs)
+            if is_answered:
+                ignore()
+            return found
         except KeyboardInterrupt:
             raise _exit(INTERRUPTED_TEXT, INTERRUPTED, False) from None
         except UsageError as error:

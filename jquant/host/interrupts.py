@@ -25,10 +25,23 @@ def _end(number: int, frame: object) -> None:
     os._exit(INTERRUPTED)
 
 
-def restore() -> None:
-    """Gives Ctrl-C back to Python, when everything is imported."""
-    if _signal.getsignal(_signal.SIGINT) is _end:
-        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+def end() -> None:
+    """Ends a command at once; a program that uses the library is left alone."""
+    if is_command(sys.argv, sys.orig_argv):
+        _end(_signal.SIGINT, None)
+
+
+def restore() -> bool:
+    """Gives Ctrl-C back to Python, when everything is imported. Whether it was answered here before."""
+    if _signal.getsignal(_signal.SIGINT) is not _end:
+        return False
+    _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+    return True
+
+
+def ignore() -> None:
+    """From now on Ctrl-C does nothing: the work is done, and Python takes itself down."""
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
 
 
 if is_command(sys.argv, sys.orig_argv) and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:

@@ -112,6 +112,43 @@ def test_a_finished_command_keeps_its_code_while_python_ends(folder):
     assert done.stderr == ""
 
 
+BEFORE_THE_COMMAND = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["jquant", "doctor"]
+from jquant.cli import application
+application.use_compilation_cache = lambda: os.kill(os.getpid(), signal.SIGINT)
+application.main()
+"""
+FIRST_LINES = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["jquant", "doctor"]
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jquant.host.interrupts":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+import jquant.cli
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.parametrize("script", [BEFORE_THE_COMMAND, FIRST_LINES], ids=["arguments are read", "first lines"])
+def test_ctrl_c_before_the_command_is_one_line_and_130(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130
+    assert done.stderr == "error: interrupted; no file was left half-written\n"
+
+
+def test_an_interrupt_of_a_program_that_imports_jquant_goes_on():
+    script = FIRST_LINES.replace('"jquant", "doctor"', '"train.py"')
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode not in (0, 130)
+    assert done.stderr.endswith("KeyboardInterrupt\n")
+
+
 def test_only_a_command_answers_ctrl_c_itself():
     python = [sys.executable, "-m"]
     assert is_command(["-m"], [*python, "jquant", "doctor"])
