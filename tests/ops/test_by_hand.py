@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jquant import ops
-from jquant.graph.operator import Operand, constraints, eval_float, lower_op
+from jquant.graph.operator import Operand, constraints, eval_float, eval_on_grid, lower_op
 from jquant.numerics.rescale import quantize_exactly
 from jquant.ops.elementwise import exact_number
 from jquant.ops.lookup import table_constants
@@ -123,9 +123,47 @@ def test_a_number_of_tables_that_the_march_has_not_is_refused_for_int16_alone() 
     assert list(table_constants(op, scale, "int8", scale, "int8", NASH_E.tables)) == ["table"]
 
 
-def test_operators_without_attributes_are_equal() -> None:
-    """As keys of plans and caches, and after a file was read."""
-    for cls in (ops.QuantStub, ops.DeQuantStub, ops.Relu, ops.Add, ops.Where):
-        assert cls() == cls()
-        assert hash(cls()) == hash(cls())
-    assert ops.QuantStub() != ops.DeQuantStub()
+def test_attention_looks_neither_ahead_nor_where_a_mask_forbids() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 1, 5, 4))
+    allowed = rng.random((1, 5, 5)) < 0.6
+    allowed[:, :, 0] = True
+    scores = np.where(allowed & np.tri(5, dtype=bool), q @ k.swapaxes(1, 2) / 2, -np.inf)
+    wanted = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True) @ v
+    op = ops.Attention(causal=True, mask="bool")
+    found = eval_float(op, *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(allowed))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+REGION = {"output_size": (2, 2), "sampling_ratio": 2, "spatial_scale": 1.0}
+AVERAGES = [
+    (ops.RoiAlign(**REGION), (2, 3, 8, 8), (3, 4)),
+    (ops.GridSample(), (2, 3, 8, 8), (2, 5, 5, 2)),
+    (ops.Warp(), (2, 3, 8, 8), (2, 2, 8, 8)),
+    (ops.Interpolate(size=(5, 11), mode="bilinear"), (2, 3, 8, 8)),
+]
+
+
+@pytest.mark.parametrize(("op", "shapes"), [(op, shapes) for op, *shapes in AVERAGES], ids=lambda v: type(v).__name__)
+def test_averages_that_keep_their_scale_are_on_its_grid(op: ops.Op, shapes: list[tuple[int, ...]]) -> None:
+    """So fake-quant has the numbers of the integers, where no quantizer follows."""
+    scale = np.float32(2.0**-5)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-128, 128, shapes[0]) * scale, jnp.float32)
+    others = [jnp.asarray(rng.uniform(0.0, 0.9, shape), jnp.float32) for shape in shapes[1:]]
+    image = Operand("int8", scale, shapes[0])
+    inputs = [image, *(Operand("int16", np.float32(2.0**-10), shape) for shape in shapes[1:])]
+    exact = np.asarray(eval_float(op, x, *others)) / scale
+    found = np.asarray(eval_on_grid(op, inputs, image, NASH_E, x, *others)) / scale
+    np.testing.assert_array_equal(found, np.rint(found))
+    assert np.abs(exact - np.rint(exact)).max() > 0.1
+    assert np.abs(found - exact).max() <= 0.5
+
+
+def test_operands_of_two_dtypes_are_compared_as_real_numbers() -> None:
+    a, b = jnp.float32([0.5, -1.0, 0.25]), jnp.float32([0.40625, 2.0, 0.25])
+    inputs = [Operand("int8", np.float32(0.25), (3,)), Operand("int16", np.float32(2.0**-10), (3,))]
+    output = Operand("int16", np.float32(2.0**-10), (3,))
+    assert eval_on_grid(ops.Maximum(), inputs, output, NASH_E, a, b).tolist() == [0.5, 2.0, 0.25]
+    mask = Operand("bool", np.float32(1), (3,))
+    assert eval_on_grid(ops.Greater(), inputs, mask, NASH_E, a, b).tolist() == [True, False, False]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,27 @@ def test_attributes_are_given_by_name(name: str) -> None:
     """So that an attribute may be added between two others."""
     with pytest.raises(TypeError, match="positional argument"):
         OPERATORS[name](*[0 for _ in fields(OPERATORS[name])])
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS.keys() - {"Opaque", "Resample"}))  # those have no cases
+def test_operators_are_values(name: str) -> None:
+    """Keys of plans and caches: equal where their attributes are, also when they were made apart."""
+    found = [case.op for case in any_graphs.cases().get(name, ())] or [OPERATORS[name]()]
+    for op in found:
+        again = OPERATORS[name](**{field.name: getattr(op, field.name) for field in fields(op)})
+        assert again is not op
+        assert again == op
+        assert hash(again) == hash(op)
+
+
+@pytest.mark.parametrize("name", sorted(any_graphs.cases()))
+def test_what_has_a_scale_of_its_own_asks_for_statistics(name: str) -> None:
+    """Masks, indices and pixels have the scale 1, and what keeps the scale of its operand has that one."""
+    case = any_graphs.cases()[name][0]
+    operands, params = arrays_of(case, 0)
+    result = jax.eval_shape(lambda xs, ps: eval_float(case.op, *xs, **ps), operands, params)
+    if result.dtype != jnp.float32 or case.op.scale_rule == "same_as_input":
+        assert not case.op.needs_stats
 
 
 def arrays_of(case: Case, seed: int) -> tuple[list[jnp.ndarray], dict[str, jnp.ndarray]]:
