@@ -72,7 +72,7 @@ def _(op: MatMul, inputs: Sequence[Operand], output: Operand, params: dict[str, 
         by = rescale_of(to_output, bits=bit_width(output.dtype), form=target.rescale)._asdict()
     wide = worst >= 2**31
     # Both operands are data, so that every column of an int32 output can leave 32 bits.
-    columns = b.shape[-2 if op.transpose_b else -1] if output.dtype == "int32" and len(b.shape) > 1 else None
+    columns = b.shape[-2 if op.transpose_b else -1] if output.dtype == "int32" else None
     saturating = None if columns is None else np.full(columns, wide)
     return Lowered(by, "limbs" if wide else "int32", worst, "matmul", saturating)
 

@@ -144,3 +144,11 @@ def test_a_line_too_steep_for_its_slope_goes_through_the_end_of_its_table() -> N
     assert left == reference.outer_line(-32768, -(2**23), -32767, inner, through=-32767, form=FORM)
     assert left != reference.outer_line(-32768, -(2**23), -32767, inner, through=-32768, form=FORM)
     assert right == reference.outer_line(32766, 1000, 32767, 2**23, through=32766, form=FORM)
+
+
+def test_a_sum_fits_where_that_of_64_bits_does() -> None:
+    ends = [-(2**31), 1 - 2**31, -(2**30) - 1, -(2**30), -2, -1, 0, 1, 2, 2**30 - 1, 2**30, 2**31 - 1]
+    a, b = (part.reshape(-1) for part in np.meshgrid(ends, ends))
+    with np.errstate(over="ignore"):
+        found = tables._sum_fits(a.astype(np.int32), b.astype(np.int32))
+    np.testing.assert_array_equal(found, np.abs(a + b + 0.5) < 2**31)

@@ -167,3 +167,7 @@ def test_operands_of_two_dtypes_are_compared_as_real_numbers() -> None:
     assert eval_on_grid(ops.Maximum(), inputs, output, NASH_E, a, b).tolist() == [0.5, 2.0, 0.25]
     mask = Operand("bool", np.float32(1), (3,))
     assert eval_on_grid(ops.Greater(), inputs, mask, NASH_E, a, b).tolist() == [True, False, False]
+
+
+def test_a_slice_of_a_value_without_axes() -> None:
+    assert float(eval_float(ops.Slice(starts=(), stops=(), steps=()), jnp.float32(3))) == 3
