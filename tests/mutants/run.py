@@ -298,9 +298,21 @@ def results() -> dict[str, dict[str, object]]:
     return {one["key"]: one for one in map(json.loads, lines)}
 
 
+def reasons() -> dict[str, str]:
+    return tomllib.loads(SURVIVORS.read_text()) if SURVIVORS.is_file() else {}
+
+
+def named(one: dict[str, object]) -> str:
+    return f"{one['module']}: {one['was']} -> {one['became']}"
+
+
+def is_open(one: dict[str, object]) -> bool:
+    """Not killed, without a reason."""
+    return one["outcome"] != "killed" and named(one) not in reasons()
+
+
 def table(found: list[dict[str, object]]) -> str:
     """Counts by package, and each that was not killed."""
-    reasons = tomllib.loads(SURVIVORS.read_text()) if SURVIVORS.is_file() else {}
     rows = ["| part | mutants | killed | survived | slow | killed, % |", "|---|---:|---:|---:|---:|---:|"]
     parts = {name: [one for one in found if str(one["module"]).startswith(f"jquant/{name}/")] for name in PARTS}
     for name, own in (*parts.items(), ("all", found)):
@@ -311,7 +323,7 @@ def table(found: list[dict[str, object]]) -> str:
     left = [one for one in found if one["outcome"] != "killed"]
     rows += ["", "Those that were not killed:", ""] if left else []
     for one in sorted(left, key=lambda one: (str(one["module"]), int(str(one["line"])))):
-        reason = reasons.get(f"{one['module']}: {one['was']} -> {one['became']}", "not looked at yet")
+        reason = reasons().get(named(one), "not looked at yet")
         rows.append(f"- {one['module']}: `{one['was']}` became `{one['became']}` ({one['outcome']}): {reason}.")
     return "\n".join(rows)
 
@@ -328,7 +340,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--show", choices=("killed", "survived", "slow"), help="print these, and run nothing")
     parser.add_argument("--more", type=int, default=MORE, help="seconds of further tests")
-    parser.add_argument("--again", action="store_true", help="judge once more those that were not killed")
+    parser.add_argument("--again", action="store_true", help="judge once more those that survived without a reason")
     parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")
     given = parser.parse_args()
     known = results()
@@ -340,7 +352,7 @@ def main() -> None:
         return
     sample = mutants()[given.first : given.first + given.count]
     folder = COPY / f"tree-{given.first}"
-    left = [m for m in sample if m.key not in known or (given.again and known[m.key]["outcome"] != "killed")]
+    left = [m for m in sample if m.key not in known or (given.again and is_open(known[m.key]))]
     reached = Reached(COPY / "reached")
     if left:
         make_copy(folder)

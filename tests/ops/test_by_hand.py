@@ -1,5 +1,8 @@
 """Single numbers by hand, at the edges that the suites in bulk draw rarely or never."""
 
+from fractions import Fraction
+from math import floor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +10,15 @@ import pytest
 
 from jquant import ops
 from jquant.graph.operator import Operand, constraints, eval_float, eval_on_grid, lower_op
+from jquant.numerics.color import join_planes
 from jquant.numerics.rescale import quantize_exactly
 from jquant.ops.elementwise import exact_number
 from jquant.ops.lookup import table_constants
 from jquant.ops.movement import carries_accumulator
 from jquant.ops.opaque import OpaqueCall
+from jquant.ops.resample import _all_steps
 from jquant.targets import NASH_E
-from jquant.types import GraphError, LoweringError
+from jquant.types import GraphError, InputError, LoweringError
 
 
 def test_the_slopes_of_a_value_of_one_axis_are_those_of_its_elements() -> None:
@@ -171,3 +176,23 @@ def test_operands_of_two_dtypes_are_compared_as_real_numbers() -> None:
 
 def test_a_slice_of_a_value_without_axes() -> None:
     assert float(eval_float(ops.Slice(starts=(), stops=(), steps=()), jnp.float32(3))) == 3
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_nearest_pixels_whose_coordinates_are_integers(mode: str) -> None:
+    """floor((k + offset) n / out) of exact fractions, for a march that counts in fixed point."""
+    form = NASH_E.with_fields({"resize.nearest_index": "fixed"}).resize
+    offset = Fraction(1, 2) if mode == "nearest-exact" else Fraction(0)
+    for n in range(1, 49):
+        for out in range(1, 49):
+            (steps,) = _all_steps(ops.Interpolate(size=(out,), mode=mode), (n,), form)
+            wanted = [floor((k + offset) * n / out) for k in range(out)]
+            assert (steps.at() >> steps.bits).tolist() == wanted, (n, out)
+
+
+@pytest.mark.parametrize(
+    ("y", "uv"), [((4, 1), (2, 2)), ((4, 4, 1), (2, 2)), ((4, 4, 2), (2, 2, 2)), ((4, 4, 1), (2, 2, 1))]
+)
+def test_planes_of_other_forms_are_refused(y: tuple[int, ...], uv: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="NV12 planes are y"):
+        join_planes(jnp.zeros(y, jnp.uint8), jnp.zeros(uv, jnp.uint8))
