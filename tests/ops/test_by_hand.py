@@ -17,6 +17,7 @@ from jquant.ops.lookup import table_constants
 from jquant.ops.movement import carries_accumulator
 from jquant.ops.opaque import OpaqueCall
 from jquant.ops.resample import _all_steps
+from jquant.program.insert.colour import _quantized_conv
 from jquant.targets import NASH_E
 from jquant.types import GraphError, InputError, LoweringError
 
@@ -196,3 +197,13 @@ def test_nearest_pixels_whose_coordinates_are_integers(mode: str) -> None:
 def test_planes_of_other_forms_are_refused(y: tuple[int, ...], uv: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="NV12 planes are y"):
         join_planes(jnp.zeros(y, jnp.uint8), jnp.zeros(uv, jnp.uint8))
+
+
+def test_a_rounding_to_one_side_may_be_half_a_step_further_off() -> None:
+    """Of the convolution that an insertion puts in front: what its test allows."""
+    weight, bias = np.array([[0.5, 0.25, 0.125]]), np.array([0.0])
+    errors = []
+    for rounding in ("half_up", "floor", "toward_zero"):
+        march = NASH_E.with_fields({"rescale.post_rounding": rounding})
+        errors.append(_quantized_conv(weight, bias, Operand("int8", np.float32(0.5), (None, 4, 4, 1)), march)[1])
+    np.testing.assert_allclose(np.diff(errors), [0.5, 0.0])

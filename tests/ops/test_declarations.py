@@ -86,3 +86,21 @@ def test_channels_last_is_the_same_operator(case: Case) -> None:
         found = np.moveaxis(found, -1, 1)
     assert found.dtype == expected.dtype
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # sums of other orders
+
+
+@pytest.mark.parametrize("name", sorted(n for n, cls in OPERATORS.items() if cls.bounded))
+def test_bounded_values_lie_between_minus_one_and_one(name: str) -> None:
+    for case in any_graphs.cases()[name]:
+        operands, _ = arrays_of(case, 0)
+        y = eval_float(case.op, *(x if x.dtype == jnp.bool_ else 1e6 * x for x in operands))
+        assert float(jnp.abs(y).max()) <= 1
+
+
+def test_functions_that_are_bounded_say_so() -> None:
+    """At 0, and far from it, on both sides."""
+    x = jnp.float32([-1e30, -1e4, -3.0, -1e-30, 0.0, 1e-30, 3.0, 1e4, 1e30])
+    for name, cases in any_graphs.cases().items():
+        case = cases[0]
+        if len(case.shapes) == 1 and not case.params and case.op.layout == "elementwise" and hasattr(case.op, "table"):
+            y = np.asarray(eval_float(case.op, x))
+            assert bool((np.abs(y) <= 1).all()) == case.op.bounded, name

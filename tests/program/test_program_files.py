@@ -222,3 +222,18 @@ def test_an_operator_has_its_constants_and_no_others(tmp_path: Path, op: ops.Op,
     change_arrays(path, lambda arrays: arrays.update({"constant:y:extra": np.ones((), np.int32)}))
     with pytest.raises(jq.FormatError, match=r"net\.jq: the constants do not fit the graph: node 'y' .*'extra'"):
         jq.load(path)
+
+
+@pytest.mark.parametrize("name", ["index", "mask"])
+def test_exact_values_have_no_scale(tmp_path: Path, name: str) -> None:
+    """An int32 input is an index, and a mask stands for no real number."""
+    nodes = (jq.Node("taken", ops.Gather(axis=1), ("x", "index")), jq.Node("mask", ops.Greater(value=0.25), ("taken",)))
+    graph = jq.Graph((jq.Input("x", (None, 4)), jq.Input("index", (None, 2), "int32")), nodes, ("mask",))
+    model = jq.prepare(graph, {}, CONFIG, target=jq.targets.NASH_E)
+    model = jq.calibrate(model, [(jnp.ones((2, 4)), jnp.zeros((2, 2), jnp.int32))])
+    path = tmp_path / "net.jq"
+    jq.save(path, jq.lower(model))
+    assert jq.load(path).graph.outputs == ("mask",)
+    change_arrays(path, lambda arrays: arrays.update({f"scale:{name}": np.ones((), np.float32)}))
+    with pytest.raises(jq.FormatError, match=r"net\.jq: (unexpected array|scales do not belong)"):
+        jq.load(path)
