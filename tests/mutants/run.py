@@ -141,6 +141,14 @@ def operators_of(module: str, line: int) -> list[str]:
     return names
 
 
+def function_of(module: str, line: int) -> range:
+    """The lines of the function that a line belongs to."""
+    for node in ast.walk(ast.parse((ROOT / module).read_text())):
+        if isinstance(node, ast.FunctionDef) and node.lineno <= line <= (node.end_lineno or node.lineno):
+            return range(node.lineno, 1 + (node.end_lineno or node.lineno))
+    return range(line, line + 1)
+
+
 def _registered(decorator: ast.expr) -> str:
     """The class of `@rule.register(Class)`."""
     return ast.unparse(decorator.args[0]) if isinstance(decorator, ast.Call) and decorator.args else ""
@@ -204,13 +212,17 @@ class Reached:
         return files
 
     def tests(self, mutant: Mutant) -> list[str]:
-        """Those that reach the line, the quickest first.
+        """Those that reach the line: first those that also reach the lines of its function that fewest tests reach.
 
         A line that runs when its module is imported has the tests of the module; first those with the name of an
         operator that it belongs to, from any module.
         """
         if found := self.lines.get((mutant.module, str(mutant.line))):
-            return sorted(set(found), key=self.seconds.__getitem__)
+            fewest = dict.fromkeys(found, len(found))
+            for line in function_of(mutant.module, mutant.line):
+                tests = self.lines.get((mutant.module, str(line)), [])
+                fewest |= {test: min(fewest[test], len(tests)) for test in tests if test in fewest}
+            return sorted(fewest, key=lambda test: (fewest[test], self.seconds[test]))
         names = operators_of(mutant.module, mutant.line) if mutant.module.startswith("jquant/ops/") else []
         named = re.compile("|".join(rf"\b{name}\b" for name in names) or "(?!)")
         reached = {test for (module, _), tests in self.lines.items() if module == mutant.module for test in tests}

@@ -144,8 +144,9 @@ def faster(monkeypatch: pytest.MonkeyPatch, own: float, other: float) -> None:
     pays.cache_clear()
 
 
-def test_the_kernel_pays_where_it_is_exact_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, _ = layer()
+@pytest.mark.parametrize("addend", ["", "int8"])
+def test_the_kernel_pays_where_it_is_exact_and_faster(monkeypatch: pytest.MonkeyPatch, addend: str) -> None:
+    own = layer()[0]._replace(addend=addend)
     faster(monkeypatch, 1.0, 2.0)
     assert pays(own, interpret=True)
     assert pays(own, interpret=True)  # kept: it is timed once

@@ -207,3 +207,9 @@ def test_a_rounding_to_one_side_may_be_half_a_step_further_off() -> None:
         march = NASH_E.with_fields({"rescale.post_rounding": rounding})
         errors.append(_quantized_conv(weight, bias, Operand("int8", np.float32(0.5), (None, 4, 4, 1)), march)[1])
     np.testing.assert_allclose(np.diff(errors), [0.5, 0.0])
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_no_elements_and_more_than_there_are_cannot_be_taken(k: int) -> None:
+    with pytest.raises(GraphError, match=f"k={k} elements of an axis of 3"):
+        eval_float(ops.TopK(axis=1, k=k), jnp.float32([[1, 2, 3]]))

@@ -398,6 +398,8 @@ def test_the_resizer(interpolation: str, pad_mode: str, tmp_path: Path) -> None:
     # the first region has the size of the network's input: it is a crop
     part = images.nv12_to_centred_yuv444(y[:1, 6:16, 4:16], uv[:1, 3:8, 2:8])
     np.testing.assert_array_equal(made[:1], part)
+    if pad_mode == "constant":  # the second one begins outside of the picture: black, without colour
+        assert made[1, 0, 0].tolist() == [-128, 0, 0]
     jq.save(tmp_path / "p", program)
     np.testing.assert_array_equal(jq.run(jq.load(tmp_path / "p"), y, uv, roi), jq.run(program, y, uv, roi))
 
