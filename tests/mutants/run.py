@@ -129,8 +129,9 @@ def operators_of(module: str, line: int) -> list[str]:
         if min([node.lineno, *(d.lineno for d in node.decorator_list)]) <= line <= (node.end_lineno or node.lineno):
             derived = [n for n, c in classes.items() if name in map(ast.unparse, c.bases)]
             return [name, *derived]
-    names = list(classes)
-    for function in tree.body:
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and "jquant.ops" in str(node.module)]
+    names = [*classes, *(alias.name for node in imports for alias in node.names if alias.name[0].isupper())]
+    for function in tree.body:  # of the rules of operators
         if not isinstance(function, ast.FunctionDef) or not function.args.args:
             continue
         first = min([function.lineno, *(d.lineno for d in function.decorator_list)])
@@ -142,10 +143,12 @@ def operators_of(module: str, line: int) -> list[str]:
 
 
 def function_of(module: str, line: int) -> range:
-    """The lines of the function that a line belongs to."""
+    """The lines of the function that a line belongs to, with its decorators."""
     for node in ast.walk(ast.parse((ROOT / module).read_text())):
-        if isinstance(node, ast.FunctionDef) and node.lineno <= line <= (node.end_lineno or node.lineno):
-            return range(node.lineno, 1 + (node.end_lineno or node.lineno))
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            if first <= line <= (node.end_lineno or node.lineno):
+                return range(first, 1 + (node.end_lineno or node.lineno))
     return range(line, line + 1)
 
 
@@ -212,22 +215,31 @@ class Reached:
         return files
 
     def tests(self, mutant: Mutant) -> list[str]:
-        """Those that reach the line: first those that also reach the lines of its function that fewest tests reach.
+        """Those that reach the line; of one that runs when its module is imported those of its function, else of all.
 
-        A line that runs when its module is imported has the tests of the module; first those with the name of an
-        operator that it belongs to, from any module.
+        First come those with the name of an operator that it belongs to, then those of the folder that mirrors the
+        module's, then those that also reach the lines of its function that fewest tests reach, and the quickest.
         """
-        if found := self.lines.get((mutant.module, str(mutant.line))):
-            fewest = dict.fromkeys(found, len(found))
-            for line in function_of(mutant.module, mutant.line):
-                tests = self.lines.get((mutant.module, str(line)), [])
-                fewest |= {test: min(fewest[test], len(tests)) for test in tests if test in fewest}
-            return sorted(fewest, key=lambda test: (fewest[test], self.seconds[test]))
-        names = operators_of(mutant.module, mutant.line) if mutant.module.startswith("jquant/ops/") else []
+        module, line = mutant.module, mutant.line
+        names = operators_of(module, line) if module.startswith("jquant/ops/") else []
         named = re.compile("|".join(rf"\b{name}\b" for name in names) or "(?!)")
-        reached = {test for (module, _), tests in self.lines.items() if module == mutant.module for test in tests}
-        every = reached | {test for test in self.seconds if named.search(test)}
-        return sorted(every, key=lambda test: (named.search(test) is None, self.seconds[test]))
+        around = function_of(module, line)
+        reached = {n: self.lines.get((module, str(n)), []) for n in around}
+        found = set(reached[line])
+        if not found:
+            found = {test for tests in reached.values() for test in tests}
+            found |= {test for test in self.seconds if named.search(test)}
+        if not found:
+            found = {test for (name, _), tests in self.lines.items() if name == module for test in tests}
+        fewest = dict.fromkeys(found, len(found))
+        for tests in reached.values():
+            fewest |= {test: min(fewest[test], len(tests)) for test in tests if test in fewest}
+        mirror = f"tests/{module.split('/')[1]}/"
+
+        def rank(test: str) -> tuple[bool, bool, int, float]:
+            return named.search(test) is None, not test.startswith(mirror), fewest[test], self.seconds[test]
+
+        return sorted(found, key=rank)
 
     def of(self, mutant: Mutant, more: int) -> Iterator[list[str]]:
         """Those that take QUICK seconds together, then MORE: of every function of tests in turn."""

@@ -118,6 +118,9 @@ def test_an_equation_without_an_operator_is_the_same_when_it_is_traced_again() -
     (y,) = first(jnp.float32(0.5))
     assert float(y) == float(jnp.sin(jnp.float32(0.5)))
     assert eval_float(ops.Opaque(call=first), jnp.float32(0.5)) == y
+    largest = OpaqueCall(jax.make_jaxpr(lambda x: jax.lax.top_k(x, 1))(jnp.float32([2, 5, 3])).eqns[0])
+    assert eval_float(ops.Opaque(call=largest), jnp.float32([2, 5, 3])).tolist() == [5]
+    assert eval_float(ops.Opaque(call=largest, index=1), jnp.float32([2, 5, 3])).tolist() == [1]
 
 
 def test_a_number_of_tables_that_the_march_has_not_is_refused_for_int16_alone() -> None:
@@ -213,3 +216,17 @@ def test_a_rounding_to_one_side_may_be_half_a_step_further_off() -> None:
 def test_no_elements_and_more_than_there_are_cannot_be_taken(k: int) -> None:
     with pytest.raises(GraphError, match=f"k={k} elements of an axis of 3"):
         eval_float(ops.TopK(axis=1, k=k), jnp.float32([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("products", [4, 2**18])
+def test_each_column_of_an_accumulator_says_whether_it_can_leave_32_bits(is_transposed: bool, products: int) -> None:
+    """2^18 products of -128 and -128 reach 2^32; a result of int8 has no such columns."""
+    a = Operand("int8", np.float32(0.1), (None, 3, products))
+    b = Operand("int8", np.float32(0.1), (None, 5, products) if is_transposed else (None, products, 5))
+    op = ops.MatMul(transpose_b=is_transposed)
+    wide = lower_op(op, (a, b), Operand("int32", np.float32(0.01), (None, 3, 5)), {}, NASH_E)
+    assert np.asarray(wide.saturating).tolist() == [products > 4] * 5
+    assert wide.worst_case == products * 2**14
+    narrow = lower_op(op, (a, b), Operand("int8", np.float32(0.01), (None, 3, 5)), {}, NASH_E)
+    assert narrow.saturating is None
