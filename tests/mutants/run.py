@@ -45,8 +45,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS, SURVIVORS = HERE / "results.jsonl", HERE / "survivors.toml"
 COPY = ROOT / "out" / "mutants"
-PAGE = ROOT / "docs" / "reliability.md"
-MARKS = ("<!-- made: mutants -->", "<!-- end: mutants -->")
 
 # Folders of tests that run under coverage: those that compute integers, or float meanings of operators.
 RUN = {"calibration", "config", "conformance", "converters", "faq", "faults", "foreign", "functions", "fuzz", "graph"}
@@ -217,8 +215,9 @@ class Reached:
     def tests(self, mutant: Mutant) -> list[str]:
         """Those that reach the line; of one that runs when its module is imported those of its function, else of all.
 
-        First come those with the name of an operator that it belongs to, then those of the folder that mirrors the
-        module's, then those that also reach the lines of its function that fewest tests reach, and the quickest.
+        First come those with the name of an operator that stands in the line, then of one that it belongs to, then
+        those of the folder that mirrors the module's, then those that also reach the lines of its function that fewest
+        tests reach, and the quickest.
         """
         module, line = mutant.module, mutant.line
         names = operators_of(module, line) if module.startswith("jquant/ops/") else []
@@ -228,16 +227,19 @@ class Reached:
         found = set(reached[line])
         if not found:
             found = {test for tests in reached.values() for test in tests}
-            found |= {test for test in self.seconds if named.search(test)}
         if not found:
             found = {test for (name, _), tests in self.lines.items() if name == module for test in tests}
+            found |= {test for test in self.seconds if named.search(test)}
         fewest = dict.fromkeys(found, len(found))
         for tests in reached.values():
             fewest |= {test: min(fewest[test], len(tests)) for test in tests if test in fewest}
         mirror = f"tests/{module.split('/')[1]}/"
+        text = (ROOT / module).read_text().splitlines()[line - 1]
+        own = re.compile("|".join(rf"\b{name}\b" for name in names if re.search(rf"\b{name}\b", text)) or "(?!)")
 
-        def rank(test: str) -> tuple[bool, bool, int, float]:
-            return named.search(test) is None, not test.startswith(mirror), fewest[test], self.seconds[test]
+        def rank(test: str) -> tuple[bool, bool, bool, int, float]:
+            of_line, of_rule = own.search(test) is not None, named.search(test) is not None
+            return not of_line, not of_rule, not test.startswith(mirror), fewest[test], self.seconds[test]
 
         return sorted(found, key=rank)
 
@@ -352,12 +354,6 @@ def table(found: list[dict[str, object]]) -> str:
     return "\n".join(rows)
 
 
-def write_page(found: list[dict[str, object]]) -> None:
-    text = PAGE.read_text()
-    start, end = (text.index(mark) for mark in MARKS)
-    PAGE.write_text(text[: start + len(MARKS[0])] + "\n\n" + table(found) + "\n\n" + text[end:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=int, default=0, help="of the sample")
@@ -390,7 +386,10 @@ def main() -> None:
     found = [one for key, one in results().items() if key in {m.key for m in sample}]
     print(table(found))
     if given.write:
-        write_page(found)
+        sys.path.insert(0, str(ROOT / "tests"))
+        from support.reliability import write_section
+
+        write_section("mutants", "make mutants", table(found).splitlines())
 
 
 if __name__ == "__main__":

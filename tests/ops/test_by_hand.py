@@ -12,6 +12,7 @@ from jquant import ops
 from jquant.graph.operator import Operand, constraints, eval_float, eval_on_grid, lower_op
 from jquant.numerics.color import join_planes
 from jquant.numerics.rescale import quantize_exactly
+from jquant.ops.conv import _accumulator
 from jquant.ops.elementwise import exact_number
 from jquant.ops.lookup import table_constants
 from jquant.ops.movement import carries_accumulator
@@ -230,3 +231,12 @@ def test_each_column_of_an_accumulator_says_whether_it_can_leave_32_bits(is_tran
     assert wide.worst_case == products * 2**14
     narrow = lower_op(op, (a, b), Operand("int8", np.float32(0.01), (None, 3, 5)), {}, NASH_E)
     assert narrow.saturating is None
+
+
+@pytest.mark.parametrize(("addends", "holds"), [(0, "pair"), (1, "pair"), (2, "limbs")])
+def test_what_holds_a_sum_whose_weights_are_not_known(addends: int, holds: str) -> None:
+    """An addend of int16 times a multiplier of 15 bits reaches 2^30, and 576 products of bytes 2^23 more."""
+    one = np.float32(1)
+    weight = jnp.zeros((3, 3, 64, 8), jnp.int8)
+    operands = [Operand("int16", one, (None, 4, 4, 8))] * addends
+    assert _accumulator(None, Operand("int8", one, (None, 4, 4, 64)), operands, weight, NASH_E) == holds
