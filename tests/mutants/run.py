@@ -52,6 +52,7 @@ RUN |= {"meanings", "numerics", "observers", "ops", "plan", "program", "quantize
 
 COUNT, SEED, LIMIT = 400, 11, 400
 QUICK, MORE = 20, 120  # seconds of tests that reach the line, and of further ones where these notice nothing
+NO_SUCH_TEST = 4  # a return code of pytest
 WAIT = 1200  # seconds for one run of pytest beside other work; a test that hangs
 LIGHT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "CI": "true"}
 PARTS = ("numerics", "ops", "program")
@@ -279,6 +280,23 @@ def make_copy(folder: Path) -> None:
     (folder / "link" / "coverage").symlink_to(Path(coverage.__file__).parent)
 
 
+def run_tests(tests: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Those that there are: a mutant may change the parameters of a test, and so its name, which says nothing."""
+
+    def pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*PYTEST, *arguments],
+            cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=WAIT, check=False,
+        )  # fmt: skip
+
+    done = pytest("-x", *tests)
+    if done.returncode != NO_SUCH_TEST:
+        return done
+    collected = pytest("--collect-only", *{name.partition("::")[0] for name in tests})
+    there = [name for name in tests if name in set(collected.stdout.splitlines())]
+    return collected if collected.returncode else pytest("-x", *there) if there else collected
+
+
 def judge(mutant: Mutant, folder: Path, reached: Reached, more: int) -> dict[str, object]:
     """What the tests say about a mutant."""
     path = folder / mutant.module
@@ -286,13 +304,10 @@ def judge(mutant: Mutant, folder: Path, reached: Reached, more: int) -> dict[str
     operator = cosmic_ray.plugins.get_operator(f"core/{mutant.operator}")()
     mutated = mutate_code(original, operator, mutant.occurrence)
     start, outcome, by = _processor(), "survived", ""
-    env = environment(folder)
     path.write_text(mutated)
     try:
         for tests in reached.of(mutant, more):
-            done = subprocess.run(
-                [*PYTEST, "-x", *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=WAIT, check=False
-            )
+            done = run_tests(tests, folder)
             if done.returncode not in (0, 5):  # 5: no test was selected
                 outcome = "killed"
                 failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
