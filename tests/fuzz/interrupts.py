@@ -49,6 +49,7 @@ COMMANDS = {
 }
 LINE = "error: interrupted; no file was left half-written\n"
 FINDINGS = ("code", "pages", "left", "hung")
+COUNTED = ("130", *FINDINGS)
 SECONDS = 60.0
 
 
@@ -148,7 +149,7 @@ def check(names: list[str], count: int, seed: int) -> dict[str, Counter[str]]:
 
         longest = dict.fromkeys(names, 0.0)
         number = 0
-        while (left := count - sum(n for c in found.values() for outcome, n in c.items() if outcome != "done")) > 0:
+        while (left := count - sum(n for c in found.values() for outcome, n in c.items() if outcome in COUNTED)) > 0:
             batch = [names[(number + i) % len(names)] for i in range(min(left, 2 * len(names)))]
             jobs = [(number + i, name, rng.uniform(0, whole[name])) for i, name in enumerate(batch)]
             number += len(batch)
@@ -162,15 +163,15 @@ def check(names: list[str], count: int, seed: int) -> dict[str, Counter[str]]:
 
 
 SECONDS_OF = ("seconds to the end at most", "seconds as a whole")
-HEAD = ("command", "interrupts", "130", "python", *FINDINGS, "done before", *SECONDS_OF)
+HEAD = ("command", "interrupts", *COUNTED, "done before", "python", *SECONDS_OF)
 
 
 def rows(found: dict[str, Counter[str]]) -> list[list[object]]:
     made: list[list[object]] = []
     for name, counts in found.items():
-        kinds = [counts[kind] for kind in ("130", "python", *FINDINGS)]
+        kinds = [counts[kind] for kind in COUNTED]
         seconds = [f"{counts[kind] / 1000:.1f}" for kind in ("longest", "whole")]
-        made.append([name, sum(kinds), *kinds, counts["done"], *seconds])
+        made.append([name, sum(kinds), *kinds, counts["done"], counts["python"], *seconds])
     sums = [sum(int(str(row[i])) for row in made) for i in range(1, len(HEAD) - 2)]
     return [*made, ["all", *sums, "", ""]]
 

@@ -7,8 +7,8 @@
 cosmic-ray finds the places and makes the mutants, in a copy of the tracked files. The sample follows from the text of
 the lines: of each place one mutant, annotations left out. Where a line changes, its mutants do, and no others. At first
 all tests run once, and coverage notes which of them reach which line. The tests of a mutant are those that reach its
-line: QUICK seconds of them, then MORE. A line that runs when its module is imported has the tests of the module, first
-those with the name of its operator. They end at the first failure:
+line: QUICK seconds of them, then MORE, then the file of tests with the name of the module. A line that runs when its
+module is imported has the tests of the module, first those with the name of its operator. They end at the first failure:
 
   killed     a test failed, or the module does not import
   survived   all of them passed
@@ -245,7 +245,8 @@ class Reached:
         return sorted(found, key=rank)
 
     def of(self, mutant: Mutant, more: int) -> Iterator[list[str]]:
-        """Those that take QUICK seconds together, then MORE: of every function of tests in turn."""
+        """Those that take QUICK seconds together, then MORE, of every function of tests in turn; last the file of tests
+        that has the name of the module."""
         left: dict[str, list[str]] = {}
         for test in self.tests(mutant):
             left.setdefault(test.partition("[")[0], []).append(test)
@@ -262,6 +263,9 @@ class Reached:
                         break
             if chosen:
                 yield chosen
+        _, part, *_, file = mutant.module.split("/")
+        if (own := f"tests/{part}/test_{file}") in self.files:
+            yield [own]
 
 
 def make_copy(folder: Path) -> None:
