@@ -4,10 +4,10 @@
     python tests/fuzz/interrupts.py --commands train,report --count 20
 
 Every command runs once as a whole, on the files of `jquant demo`, and then gets SIGINT at moments drawn from the whole
-of that time. A command that was done before its signal, code 0, does not count.
+of that time. Two outcomes do not count: *done*, the command ended before its signal, with code 0; and *python*, in the
+first hundredths of a second, before Python reads jquant: it ends in Python's own way.
 
   130       exit code 130, and one line on stderr
-  python    in the first hundredths of a second, before Python reads jquant: it ends in Python's own way
   code      another exit code
   pages     a traceback, or more than the line
   left      a temporary file was left behind, or an input of the command changed

@@ -8,7 +8,7 @@ cosmic-ray finds the places and makes the mutants, in a copy of the tracked file
 the lines: of each place one mutant, annotations left out. Where a line changes, its mutants do, and no others. At first
 all tests run once, and coverage notes which of them reach which line. The tests of a mutant are those that reach its
 line: QUICK seconds of them, then MORE, then the file of tests with the name of the module. A line that runs when its
-module is imported has the tests of the module, first those with the name of its operator. They end at the first failure:
+module is imported has the tests of the module, first those with the name of its operator. The first failure ends them:
 
   killed     a test failed, or the module does not import
   survived   all of them passed
