@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -63,7 +64,9 @@ def _write(folder: Path, probe: Probe) -> list[str]:
     """The files of one probe; in words what it has no file of."""
     (folder / "inputs").mkdir(parents=True, exist_ok=True)
     for name, array in probe.inputs.items():
-        np.save(folder / "inputs" / f"{name}.npy", np.asarray(array))
+        stream = io.BytesIO()
+        np.save(stream, np.asarray(array))
+        _put(folder / "inputs" / f"{name}.npy", stream.getvalue())
     _put(folder / "formats.json", json.dumps(quantization_table(probe.model), indent=1).encode())
     notes = []
     for file, make in (("model.onnx", _onnx), ("model.pt2", torch_archive)):

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,12 +16,14 @@ from jquant.calibration.observe import updated
 from jquant.calibration.samples import batch_axes, by_sample
 from jquant.graph.evaluate import evaluate
 from jquant.graph.float import float_rule
+from jquant.host.whole_files import write_figure
 from jquant.ops.lookup import eval_float64, evaluate_function, has_float64, is_table, table_constants, table_float
 from jquant.plan.scales import check_model, value_scales
 from jquant.text import near_or_known
 from jquant.types import Graph, InputError, Model, Observer, Plan, Program, integer_range
 
 MAX_NODES = 150
+_DPI = 110
 EDGE = 0.26  # from the middle of a box to its upper edge, in rows
 BOX_COLOURS = {
     "int8": "#c3e6ec", "int16": "#ffe8cc", "int32": "#e5dbff", "float": "#ffffff", "float32": "#ffffff",
@@ -63,7 +64,7 @@ def plot_graph(path: str | os.PathLike[str], model: Model | Program) -> None:
     _draw_boxes(axes, graph, places, dtypes, scales)
     axes.set_xlim(min(columns) - 0.7, max(columns) + 0.7)
     axes.set_ylim(max(rows) + 0.6, -0.6)  # the first row above
-    _save(figure, path)
+    write_figure(path, figure, dpi=_DPI)
 
 
 Place = tuple[float, int]  # column and row
@@ -197,7 +198,7 @@ def plot_observers(
     top.set_title(f"{value}, {dtype}: from {entries.min():.4g} to {entries.max():.4g}", fontsize=9)
     _draw_ranges(bottom, entries, scales, dtype)
     _plain(top, bottom)
-    _save(figure, path)
+    write_figure(path, figure, dpi=_DPI)
     return scales
 
 
@@ -306,7 +307,7 @@ def plot_table(path: str | os.PathLike[str], model: Model, node: str) -> float:
         for axes in (top, bottom):
             axes.axvline(edge, color=_INK, linewidth=0.6, linestyle=":")
     _plain(top, bottom)
-    _save(figure, path)
+    write_figure(path, figure, dpi=_DPI)
     return float(np.abs(error).max())
 
 
@@ -343,8 +344,3 @@ def _plain(*each: Any) -> None:
     for axes in each:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)

@@ -13,6 +13,7 @@ import typer
 from jquant.cli import board, build, demo, doctor, export, init, measure, train
 from jquant.cli.console import INTERRUPTED_TEXT
 from jquant.host.interrupts import INTERRUPTED
+from jquant.host.whole_files import remove_unfinished
 from jquant.program.cache import use_compilation_cache
 
 HELP = """Quantization for JAX, and an integer simulator of the Nash BPU.
@@ -83,7 +84,7 @@ _GRACE = 3.0  # seconds after Ctrl-C in which Python is to come to it; XLA compi
 
 
 def _end_on_interrupt() -> None:
-    """Ends the process where Ctrl-C reaches no Python code, since XLA compiles: files are not being written then."""
+    """Ends the process where Ctrl-C reaches no Python code, since XLA compiles, or is lost in a callback of it."""
     source, sink = os.pipe()
     os.set_blocking(sink, False)
     signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
@@ -92,6 +93,7 @@ def _end_on_interrupt() -> None:
         while (number := os.read(source, 1)) and number[0] != signal.SIGINT:
             pass
         time.sleep(_GRACE)
+        remove_unfinished()
         print(f"error: {INTERRUPTED_TEXT}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 

@@ -9,9 +9,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 _LONGEST = 200  # bytes of the target's name in that of its temporary file; the rest of the 255 is for the numbers
 _count = itertools.count()
+_unfinished: set[Path] = set()  # temporary files that this process writes to
 
 
 @contextmanager
@@ -44,6 +46,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _named(error, path) from error
 
 
+def write_figure(path: str | os.PathLike[str], figure: Any, *, dpi: int) -> None:
+    """A figure of matplotlib, in the format of the suffix; without one as `path.png`. The folder is made if need be."""
+    path = Path(path) if Path(path).suffix else Path(path).with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=dpi, format=path.suffix.removeprefix("."))
+
+
 def _short(name: str) -> str:
     return os.fsdecode(os.fsencode(name)[:_LONGEST])
 
@@ -66,6 +76,7 @@ def _made(partial: Path, target: Path) -> Iterator[None]:
     """The temporary file, empty and locked, so that no other process takes it for one that was left behind."""
     _remove_left_behind(target)
     mode = 0o600 if target.exists() else 0o666  # no reader before the file has the mode of the one it replaces
+    _unfinished.add(partial)
     opened = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, mode)
     try:
         with suppress(OSError):  # a file system without locks: nothing is taken for left behind there either
@@ -74,6 +85,14 @@ def _made(partial: Path, target: Path) -> Iterator[None]:
     finally:
         os.close(opened)
         partial.unlink(missing_ok=True)
+        _unfinished.discard(partial)
+
+
+def remove_unfinished() -> None:
+    """Removes the temporary files of this process, which is about to end in the middle of its work."""
+    for partial in tuple(_unfinished):
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _remove_left_behind(target: Path) -> None:

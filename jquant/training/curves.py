@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
+from jquant.host.whole_files import write_figure
 from jquant.types import InputError
 
 Curve = Sequence[float] | Sequence[tuple[float, float]]  # values, or pairs of step and value
@@ -55,8 +55,7 @@ def plot_curves(
         axes.legend()
     if title:
         figure.suptitle(title)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
 
 
 def _points(metric: str, run: str, curve: Curve) -> np.ndarray:

@@ -134,6 +134,38 @@ import jquant.cli
 """
 
 
+LOST = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["jquant", "doctor"]
+from jquant.cli import application
+from jquant.host.interrupts import restore
+from jquant.host.whole_files import replacing
+application._GRACE = 0.2
+def save(prog_name):
+    restore()
+    with replacing("net.jq") as partial:
+        partial.write_bytes(b"half")
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:  # as in a callback of XLA, where Python ignores it
+            pass
+        time.sleep(60)
+application.app = save
+application.main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+def test_an_interrupt_that_is_lost_leaves_no_file(tmp_path):
+    (tmp_path / "net.jq").write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", LOST], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130
+    assert done.stderr == "error: interrupted; no file was left half-written\n"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"net.jq": b"old"}
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
 @pytest.mark.parametrize("script", [BEFORE_THE_COMMAND, FIRST_LINES], ids=["arguments are read", "first lines"])
 def test_ctrl_c_before_the_command_is_one_line_and_130(script):

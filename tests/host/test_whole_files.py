@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jquant.host.whole_files import replacing
+from jquant.host.whole_files import replacing, write_figure
 
 
 def write(path: str | os.PathLike[str], content: bytes = b"new") -> None:
@@ -89,7 +89,7 @@ def test_what_is_no_file_is_written_as_it_is(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys
-from jquant.host.whole_files import replacing
+from jquant.host.whole_files import replacing, write_figure
 with replacing(sys.argv[1]) as partial:
     partial.write_bytes(b"half")
     print("written", flush=True)
@@ -225,3 +225,22 @@ def test_what_stops_a_save_leaves_nothing(tmp_path: Path, stop: type[BaseExcepti
     with pytest.raises(stop), saves:
         raise stop
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a", b"\x89PNG")]
+)
+def test_a_figure_has_the_format_of_its_name(tmp_path: Path, name: str, start: bytes) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    write_figure(tmp_path / "new" / name, figure, dpi=20)
+    (made,) = (tmp_path / "new").iterdir()
+    assert made.name == (name if "." in name else f"{name}.png")
+    assert made.read_bytes().startswith(start)
+
+
+def test_a_figure_of_no_format_replaces_nothing(tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    (tmp_path / "a.xyz").write_bytes(b"old")
+    with pytest.raises(ValueError, match="xyz"):
+        write_figure(tmp_path / "a.xyz", figure, dpi=20)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.xyz": b"old"}

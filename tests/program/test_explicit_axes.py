@@ -71,8 +71,10 @@ for context in CONTEXTS[1:]:
         batch = (on(x, "data"), on(labels, "data"))
         figures = jq.evaluate(model, [batch], TOP, modes=("integers",)).figures
         step = training.make_step(loss, slices=8, mesh=mesh, donate=False)
-        many, _ = step(jax.device_put(state, on(x).sharding), batch)
-        whole, metrics = training.make_step(loss, mode="bit_true", donate=False)(state, batch)
+        # One program with collectives at a time: those of several in flight wait for each other's threads on a CPU.
+        many, _ = jax.block_until_ready(step(jax.device_put(state, on(x).sharding), batch))
+        other = training.make_step(loss, mode="bit_true", donate=False)
+        whole, metrics = jax.block_until_ready(other(state, batch))
         rows = analysis.compare(model, batch[0], "float", "bit_true").rows
         names = analysis.sensitivity(model, [batch[0]]).names()
         cases = analysis.find_bad_cases(model, [batch[0]], count=3)
