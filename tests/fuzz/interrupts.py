@@ -7,9 +7,9 @@ Every command runs once as a whole, on the files of `jquant demo`, and then gets
 of that time. Two outcomes do not count: *done*, the command ended before its signal, with code 0; and *python*, in the
 first hundredths of a second, before Python reads jquant: it ends in Python's own way.
 
-  130       exit code 130, and one line on stderr
+  130       exit code 130, and one line on stderr behind those of the command's progress
   code      another exit code
-  pages     a traceback, or more than the line
+  pages     a traceback, or not that line at the end
   left      a temporary file was left behind, or an input of the command changed
   hung      no end within a minute
 """
@@ -110,7 +110,8 @@ def judge(code: int, error: str) -> str:
     if code not in (130, -signal.SIGINT):
         return "code"
     # Where the signal falls into a callback of XLA, Python says that it ignores it; the command ends all the same.
-    if code == 130 and (error == LINE or (error.endswith(LINE) and error.startswith("Exception ignored in"))):
+    told = "Traceback" in error and "Exception ignored in" not in error
+    if code == 130 and error.endswith(LINE) and not told:
         return "130"
     return "pages"
 
