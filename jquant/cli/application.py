@@ -113,7 +113,10 @@ def main() -> None:
         if error.code != INTERRUPTED:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(INTERRUPTED)
+    else:
+        return
+    remove_unfinished()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(INTERRUPTED)

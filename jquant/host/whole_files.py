@@ -76,14 +76,16 @@ def _made(partial: Path, target: Path) -> Iterator[None]:
     """The temporary file, empty and locked, so that no other process takes it for one that was left behind."""
     _remove_left_behind(target)
     mode = 0o600 if target.exists() else 0o666  # no reader before the file has the mode of the one it replaces
-    _unfinished.add(partial)
-    opened = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, mode)
-    try:
+    opened = None
+    try:  # from here on, since an interrupt may come behind any step
+        _unfinished.add(partial)
+        opened = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, mode)
         with suppress(OSError):  # a file system without locks: nothing is taken for left behind there either
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
-        os.close(opened)
+        if opened is not None:
+            os.close(opened)
         partial.unlink(missing_ok=True)
         _unfinished.discard(partial)
 

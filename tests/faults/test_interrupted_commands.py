@@ -120,6 +120,10 @@ from jquant.cli import application
 application.use_compilation_cache = lambda: os.kill(os.getpid(), signal.SIGINT)
 application.main()
 """
+OUTSIDE = BEFORE_THE_COMMAND.replace(
+    "application.use_compilation_cache = lambda: os.kill(os.getpid(), signal.SIGINT)",
+    "application.app = lambda prog_name: signal.default_int_handler(2, None)",
+)
 FIRST_LINES = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -167,7 +171,9 @@ def test_an_interrupt_that_is_lost_leaves_no_file(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
-@pytest.mark.parametrize("script", [BEFORE_THE_COMMAND, FIRST_LINES], ids=["arguments are read", "first lines"])
+@pytest.mark.parametrize(
+    "script", [BEFORE_THE_COMMAND, OUTSIDE, FIRST_LINES], ids=["arguments are read", "outside", "first lines"]
+)
 def test_ctrl_c_before_the_command_is_one_line_and_130(script):
     chosen = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}  # the user's own choice is kept
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=chosen)

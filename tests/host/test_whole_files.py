@@ -218,6 +218,23 @@ def test_an_error_of_another_path_is_left_as_it_is(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_an_interrupt_as_the_temporary_file_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = tmp_path / "net.jq", os.open
+    path.write_bytes(b"old")
+
+    def interrupted(name: Path, *options: int) -> int:
+        os.close(opened(name, *options))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(path)
+    assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == {"net.jq": b"old"}
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
 def test_what_stops_a_save_leaves_nothing(tmp_path: Path, stop: type[BaseException]) -> None:
     saves = ExitStack()
