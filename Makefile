@@ -62,7 +62,7 @@ conformance: $(STAMP)  ## compare every operator with the reference in bulk, wri
 architectures: $(STAMP)  ## measure the networks of the tests that are not yet, write docs/architectures.md (hours)
 	@PYTHONPATH=tests $(BIN)/python -m support.architecture_table
 
-# A run that was stopped goes on; seeds and findings are in out/fuzz, which `make clean` removes.
+# The first two go on where they were stopped; their seeds and findings are in out/fuzz, which `make clean` removes.
 fuzz: $(STAMP)  ## damage files, draw graphs, kill saves, interrupt commands, write docs/reliability.md (hours)
 	@$(BIN)/python tests/fuzz/run.py --count 10000 --write
 	@$(BIN)/python tests/fuzz/graphs.py --count 2000 --write

@@ -121,7 +121,7 @@ def from_stablehlo(path: str | os.PathLike[str]) -> Callable[..., Any]:
     The file is compiled code in an intermediate language: read only files that you trust.
 
     Raises:
-      FormatError: a file that jax.export did not write. FileNotFoundError: no file.
+      FormatError: a file that jax.export did not write. FileNotFoundError: no file. ImportError: no flatbuffers.
 
     Example:
       >>> import jquant as jq
