@@ -10,8 +10,8 @@ import numpy as np
 
 from jquant.analysis.both_sides import Arrays, Values, evaluated
 from jquant.analysis.meanings import Side
-from jquant.analysis.metrics import Histogram, histogram
-from jquant.analysis.statistics import Statistics, numbers_of, statistics_of
+from jquant.analysis.metrics import Histogram
+from jquant.analysis.statistics import Statistics, measured, numbers_of
 from jquant.graph.axes import automatic, automatic_axes
 from jquant.graph.checks import is_finite
 from jquant.graph.evaluate import bind_inputs
@@ -243,8 +243,7 @@ def _compared(
     counts: dict[str, Histogram] = {}
     with np.errstate(all="ignore"):
         for name, a, b, own, step, is_masked in _elements(plan, steps, values):
-            found[name] = statistics_of(a, b, own, step, plan.values[name], is_masked)
-            counts[name] = histogram(a, b)
+            found[name], counts[name] = measured(a, b, own, step, plan.values[name], is_masked)
     return comparison_of(plan, modes, on_host, given, steps, found, counts)
 
 
@@ -269,8 +268,8 @@ def comparison_of(
         for key, x, y in _weights(plan, *zip(modes, on_host, given, strict=True)):
             scale = expand(scale_of(key, plan, on_host[1].qparams), plan.weight_axis.get(key), x.ndim)
             step = _step(scale, plan.weights[key])
-            of = statistics_of(x, y, None, step, plan.weights[key])
-            weights.append(_row(plan, key, numbers_of(of, step, histogram(x, y))))
+            of, bins = measured(x, y, None, step, plan.weights[key])
+            weights.append(_row(plan, key, numbers_of(of, step, bins)))
     present = {row.name for row in (*rows, *weights)}
     missing = tuple(
         name for name in (*plan.graph.values, *plan.weights) if name not in present and name not in plan.exact
@@ -334,4 +333,5 @@ def _unmasked(
     if not masked.any() or masked.all():
         return a, b, alone, scale
     scales = scale if scale is None or scale.size == 1 else np.broadcast_to(scale, masked.shape)[~masked]
-    return a[~masked], b[~masked], None if alone is None else alone[~masked], scales
+    kept = (None if each is None else jax.block_until_ready(each[~masked]) for each in (a, b, alone))
+    return *kept, scales

@@ -2,9 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from jquant.analysis.metrics import FLOOR, Histogram, difference, kl_of
+from jquant.analysis.metrics import FLOOR, Histogram, difference, histogram, kl_of
 from jquant.types import Array, QuantSpec
 
 
@@ -39,13 +40,25 @@ class Statistics(NamedTuple):
     own_max_lsb: Any = None
 
 
-def statistics_of(
+def measured(
     a: Array, b: Array, alone: Array | None, step: Array | None, spec: QuantSpec | None, is_masked: bool = False
-) -> Statistics:
-    """Of one batch. `alone` is what a's node makes of b's operands; `step` (real per LSB) broadcasts to the value."""
+) -> tuple[Statistics, Histogram]:
+    """Of one batch, on the host. `alone` is what a's node makes of b's operands; `step` (real per LSB) broadcasts.
+
+    Arrays of several devices are measured by one program, which ends before the next begins: host devices share few
+    threads, where the collectives of programs in flight can wait for each other for ever.
+    """
+    if any(isinstance(each, jax.Array) for each in (a, b)):
+        return jax.tree.map(np.asarray, jax.device_get(_compiled(a, b, alone, step, spec=spec, is_masked=is_masked)))
+    return _measured(a, b, alone, step, spec, is_masked)
+
+
+def _measured(
+    a: Array, b: Array, alone: Array | None, step: Array | None, spec: QuantSpec | None, is_masked: bool
+) -> tuple[Statistics, Histogram]:
     error = abs(difference(a, b))
     own = None if alone is None else abs(difference(alone, b))
-    found = Statistics(
+    sums = Statistics(
         is_masked=is_masked,
         size=int(np.prod(a.shape)),
         minimum=a.min(),
@@ -66,7 +79,10 @@ def statistics_of(
         own_max_error=None if own is None else own.max(),
         own_max_lsb=None if own is None or step is None else (own / step).max(),
     )
-    return Statistics(*(None if each is None else np.asarray(each) for each in found))
+    return sums, histogram(a, b)
+
+
+_compiled = jax.jit(_measured, static_argnames=("spec", "is_masked"))
 
 
 def numbers_of(of: Statistics, step: Array | None, counts: Histogram) -> dict[str, Any]:

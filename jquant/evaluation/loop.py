@@ -104,8 +104,7 @@ def evaluate(
     placement = Placement(mesh, axis)
     run = _Run(sources, metrics, inputs, placement)
     state = Position.begin(sources, metrics) if position is None else load_position(position, sources, metrics)
-    # Host devices of several processes share few threads, where programs in flight can wait for each other for ever.
-    ahead = 0 if placement.is_spread_over_processes and jax.default_backend() == "cpu" else AHEAD
+    ahead = 0 if share_threads() else AHEAD
     waiting: deque[tuple[Any, Placed]] = deque()
     done = state.batches
     for placed in placement.batches(track(batches, label, total), inputs, done, padded):
@@ -162,6 +161,11 @@ def _figures(state: Position, mode: str, metrics: Mapping[str, Summed]) -> dict[
 # A batch
 
 
+def share_threads() -> bool:
+    """Whether devices share the few threads of a host, where programs in flight can wait for each other for ever."""
+    return jax.default_backend() == "cpu" and jax.device_count() > 1
+
+
 @partial(jax.jit, static_argnames=("calls", "metrics", "inputs", "wanted"))
 def _measure(
     values: dict[str, Any], batch: Any, mask: Any, *, calls: Any, metrics: Any, inputs: Any, wanted: tuple[str, ...]
@@ -211,10 +215,11 @@ class _Run:
 
     def dispatch(self, placed: Placed) -> Any:
         """Starts a batch; the result is not waited for."""
-        sums, outputs = _measure(self._values, placed.batch, placed.mask, **self._static)
+        begin: Callable[[Any], Any] = jax.block_until_ready if share_threads() else lambda results: results
+        sums, outputs = begin(_measure(self._values, placed.batch, placed.mask, **self._static))
         for mode in self._shown:
             for name, metric in self._alone.items():
-                sums[mode][name] = _measure_alone(outputs[mode], placed.batch, placed.mask, metric=metric)
+                sums[mode][name] = begin(_measure_alone(outputs[mode], placed.batch, placed.mask, metric=metric))
         return self._placement.together(sums), outputs if self._host else {}
 
     def count(self, state: Position, found: Any, placed: Placed) -> Position:
