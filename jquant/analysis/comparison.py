@@ -333,5 +333,5 @@ def _unmasked(
     if not masked.any() or masked.all():
         return a, b, alone, scale
     scales = scale if scale is None or scale.size == 1 else np.broadcast_to(scale, masked.shape)[~masked]
-    kept = (None if each is None else jax.block_until_ready(each[~masked]) for each in (a, b, alone))
-    return *kept, scales
+    kept = [None if each is None else jax.block_until_ready(each[~masked]) for each in (a, b, alone)]
+    return kept[0], kept[1], kept[2], scales

@@ -5,6 +5,7 @@
     model = jq.ptq.adaround(model, batches)            # weights on the grid, rounded as learned: layer by layer
     model = jq.ptq.reconstruct_blocks(before, batches)               # or block by block, values' scales as well
     model = jq.ptq.correct_bias(model, batches, reference=before)
+    model = jq.ptq.shift_relus(model)                  # half the step behind a relu, on the same symmetric grid
 
 Each step is optional. `equalize` comes before calibration, the others keep the scales that they are given. `recipe`
 does all of it in one call, and keeps of each step only what helps:
@@ -20,6 +21,7 @@ from jquant.ptq.recipes import RECIPES, Trial, Tuned, recipe
 from jquant.ptq.reconstruction import reconstruct_blocks
 from jquant.ptq.rounding import adaround
 from jquant.ptq.scales import search_weight_scales
+from jquant.ptq.shifting import Shift, Shifts, find_shifts, shift_relus
 from jquant.ptq.values import search_value_scales
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "Blocks",
     "Pair",
     "Pairs",
+    "Shift",
+    "Shifts",
     "Trial",
     "Tuned",
     "adaround",
@@ -35,8 +39,10 @@ __all__ = [
     "equalize",
     "find_blocks",
     "find_pairs",
+    "find_shifts",
     "recipe",
     "reconstruct_blocks",
     "search_value_scales",
     "search_weight_scales",
+    "shift_relus",
 ]

@@ -24,6 +24,7 @@ from jquant.ptq.reconstruction import reconstruct_blocks
 from jquant.ptq.rounding import adaround
 from jquant.ptq.scales import search_weight_scales
 from jquant.ptq.several import scales_by, watched_by
+from jquant.ptq.shifting import find_shifts, shift_relus
 from jquant.ptq.values import search_value_scales
 from jquant.text import did_you_mean, format_table
 from jquant.types import Array, CalibrationError, Model, Observer, Plan, QConfigError
@@ -103,9 +104,9 @@ def recipe(
 
     "fast"     calibrate, search of weight scales
     "default"  also the scales of other observers (percentile, mse, mean of maxima), found in the same pass over the
-               data, and bias correction
-    "best"     also equalization, scales of values by gradient, AdaRound, and block reconstruction where a weight has
-               less than 8 bits
+               data, bias correction, and the shift of relus where no node has to pad for it (`shift_relus`)
+    "best"     also equalization, scales of values by gradient, AdaRound, block reconstruction where a weight has less
+               than 8 bits, and the shift of relus with nodes that pad
 
     Args:
       name: which recipe.
@@ -159,6 +160,11 @@ def _improve(name: RecipeName, search: _Search, seen: Sequence[Batch], steps: in
             search.attempt("block reconstruction", lambda: reconstruct_blocks(unrounded, seen, steps=steps))
     if name != "fast":
         search.attempt("bias correction", lambda: correct_bias(search.model, seen, reference=unrounded))
+        plain = search.model
+        if find_shifts(plain).possible:
+            search.attempt("shifted relus", lambda: shift_relus(plain))
+        if name == "best" and find_shifts(plain, pads=True).padded:
+            search.attempt("shifted relus, nodes that pad", lambda: shift_relus(plain, pads=True))
 
 
 def _few(seen: Sequence[Batch], samples: int = 8, most: int = 32) -> list[Batch]:
