@@ -2,9 +2,9 @@
 
 python benchmarks/accuracy.py --data DIR [--tasks resnet20] [--seeds 0] [--count 400] [--peers onnxruntime nncf]
 
-Networks, pictures and seeds are those of `ptq_accuracy.py`. A peer is installed into an environment of its own
-(`--envs`) at its first use. It gets the float network as ONNX and the pictures that calibrate. Its file runs in
-onnxruntime, optimizations off, on the pictures that measure jquant too.
+Networks and pictures are those of `networks.py`; a seed decides which pictures calibrate. A peer is installed into an
+environment of its own (`--envs`) at its first use. It gets the float network as ONNX and the pictures that calibrate.
+Its file runs in onnxruntime, optimizations off, on the pictures that measure jquant too.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from jquant_converters import from_torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from keeping import markdown_table  # noqa: E402
-from ptq_accuracy import TARGET, TASKS, Task, figures, in_batches, logits, split  # noqa: E402
+from networks import NETWORKS, Network  # noqa: E402
+from ptq_accuracy import TARGET, in_batches, logits, split  # noqa: E402
 
 Run = Callable[[np.ndarray], np.ndarray]
 
@@ -53,7 +54,7 @@ PEERS = {
 class Case(NamedTuple):
     """A network, the pictures that calibrate and those that measure."""
 
-    task: Task
+    task: Network
     net: torch.nn.Module
     calibrating: np.ndarray
     measuring: np.ndarray
@@ -65,7 +66,7 @@ class Row(NamedTuple):
     tool: str
     recipe: str
     runs: str
-    loss: float  # points of top-1
+    loss: float  # points of the quality of the network
     agreement: float  # %
     sqnr: float  # dB, of the logits
     seconds: float  # of quantizing, imports and compilation included
@@ -93,15 +94,21 @@ def by_recipe(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
     return jq.ptq.recipe("default", model, batches).model
 
 
+def by_best(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target=TARGET)
+    return jq.ptq.recipe("best", model, batches).model
+
+
 def by_mixing(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
     rules = jq.QConfig(jq.templates.int8_default())
     found = jq.analysis.mix_precision(graph, params, rules, batches, target=TARGET, share=0.1).model
-    return jq.ptq.correct_bias(jq.ptq.search_weight_scales(found), batches)
+    return jq.ptq.shift_relus(jq.ptq.correct_bias(jq.ptq.search_weight_scales(found), batches))
 
 
 OWN = {
     "the default call": by_default,
     'jq.ptq.recipe("default")': by_recipe,
+    'jq.ptq.recipe("best")': by_best,
     "int16 for 10 % of the bytes": by_mixing,
 }
 
@@ -173,7 +180,7 @@ def session(path: Path) -> Run:
 # The page
 
 
-def cases(task: Task, data: Path, seeds: list[int], count: int) -> Iterator[Case]:
+def cases(task: Network, data: Path, seeds: list[int], count: int) -> Iterator[Case]:
     net, images, labels, free = task.load(data)
     for seed in seeds:
         calibrating, measuring = split(labels, free, task.calibration, seed)
@@ -189,10 +196,17 @@ def measure(case: Case, peers: list[str], envs: Path | None, recipes: str, conso
     for tool, found in tools.items():
         for recipe, runs, seconds, lines, run in found:
             got = logits(run, case.measuring, case.task.batch)
-            exact, kept, agreement, sqnr = figures(baseline, got, case.labels)
-            row = Row(case.task.title, tool, recipe, runs, exact - kept, agreement, sqnr, seconds, lines)
+            row = Row(case.task.title, tool, recipe, runs, *figures(case, baseline, got), seconds, lines)
             console.print(row.task, *row.cells, sep=" | ")
             yield row
+
+
+def figures(case: Case, wanted: np.ndarray, got: np.ndarray) -> tuple[float, float, float]:
+    """The quality that is lost (points), the agreement of classes (%), and the SQNR of the outputs (dB)."""
+    lost = case.task.quality(wanted, case.labels) - case.task.quality(got, case.labels)
+    agreement = 100 * float(np.mean(wanted.argmax(1) == got.argmax(1)))
+    signal, noise = (sum(np.sum(np.square(np.float64(y))) for y in each) for each in (wanted, got - wanted))
+    return lost, agreement, float(10 * np.log10(signal / max(noise, 1e-30)))
 
 
 def mean_rows(rows: list[Row]) -> list[Row]:
@@ -208,10 +222,10 @@ def markdown(rows: list[Row], command: str, counts: dict[str, tuple[int, int]]) 
         "# Accuracy beside other tools",
         "",
         f"Written by `{command}`.",
-        "int8, a scale for each output channel of a weight. A loss is that of top-1 against the float network on the",
-        "same pictures; agreement is of classes, SQNR of logits. A symmetric grid is what the chip has; the default",
-        "of a peer may be asymmetric, or unsigned behind ReLU. Seconds hold imports and compilation, and depend on the",
-        "machine and on what else it does. Lines are those of user code behind the float network.",
+        "int8, a scale for each output channel of a weight. A loss is that of top-1 or mean IoU against the float",
+        "network on the same pictures; agreement is of classes, SQNR of logits. A symmetric grid is what the chip has;",
+        "the default of a peer may be asymmetric, or unsigned behind ReLU. Seconds hold imports and compilation, and",
+        "depend on the machine and on what else it does. Lines are those of user code behind the float network.",
     ]
     for title, (calibrating, measuring) in counts.items():
         lines += ["", f"## {title}", "", f"{calibrating} pictures calibrate, {measuring} measure.", ""]
@@ -222,7 +236,7 @@ def markdown(rows: list[Row], command: str, counts: dict[str, tuple[int, int]]) 
 def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the pictures and the checkpoints")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--count", type=int, default=2000, help="pictures that measure, at most")
     parser.add_argument("--recipes", default="", help="only those of ours whose name contains this")
@@ -235,7 +249,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         parser.error(f"--data {options.data}: no such folder")
     rows, counts, console = list[Row](), dict[str, tuple[int, int]](), Console()
     for name in options.tasks:
-        for case in cases(TASKS[name], options.data, options.seeds, options.count):
+        for case in cases(NETWORKS[name], options.data, options.seeds, options.count):
             counts[case.task.title] = (len(case.calibrating), len(case.measuring))
             rows += measure(case, options.peers, None if options.here else options.envs, options.recipes, console)
     rows = mean_rows(rows)
