@@ -16,13 +16,14 @@ from jquant.graph.axes import automatic, automatic_axes
 from jquant.graph.checks import is_finite
 from jquant.graph.evaluate import bind_inputs
 from jquant.graph.float import value_shapes
+from jquant.meanings.fake_quant import weight_on_grid
 from jquant.meanings.meaning import Mode, check_mode
 from jquant.numerics.namespace import to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
 from jquant.ops.composite import MASKED
 from jquant.ops.table import Exp
 from jquant.plan.batch_norm import fold_kept
-from jquant.plan.scales import check_model, expand_weight, quantizer_of, scale_of, value_scales
+from jquant.plan.scales import check_model, scale_of, value_scales
 from jquant.text import did_you_mean, format_table
 from jquant.types import Array, InputError, JQuantError, Model, Node, Params, Plan, QuantSpec
 
@@ -307,9 +308,8 @@ def _weights(plan: Plan, *sides: tuple[str, Model, Arrays | None]) -> Iterator[t
         weight, spec = model.params[key], plan.weights[key]
         if mode == "float":
             return weight
-        quantizer = quantizer_of(spec)
-        if mode != "bit_true" and not quantizer.to_nearest:
-            return np.asarray(quantizer(weight, expand_weight(key, plan, model.qparams, weight.ndim), spec))
+        if mode != "bit_true":
+            return np.asarray(weight_on_grid(key, model))
         scale = expand(scale_of(key, plan, model.qparams), plan.weight_axis.get(key), weight.ndim)
         return dequantize(quantize(weight, scale, spec.dtype, spec.rounding), scale)
 

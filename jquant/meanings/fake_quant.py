@@ -11,12 +11,12 @@ from jquant.graph.float import float_rule, positions_of
 from jquant.graph.operator import Operand, derived_scale, eval_on_grid, rounds_by_itself
 from jquant.numerics.fusion import computed_once
 from jquant.numerics.namespace import real
-from jquant.numerics.rounding import dequantize
+from jquant.numerics.rounding import dequantize, expand, quantize
 from jquant.ops.conv import Conv, ConvTranspose, Linear, quantized_bias
 from jquant.plan.scales import Scales, expand_weight, parameter_of, quantizer_of, scale_of
 from jquant.quantizers import fake_quant, forward_mode
 from jquant.quantizers.surrogate import straight_through
-from jquant.types import Array, Graph, Node, Params, Plan, QParams, QuantSpec, Target
+from jquant.types import Array, Graph, Model, Node, Params, Plan, QParams, QuantSpec, Target
 
 _BIAS = QuantSpec(dtype="int32")
 
@@ -158,6 +158,16 @@ def fake_quant_weight(key: str, plan: Plan, params: Params, qparams: QParams, on
     weight = weight.transpose(back)
     rounded = quantizer(weight, parameter, spec)
     return rounded if on is None else jnp.where(on, rounded, weight)
+
+
+def weight_on_grid(key: str, model: Model) -> Array:
+    """A weight on its grid, as the plan has it. Weights on the host stay there, and compile nothing."""
+    plan, weight = model.plan, model.params[key]
+    spec, quantizer = plan.weights[key], quantizer_of(plan.weights[key])
+    if not quantizer.to_nearest:
+        return quantizer(weight, expand_weight(key, plan, model.qparams, weight.ndim), spec)
+    scale = expand(scale_of(key, plan, model.qparams), plan.weight_axis.get(key), weight.ndim)
+    return dequantize(quantize(weight, scale, spec.dtype, spec.rounding), scale)
 
 
 def fake_quant_tap(plan: Plan, qparams: QParams, *, unrolled: bool = True) -> Callable[[str, Array], Array]:

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jquant.graph.float import value_shapes
 from jquant.graph.passes import param_uses, with_params
-from jquant.meanings.fake_quant import fake_quant_weight
+from jquant.meanings.fake_quant import weight_on_grid
+from jquant.numerics.namespace import to_device, to_host
 from jquant.ops.activation import Dropout
 from jquant.ops.conv import Conv, ConvTranspose, Linear
 from jquant.ops.elementwise import Clamp
@@ -21,7 +21,7 @@ from jquant.plan.batch_norm import check_folded
 from jquant.plan.scales import check_model, quantizer_of, scale_of
 from jquant.ptq.channels import Layer, layers, rows
 from jquant.text import format_table
-from jquant.types import Array, FrozenMap, Graph, Model, Node, Op, QuantSpec, Resolution
+from jquant.types import FrozenMap, Graph, Model, Node, Op, QuantSpec, Resolution
 
 UPPER = {"relu": None, "relu6": 6.0}
 KEEPS_SCALE = (Dropout, Slice, Flatten, Permute, Reshape, MaxPool, AdaptiveMaxPool, ReduceMax)
@@ -74,9 +74,7 @@ def find_shifts(model: Model, *, pads: bool = False) -> Shifts:
       model: calibrated, batch norm folded.
       pads: as for `shift_relus`.
     """
-    check_folded(model.plan, "find_shifts")
-    check_model(model)
-    search = _Search(model, pads)
+    search = _Search(_on_host(model), pads)
     return Shifts(tuple(search.shift(node) for node, op in layers(model.plan.graph) if op.activation != "none"))
 
 
@@ -112,7 +110,14 @@ def shift_relus(model: Model, *, pads: bool = False) -> Model:
       model = jq.ptq.shift_relus(model)
     """
     found = find_shifts(model, pads=pads).possible
-    return _Rewriting(model).shifted(found) if found else model
+    return _Rewriting(_on_host(model)).shifted(found) if found else model
+
+
+def _on_host(model: Model) -> Model:
+    """The model with numpy arrays: what happens once compiles nothing."""
+    check_folded(model.plan, "shift_relus")
+    check_model(model)
+    return Model(model.plan, to_host(model.params), to_host(model.qparams))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,8 +233,8 @@ def _narrower(model: Model, value: str) -> float:
     """The scale under which all integers of the format cover what those from 0 on did."""
     spec = model.plan.spec(value)
     low, high = spec.range
-    wanted = scale_of(value, model.plan, model.qparams) * np.float32(high / (high - low))
-    return float(quantizer_of(spec).scale(quantizer_of(spec).init(jnp.asarray(wanted), spec), spec))
+    wanted: Any = scale_of(value, model.plan, model.qparams) * np.float32(high / (high - low))
+    return float(quantizer_of(spec).scale(quantizer_of(spec).init(wanted, spec), spec))
 
 
 def offset_of(model: Model, value: str) -> float:
@@ -254,8 +259,8 @@ class _Rewriting:
     model: Model
     nodes: dict[str, Node] = field(init=False)
     values: dict[str, QuantSpec | None] = field(init=False)
-    params: dict[str, Array] = field(init=False)
-    qparams: dict[str, Array] = field(init=False)
+    params: dict[str, Any] = field(init=False)
+    qparams: dict[str, Any] = field(init=False)
     notes: list[Resolution] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -275,7 +280,8 @@ class _Rewriting:
         for name, (_, c) in behind.items():
             if name in plan.owned and self.values[name] == plan.values[name]:
                 spec, scale = plan.spec(name), float(scale_of(name, plan, self.model.qparams))
-                self.qparams[name] = quantizer_of(spec).init(jnp.float32(_scale_behind(scale, spec, c)), spec)
+                wanted: Any = np.asarray(_scale_behind(scale, spec, c), np.float32)
+                self.qparams[name] = quantizer_of(spec).init(wanted, spec)
         firsts = {shift.name for shift in shifts}
         graph = replace(plan.graph, nodes=tuple(self._all_nodes(plan.graph, firsts, behind)))
         made = replace(
@@ -284,11 +290,11 @@ class _Rewriting:
             values=FrozenMap({name: self.values[name] for name in graph.values}),
             resolutions=(*plan.resolutions, *self.notes),
         )
-        return Model(made, {key: self.params[key] for key in graph.param_names}, self.qparams)
+        return to_device(Model(made, {key: self.params[key] for key in graph.param_names}, self.qparams))
 
     def _put_on_grid(self, key: str) -> None:
         if key in self.model.plan.weights:
-            self.params[key] = fake_quant_weight(key, self.model.plan, self.params, self.qparams)
+            self.params[key] = weight_on_grid(key, self.model)
 
     def _narrow(self, name: str) -> None:
         self.values[name] = replace(
@@ -336,8 +342,6 @@ class _Rewriting:
     def _row_sums(self, key: str, op: Layer) -> np.ndarray:
         """The sum of the weights of each output channel, [out]."""
         weight: Any = np.asarray(self.params[key], np.float64)
-        if key in self.model.plan.turned:
-            weight = weight.transpose(self.model.plan.turned[key])
         return np.asarray(rows(op, weight)).sum(-1).reshape(-1)
 
     def _pad(self, node: Node, op: Conv, value: float) -> Node:
@@ -357,5 +361,5 @@ class _Rewriting:
             return node
         key = node.params.get("bias", f"{node.name}.bias")
         before = np.asarray(self.params[key], np.float64) if "bias" in node.params else 0.0
-        self.params[key] = jnp.asarray(np.float32(before + added))
+        self.params[key] = np.asarray(before + added, np.float32)
         return with_params(node, {**node.params, "bias": key})

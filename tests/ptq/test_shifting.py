@@ -1,10 +1,14 @@
 """Shifted relus: the function in float stays, the steps behind a relu are halved, and the integers are as ever."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from support import graphs
+from support.compilations import counted
 from support.properties import check_reference
 
 import jquant as jq
@@ -46,7 +50,10 @@ def with_readers_on_grid(model, **options):
     by_name = model.plan.graph.by_name
     readers = {name for shift in ptq.find_shifts(model, **options).possible for name in shift.readers}
     keys = [by_name[name].params["weight"] for name in readers]
-    params = {key: fake_quant_weight(key, model.plan, model.params, model.qparams) for key in keys}
+    params = {}
+    for key in keys:
+        rounded = fake_quant_weight(key, model.plan, model.params, model.qparams)
+        params[key] = rounded.transpose(model.plan.turned[key]) if key in model.plan.turned else rounded
     return model.replace(params={**model.params, **params})
 
 
@@ -254,6 +261,35 @@ def test_other_formats_stay_as_they_are(spec, reason):
     model, _ = calibrated(build, build.conv(x, 4, 1), qconfig=rules)
     (found,) = ptq.find_shifts(model).all
     assert found.reason.endswith(reason)
+
+
+def test_weights_of_a_jax_function_that_lie_the_other_way():
+    rng = np.random.default_rng(0)
+    weights = {
+        name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in {"a": (6, 8), "b": (8, 5)}.items()
+    }
+    x = jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
+    graph, params = jq.trace(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], weights, x)
+    model = jq.calibrate(jq.prepare(graph, params, INT8, target=NASH), [x])
+    plain = ptq.shift_relus(model)
+    turned = jq.FrozenMap({node.params["weight"]: (1, 0) for node in model.plan.graph.nodes})
+    model = model.replace(plan=replace(model.plan, turned=turned))
+    shifted = ptq.shift_relus(model)
+    for key, param in plain.params.items():
+        np.testing.assert_array_equal(shifted.params[key], param)
+    assert len(shifted.plan.graph.nodes) == len(model.plan.graph.nodes) + 1
+    wanted = jq.apply(with_readers_on_grid(model), x, mode="float")
+    np.testing.assert_allclose(jq.apply(shifted, x, mode="float"), wanted, rtol=0, atol=1e-4)
+    check_reference(jq.lower(shifted), (x,))
+
+
+def test_it_compiles_nothing():
+    model, _ = every_way()
+    ptq.shift_relus(model, pads=True)
+    model, _ = every_way(seed=2)
+    with counted() as found:
+        ptq.shift_relus(model, pads=True)
+    assert not found
 
 
 def test_a_power_of_two_is_halved():
