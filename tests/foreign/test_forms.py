@@ -414,3 +414,20 @@ def test_a_branch_on_a_constant_is_the_branch_that_is_taken(taken):
     file.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
     with pytest.raises(jq.ConversionError, match="If 'choice'"):
         from_onnx(onnx.load_from_string(file.SerializeToString()))
+
+
+def test_a_shift_gives_the_steps_of_unsigned_values_back():
+    """uint8 behind a relu, at half of the steps as int8: `shift_relus` restores the file's, and its integers."""
+    made = Qdq()
+    x = made.pair("x", 2**-5)
+    y = made.op("Relu", made.conv(x, "first", made.scales[x]), out="relu")
+    y = made.pair(y, 2**-5, np.uint8, 0)
+    file = made.model({made.pair(made.conv(y, "second", 2**-5), 2**-3): 4})
+    x = draw(2, 4, 5, 5) * 2
+    (expected,) = run_onnxruntime(file, x)
+    coarse = model_from_onnx(file, target=EXACT, zero_point="requantize")
+    fine = jq.ptq.shift_relus(coarse)
+    assert fine.plan.values["first"].fixed_scale == pytest.approx(2**-5, rel=2**-23)
+    assert all(np.abs(found - expected).max() > 0 for (found,) in both(coarse, x))
+    for (found,) in both(fine, x):
+        np.testing.assert_array_equal(found, expected)
