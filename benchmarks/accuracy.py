@@ -2,6 +2,8 @@
 
 python benchmarks/accuracy.py --data DIR [--tasks resnet20] [--seeds 0] [--count 400] [--peers onnxruntime nncf]
 
+Each measurement is kept as a file below `out/accuracy/`, and one that is there is not repeated.
+
 Networks and pictures are those of `networks.py`; a seed decides which pictures calibrate. A peer is installed into an
 environment of its own (`--envs`) at its first use. It gets the float network as ONNX and the pictures that calibrate.
 Its file runs in onnxruntime, optimizations off, on the pictures that measure jquant too.
@@ -10,14 +12,16 @@ Its file runs in onnxruntime, optimizations off, on the pictures that measure jq
 import argparse
 import inspect
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +33,7 @@ from jquant_converters import from_torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from keeping import markdown_table  # noqa: E402
+from keeping import keep, markdown_table, read_kept  # noqa: E402
 from networks import NETWORKS, Network  # noqa: E402
 from ptq_accuracy import TARGET, in_batches, logits, split  # noqa: E402
 
@@ -60,6 +64,19 @@ class Case(NamedTuple):
     measuring: np.ndarray
     labels: np.ndarray
 
+    def float_outputs(self, x: Any) -> np.ndarray:
+        with torch.no_grad():
+            return self.net(torch.tensor(np.asarray(x))).numpy()
+
+
+class Measured(NamedTuple):
+    """How something runs, what it took, and a function of pictures."""
+
+    runs: str
+    seconds: float
+    lines: int
+    run: Run
+
 
 class Row(NamedTuple):
     task: str
@@ -71,14 +88,16 @@ class Row(NamedTuple):
     sqnr: float  # dB, of the logits
     seconds: float  # of quantizing, imports and compilation included
     lines: int  # of user code
+    seeds: int = 1
 
     @property
     def cells(self) -> tuple[str, ...]:
         numbers = (f"{self.loss:.2f}", f"{self.agreement:.1f}", f"{self.sqnr:.1f}", f"{self.seconds:.0f}")
-        return (self.tool, self.recipe, self.runs, *numbers, str(self.lines))
+        return (self.tool, self.recipe, self.runs, *numbers, str(self.lines), str(self.seeds))
 
 
-COLUMNS = ("tool", "recipe", "run as", "loss, points", "agrees, %", "SQNR, dB", "seconds", "lines")
+COLUMNS = ("tool", "recipe", "run as", "loss, points", "agrees, %", "SQNR, dB", "seconds", "lines", "seeds")
+KEPT = "accuracy"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # jquant: every recipe is a function whose body is the user's code
@@ -113,20 +132,19 @@ OWN = {
 }
 
 
-def own_rows(case: Case, wanted: str) -> Iterator[tuple[str, str, float, int, Run]]:
-    """(recipe, meaning, seconds, lines, run) of each of our recipes."""
+SLOW = ('jq.ptq.recipe("best")', "int16 for 10 % of the bytes")  # with the first seed alone
+
+
+def of_ours(case: Case, recipe: str) -> Iterator[Measured]:
     graph, params = from_torch(case.net, (torch.zeros(1, *case.calibrating.shape[1:]),))
-    batches = in_batches(case.calibrating, case.task.batch)
-    for name, make in OWN.items():
-        if wanted not in name:
-            continue
-        start = time.perf_counter()
-        model = make(graph, params, batches)
-        seconds, lines = time.perf_counter() - start, len(inspect.getsource(make).splitlines()) - 1
-        program = jq.lower(model)
-        yield name, "fake-quant", seconds, lines, lambda x, model=model: np.asarray(jq.apply(model, x))
-        yield name, "integer", seconds, lines, lambda x, program=program: np.asarray(jq.run(program, x))
-        jax.clear_caches()
+    batches, make = in_batches(case.calibrating, case.task.batch), OWN[recipe]
+    start = time.perf_counter()
+    model = make(graph, params, batches)
+    seconds, lines = time.perf_counter() - start, len(inspect.getsource(make).splitlines()) - 1
+    yield Measured("fake-quant", seconds, lines, lambda x: np.asarray(jq.apply(model, x)))
+    program = jq.lower(model)
+    yield Measured("integer", seconds, lines, lambda x: np.asarray(jq.run(program, x)))
+    jax.clear_caches()  # no recipe runs what another one compiled
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,21 +168,16 @@ def export(net: torch.nn.Module, pictures: np.ndarray, path: Path) -> None:
     program.save(path)
 
 
-def peer_rows(case: Case, name: str, python: Path) -> Iterator[tuple[str, str, float, int, Run]]:
-    """(recipe, meaning, seconds, lines, run) of each grid of a peer."""
+def of_peer(case: Case, name: str, grid: str, python: Path) -> Iterator[Measured]:
     script = HERE / "peers" / PEERS[name].script
     lines = len(script.read_text().partition("# begin\n")[2].partition("# end")[0].strip().splitlines())
     with tempfile.TemporaryDirectory() as folder:
-        path, pictures = Path(folder) / "float.onnx", Path(folder) / "pictures.npy"
+        path, pictures, out = (Path(folder) / each for each in ("float.onnx", "pictures.npy", "out.onnx"))
         export(case.net, case.calibrating, path)
         np.save(pictures, case.calibrating)
-        for grid in PEERS[name].grids:
-            out = Path(folder) / f"{grid}.onnx"
-            done = subprocess.run(
-                [python, script, path, pictures, out, grid], check=True, capture_output=True, text=True
-            )
-            seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
-            yield f"{grid} grid", "onnxruntime", seconds, lines, session(out)
+        done = subprocess.run([python, script, path, pictures, out, grid], check=True, capture_output=True, text=True)
+        seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
+        yield Measured("onnxruntime", seconds, lines, session(out))
 
 
 def session(path: Path) -> Run:
@@ -188,15 +201,35 @@ def cases(task: Network, data: Path, seeds: list[int], count: int) -> Iterator[C
         yield Case(task, net, images[calibrating], images[measuring], labels[measuring])
 
 
-def measure(case: Case, peers: list[str], envs: Path | None, recipes: str, console: Console) -> Iterator[Row]:
-    with torch.no_grad():
-        baseline = logits(lambda x: case.net(torch.tensor(np.asarray(x))), case.measuring, case.task.batch)
-    pythons = {name: Path(sys.executable) if envs is None else python_of(name, envs) for name in peers}
-    tools = {"jquant": own_rows(case, recipes), **{n: peer_rows(case, n, p) for n, p in pythons.items()}}
-    for tool, found in tools.items():
-        for recipe, runs, seconds, lines, run in found:
-            got = logits(run, case.measuring, case.task.batch)
-            row = Row(case.task.title, tool, recipe, runs, *figures(case, baseline, got), seconds, lines)
+def measurements(
+    case: Case, peers: list[str], envs: Path | None, recipes: list[str]
+) -> Iterator[tuple[str, str, Callable[[], Iterator[Measured]]]]:
+    """(tool, recipe, what measures it) of everything that is asked for."""
+    for recipe in recipes:
+        yield "jquant", recipe, partial(of_ours, case, recipe)
+    for name in peers:
+        for grid in PEERS[name].grids:
+            python = Path(sys.executable) if envs is None else python_of(name, envs)
+            yield name, f"{grid} grid", partial(of_peer, case, name, grid, python)
+
+
+def measure(
+    case: Case, name: str, found: Iterator[tuple[str, str, Callable[[], Iterator[Measured]]]], console: Console
+) -> Iterator[Row]:
+    """The rows of a case; `name` says which it is, for the files of what is finished."""
+    baseline = cache(lambda: logits(case.float_outputs, case.measuring, case.task.batch))
+    for tool, recipe, make in found:
+        place = re.sub(r"[^a-z0-9]+", "-", f"{name} {tool} {recipe}".lower()).strip("-")
+        kept = read_kept(KEPT, place)
+        if kept is None:
+            rows = []
+            for each in make():
+                got = logits(each.run, case.measuring, case.task.batch)
+                numbers = figures(case, baseline(), got)
+                rows.append(Row(case.task.title, tool, recipe, each.runs, *numbers, each.seconds, each.lines))
+            kept = {"rows": rows}
+            keep(KEPT, place, kept)
+        for row in (Row(*values) for values in kept["rows"]):
             console.print(row.task, *row.cells, sep=" | ")
             yield row
 
@@ -214,7 +247,7 @@ def mean_rows(rows: list[Row]) -> list[Row]:
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         found.setdefault(row[:4], []).append(row)
-    return [Row(*key, *np.mean([row[4:8] for row in of], axis=0), of[0].lines) for key, of in found.items()]
+    return [Row(*key, *np.mean([row[4:8] for row in of], axis=0), of[0].lines, len(of)) for key, of in found.items()]
 
 
 def markdown(rows: list[Row], command: str, counts: dict[str, tuple[int, int]]) -> str:
@@ -226,6 +259,7 @@ def markdown(rows: list[Row], command: str, counts: dict[str, tuple[int, int]]) 
         "network on the same pictures; agreement is of classes, SQNR of logits. A symmetric grid is what the chip has;",
         "the default of a peer may be asymmetric, or unsigned behind ReLU. Seconds hold imports and compilation, and",
         "depend on the machine and on what else it does. Lines are those of user code behind the float network.",
+        "Figures are means over the seeds; slow recipes ran with the first seed alone.",
     ]
     for title, (calibrating, measuring) in counts.items():
         lines += ["", f"## {title}", "", f"{calibrating} pictures calibrate, {measuring} measure.", ""]
@@ -249,9 +283,13 @@ def main(argv: list[str] | None = None) -> list[Row]:
         parser.error(f"--data {options.data}: no such folder")
     rows, counts, console = list[Row](), dict[str, tuple[int, int]](), Console()
     for name in options.tasks:
-        for case in cases(NETWORKS[name], options.data, options.seeds, options.count):
+        every = cases(NETWORKS[name], options.data, options.seeds, options.count)
+        for seed, case in zip(options.seeds, every, strict=True):
             counts[case.task.title] = (len(case.calibrating), len(case.measuring))
-            rows += measure(case, options.peers, None if options.here else options.envs, options.recipes, console)
+            first = seed == options.seeds[0]
+            recipes = [recipe for recipe in OWN if options.recipes in recipe and (first or recipe not in SLOW)]
+            found = measurements(case, options.peers, None if options.here else options.envs, recipes)
+            rows += measure(case, f"{name} {seed} {options.count}", found, console)
     rows = mean_rows(rows)
     if not options.no_write:
         shown = f"--tasks {' '.join(options.tasks)} --seeds {' '.join(map(str, options.seeds))} --count {options.count}"
