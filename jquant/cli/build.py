@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import jquant as jq
-from jquant.cli.arguments import check_file, check_folder, check_packages
+from jquant.cli.arguments import check_choice, check_file, check_folder, check_packages
 from jquant.cli.console import Console, Json, Quiet, UnmetError, UsageError, Verbose, command
 from jquant.cli.data import are_pictures, check_data, load_data
 from jquant.cli.models import (
@@ -121,6 +121,14 @@ def check(
     console.next(*towards_scales(state, model, config, checkpoint, shape))
 
 
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Also improve it, by steps that are kept where they help: fast, default or best (jq.ptq.recipe)."
+    ),
+]
+
+
 @command
 def calibrate(
     model: ModelPath,
@@ -133,23 +141,31 @@ def calibrate(
     samples: Samples = None,
     microbatch: Microbatch = None,
     devices: Devices = None,
+    recipe: RecipeOption = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Find the scales of a model from data, and write both as a state.
 
+    With --recipe the file holds the improved model as jq.plan.save writes it, which all commands take.
+
     \b
     jquant calibrate net.py:make --checkpoint net.pth --shape 1,3,224,224 \\
       --config q.toml --data images/ -o net.jqs
     jquant calibrate net.jqs -c other.toml -d arrays.npz --samples 100 -o new.jqs
+    jquant calibrate net.jqs -d arrays.npz --recipe default -o better.jqm
     """
     console, mesh = Console(json, quiet, verbose), mesh_of(devices)
+    _check_recipe(recipe, microbatch, devices)
     check_data(data)
     check_file(output)
     state, settings = load_state_of(model, config, checkpoint, shape, needs_qconfig=True)
     _say_defaults(console, settings, data)
-    state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
+    if recipe is None:
+        state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
+    else:
+        state = _tuned(console, state, settings, data, batch, samples, recipe)
     save_state(output, state)
     calibrated = state.calibrated()
     console.text(describe(calibrated))
@@ -171,6 +187,7 @@ def quantize(
     samples: Samples = None,
     microbatch: Microbatch = None,
     devices: Devices = None,
+    recipe: RecipeOption = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -183,8 +200,11 @@ def quantize(
     jquant quantize trained.jqs -o net.jq
     """
     console, mesh = Console(json, quiet, verbose), mesh_of(devices)
+    _check_recipe(recipe, microbatch, devices)
     if data is not None:
         check_data(data)
+    elif recipe is not None:
+        raise UsageError("--recipe needs calibration data: give --data")
     check_file(output)
     if report is not None:
         if data is None:
@@ -194,7 +214,12 @@ def quantize(
     state, settings = load_state_of(model, config, checkpoint, shape, needs_qconfig=True)
     if data is not None and state.trained is None:
         _say_defaults(console, settings, data)
-        state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
+        if recipe is None:
+            state = _calibrated(state, settings, data, batch, samples, microbatch=microbatch, mesh=mesh)
+        else:
+            state = _tuned(console, state, settings, data, batch, samples, recipe)
+    elif recipe is not None:
+        raise UsageError(f"{model} was trained: --recipe would calibrate it again; leave it out")
     program = lower(state.calibrated())
     if report is not None and data is not None:
         from jquant.cli.measure import write_reports
@@ -221,3 +246,21 @@ def _calibrated(state: State, settings: Settings, data: str, batch: int, samples
     found = load_data(data, state.graph, settings.image)
     calibrated = jq.calibrate(state.prepared(), found.inputs(batch, samples), **options)
     return used_on(state, settings, data).with_model(calibrated, trained=False)
+
+
+def _check_recipe(recipe: str | None, microbatch: int | None, devices: int | None) -> None:
+    if recipe is None:
+        return
+    check_choice("--recipe", recipe, jq.ptq.RECIPES)
+    if microbatch is not None or devices is not None:
+        raise UsageError("--recipe calibrates on one device and on whole batches: leave out --microbatch and --devices")
+
+
+def _tuned(
+    console: Console, state: State, settings: Settings, data: str, batch: int, samples: int | None, recipe: Any
+) -> State:
+    """The model as a recipe improves it, with the table of its steps."""
+    found = load_data(data, state.graph, settings.image)
+    tuned = jq.ptq.recipe(recipe, state.prepared(), found.inputs(batch, samples))
+    console.text(str(tuned))
+    return State.of_model(tuned.model, used_on(state, settings, data).image)

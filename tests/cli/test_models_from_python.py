@@ -73,3 +73,42 @@ def test_another_qconfig_is_refused(folder: Path) -> None:
     assert "prepared in Python" in refused.err
     assert ranked.code != 0
     assert "jq.analysis.search_mixed_precision" in ranked.err
+
+
+def test_a_recipe_from_the_shell_is_that_of_the_library(folder: Path) -> None:
+    """Its steps are printed, and what it writes goes on as a model."""
+    tuned, again = (
+        "calibrate raw.jqm --data data.npz --batch 8 --recipe default -o tuned.jqm",
+        "quantize tuned.jqm -o a.jq",
+    )
+    straight = "quantize raw.jqm --data data.npz --batch 8 --recipe default -o b.jq"
+    done = run_all(folder, {each: each for each in (tuned, again, straight)})
+    for command, result in done.items():
+        assert result.code == 0, f"{command}: {result.err[-2000:]}"
+    x = np.load(folder / "data.npz")["x"]
+    batches = [jnp.asarray(x[i : i + 8]) for i in range(0, len(x), 8)]
+    wanted = jq.ptq.recipe("default", jq.plan.load(folder / "raw.jqm"), batches)
+    for trial in wanted.trials:
+        assert trial.step in done[tuned].out
+    for name, scale in jq.plan.load(folder / "tuned.jqm").qparams.items():
+        np.testing.assert_array_equal(scale, wanted.model.qparams[name])
+    for file in ("a.jq", "b.jq"):
+        np.testing.assert_array_equal(jq.run(jq.load(folder / file), x), jq.run(jq.lower(wanted.model), x))
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("calibrate raw.jqm --data data.npz --recipe bets -o no.jqm", "did you mean 'best'?"),
+        (
+            "calibrate raw.jqm --data data.npz --recipe best --devices 1 -o no.jqm",
+            "leave out --microbatch and --devices",
+        ),
+        ("quantize net.jqm --recipe best -o no.jq", "--recipe needs calibration data: give --data"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_a_wrong_argument(folder: Path, command: str, text: str) -> None:
+    (result,) = run_all(folder, {command: command}).values()
+    assert result.code == 2
+    assert text in result.err
+    assert not list(folder.glob("no.*"))
