@@ -124,15 +124,46 @@ def by_mixing(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
     return jq.ptq.shift_relus(jq.ptq.correct_bias(jq.ptq.search_weight_scales(found), batches))
 
 
+def by_four_bits(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    layers = [node.name for node in graph.nodes if node.op.weight_roles]
+    rules = {"*": jq.Policy(weight=jq.int4(axis="out"), output=jq.int8())}
+    rules |= dict.fromkeys((layers[0], layers[-1]), jq.Policy(weight=jq.int8(axis="out")))
+    model = jq.calibrate(jq.prepare(graph, params, jq.QConfig(rules), target=TARGET), batches)
+    before = jq.ptq.search_weight_scales(model)
+    model = jq.ptq.reconstruct_blocks(before, batches, steps=300)
+    return jq.ptq.shift_relus(jq.ptq.correct_bias(model, batches, reference=before))
+
+
+def by_four_bits_everywhere(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    layers = [node.name for node in graph.nodes if node.op.weight_roles]
+    relus = [node.name for node in graph.nodes if isinstance(node.op, jq.ops.Relu)]
+    rules = {"*": jq.Policy(weight=jq.int4(axis="out"), output=jq.int4())}
+    rules |= dict.fromkeys(relus, jq.Policy(output=jq.config.uint4()))
+    rules |= dict.fromkeys((layers[0], layers[-1]), jq.Policy(weight=jq.int8(axis="out")))
+    rules[graph.inputs[0].name] = jq.Policy(output=jq.int8())
+    model = jq.calibrate(jq.prepare(graph, params, jq.QConfig(rules), target=jq.targets.NASH_P), batches)
+    return jq.ptq.reconstruct_blocks(jq.ptq.search_weight_scales(model), batches, steps=300)
+
+
 OWN = {
     "the default call": by_default,
     'jq.ptq.recipe("default")': by_recipe,
     'jq.ptq.recipe("best")': by_best,
     "int16 for 10 % of the bytes": by_mixing,
+    "W4A8, blocks": by_four_bits,
+    "W4A4, blocks": by_four_bits_everywhere,
 }
 
 
 SLOW = ('jq.ptq.recipe("best")', "int16 for 10 % of the bytes")  # with the first seed alone
+# With the first seed, where the format decides: others lose nothing, or everything by any method.
+LOW_BITS = {"W4A8, blocks": ("mobilenet_v2", "resnet20"), "W4A4, blocks": ("resnet20",)}
+
+
+def recipes_of(network: str, first_seed: bool) -> Iterator[str]:
+    for recipe in OWN:
+        if (first_seed or recipe not in (*SLOW, *LOW_BITS)) and network in LOW_BITS.get(recipe, (network,)):
+            yield recipe
 
 
 def of_ours(case: Case, recipe: str) -> Iterator[Measured]:
@@ -142,6 +173,8 @@ def of_ours(case: Case, recipe: str) -> Iterator[Measured]:
     model = make(graph, params, batches)
     seconds, lines = time.perf_counter() - start, len(inspect.getsource(make).splitlines()) - 1
     yield Measured("fake-quant", seconds, lines, lambda x: np.asarray(jq.apply(model, x)))
+    if not model.plan.target.integer:
+        return
     program = jq.lower(model)
     yield Measured("integer", seconds, lines, lambda x: np.asarray(jq.run(program, x)))
     jax.clear_caches()  # no recipe runs what another one compiled
@@ -255,11 +288,14 @@ def markdown(rows: list[Row], command: str, counts: dict[str, tuple[int, int]]) 
         "# Accuracy beside other tools",
         "",
         f"Written by `{command}`.",
-        "int8, a scale for each output channel of a weight. A loss is that of top-1 or mean IoU against the float",
-        "network on the same pictures; agreement is of classes, SQNR of logits. A symmetric grid is what the chip has;",
-        "the default of a peer may be asymmetric, or unsigned behind ReLU. Seconds hold imports and compilation, and",
-        "depend on the machine and on what else it does. Lines are those of user code behind the float network.",
-        "Figures are means over the seeds; slow recipes ran with the first seed alone.",
+        "int8 where nothing else is said, a scale for each output channel of a weight. A loss is that of top-1 or mean",
+        "IoU against the float network on the same pictures; agreement is of classes, SQNR of logits. A symmetric grid",
+        "is what the chip has; the default of a peer may be asymmetric, or unsigned behind ReLU. Seconds hold imports",
+        "and compilation, and depend on the machine and on what else it does. Lines are those of user code behind the",
+        "float network. Figures are means over the seeds; slow recipes ran with the first seed alone.",
+        "",
+        "W4A8 and W4A4 keep 8 bits in the first and the last layer, and W4A4 for the picture. The chip has no 4-bit",
+        "values: W4A4 is fake-quant, with unsigned values behind a relu.",
     ]
     for title, (calibrating, measuring) in counts.items():
         lines += ["", f"## {title}", "", f"{calibrating} pictures calibrate, {measuring} measure.", ""]
@@ -287,7 +323,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         for seed, case in zip(options.seeds, every, strict=True):
             counts[case.task.title] = (len(case.calibrating), len(case.measuring))
             first = seed == options.seeds[0]
-            recipes = [recipe for recipe in OWN if options.recipes in recipe and (first or recipe not in SLOW)]
+            recipes = [recipe for recipe in recipes_of(name, first) if options.recipes in recipe]
             found = measurements(case, options.peers, None if options.here else options.envs, recipes)
             rows += measure(case, f"{name} {seed} {options.count}", found, console)
     rows = mean_rows(rows)

@@ -56,6 +56,13 @@ def test_a_script_of_a_peer_marks_what_a_user_writes(benchmark: ModuleType) -> N
         assert text.count("# begin\n") == text.count("# end\n") == 1
 
 
+def test_slow_recipes_run_with_one_seed(benchmark: ModuleType) -> None:
+    every, later = ([*benchmark.recipes_of("resnet20", first)] for first in (True, False))
+    assert every == list(benchmark.OWN)
+    assert later == ["the default call", 'jq.ptq.recipe("default")']
+    assert "W4A4, blocks" not in benchmark.recipes_of("mobilenet_v2", True)
+
+
 def test_a_folder_that_is_not_there(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--data", "nowhere"])
