@@ -1,7 +1,8 @@
 """Shifted relus: a value behind a relu uses all integers of its format, and not only those that are not negative."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -275,7 +276,9 @@ class _Rewriting:
         behind: dict[str, tuple[str, float]] = {}  # {value: (what is read in its place, its offset)}
         for shift in shifts:
             c = offset_of(self.model, shift.name)
-            behind |= {shift.name: (f"{shift.name}.clamp", c)} | {name: (name, c) for name in shift.through}
+            clamp = self._unused(f"{shift.name}.clamp", self.values)
+            self.values[clamp] = None
+            behind |= {shift.name: (clamp, c)} | {name: (name, c) for name in shift.through}
             self._narrow(shift.name)
         for name, (_, c) in behind.items():
             if name in plan.owned and self.values[name] == plan.values[name]:
@@ -291,6 +294,10 @@ class _Rewriting:
             resolutions=(*plan.resolutions, *self.notes),
         )
         return to_device(Model(made, {key: self.params[key] for key in graph.param_names}, self.qparams))
+
+    @staticmethod
+    def _unused(name: str, known: Container[str]) -> str:
+        return next(each for each in chain([name], (f"{name}.{i}" for i in count(2))) if each not in known)
 
     def _put_on_grid(self, key: str) -> None:
         if key in self.model.plan.weights:
@@ -337,7 +344,7 @@ class _Rewriting:
         if shifts:
             upper = UPPER[activation]
             clamp = Clamp(minimum=-c, maximum=None if upper is None else upper - c)
-            yield self._added(f"{old.name}.clamp", clamp, old.name, "the relu of a shifted value")
+            yield self._added(behind[old.name][0], clamp, old.name, "the relu of a shifted value")
 
     def _row_sums(self, key: str, op: Layer) -> np.ndarray:
         """The sum of the weights of each output channel, [out]."""
@@ -347,7 +354,7 @@ class _Rewriting:
     def _pad(self, node: Node, op: Conv, value: float) -> Node:
         spatial = op.padding
         padding = ((0, 0), *spatial, (0, 0)) if op.channels_last else ((0, 0), (0, 0), *spatial)
-        name = f"{node.name}.pad"
+        name = self._unused(f"{node.name}.pad", self.values)
         return self._added(name, Pad(padding=padding, value=value), node.inputs[0], "what zeros became by a shift")
 
     def _added(self, name: str, op: Op, operand: str, reason: str) -> Node:
@@ -359,7 +366,7 @@ class _Rewriting:
     def _with_bias(self, node: Node, added: np.ndarray) -> Node:
         if not added.any():
             return node
-        key = node.params.get("bias", f"{node.name}.bias")
+        key = node.params.get("bias") or self._unused(f"{node.name}.bias", self.params)
         before = np.asarray(self.params[key], np.float64) if "bias" in node.params else 0.0
         self.params[key] = np.asarray(before + added, np.float32)
         return with_params(node, {**node.params, "bias": key})

@@ -283,6 +283,30 @@ def test_weights_of_a_jax_function_that_lie_the_other_way():
     check_reference(jq.lower(shifted), (x,))
 
 
+def test_names_that_are_taken_already():
+    build = start()
+    first = build.conv("x", 6, 1)
+    x = relu(build, first)
+    build.nodes.append(
+        jq.Node(
+            f"{first}.clamp",
+            ops.Conv(strides=(1, 1), padding=((0, 0),) * 2, dilation=(1, 1)),
+            (x,),
+            jq.FrozenMap({"weight": build.array("second.weight", 4, 6, 1, 1)}),
+        )
+    )
+    build.params[f"{first}.clamp.bias"] = jnp.ones(4)
+    add = ops.Conv(strides=(1, 1), padding=((0, 0),) * 2, dilation=(1, 1))
+    last = {"weight": build.array("third.weight", 4, 4, 1, 1), "bias": f"{first}.clamp.bias"}
+    build.nodes.append(jq.Node("last", add, (f"{first}.clamp",), jq.FrozenMap(last)))
+    model, data = calibrated(build, "last")
+    shifted = ptq.shift_relus(model)
+    assert f"{first}.clamp.2" in shifted.plan.graph.by_name
+    assert shifted.plan.graph.by_name[f"{first}.clamp"].params["bias"] == f"{first}.clamp.bias.2"
+    wanted = jq.apply(with_readers_on_grid(model), data[0], mode="float")
+    np.testing.assert_allclose(jq.apply(shifted, data[0], mode="float"), wanted, rtol=0, atol=1e-4)
+
+
 def test_it_compiles_nothing():
     model, _ = every_way()
     ptq.shift_relus(model, pads=True)
