@@ -5,8 +5,9 @@ python benchmarks/accuracy.py --data DIR [--tasks resnet20] [--seeds 0] [--count
 Each measurement is kept as a file below `out/accuracy/`, and one that is there is not repeated.
 
 Networks and pictures are those of `networks.py`; a seed decides which pictures calibrate. A peer is installed into an
-environment of its own (`--envs`) at its first use. It gets the float network as ONNX and the pictures that calibrate.
-Its file runs in onnxruntime, optimizations off, on the pictures that measure jquant too.
+environment of its own (`--envs`) at its first use. It gets the float network as ONNX, or as a program of torch.export,
+and the pictures that calibrate. Its file is of the same kind, and runs in onnxruntime, optimizations off, or in torch,
+on the pictures that measure jquant too.
 """
 
 import argparse
@@ -41,17 +42,24 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 class Peer(NamedTuple):
-    """A tool: what pip installs for it, its script in `peers/`, and the grids that it is asked for."""
+    """A tool: what pip installs for it, its script in `peers/`, the grids that it is asked for, its kind of file."""
 
     requirements: tuple[str, ...]
     script: str
     grids: tuple[str, ...] = ("symmetric", "default")
+    suffix: str = ".onnx"  # of the float file and of the quantized one; ".pt2" is a program of torch.export
 
 
 PEERS = {
     "onnxruntime": Peer(("onnxruntime==1.32.0", "onnx==1.22.0"), "onnxruntime_static.py"),
-    # Signed values behind ReLU are refused by its backend for ONNX (`signedness_to_force=True`), so it has no such row.
+    # Its default has a scale for each channel of what a depthwise convolution reads.
     "nncf": Peer(("nncf==3.4.0", "onnx==1.22.0", "onnxruntime==1.32.0"), "nncf_onnx.py", ("default",)),
+    # Every backend of NNCF refuses signed values behind ReLU (`signedness_to_force=True`): the script opens its tables.
+    "nncf_torch": Peer(
+        ("nncf==3.4.0", "torch==2.13.0", "torchao==0.18.0"), "nncf_torch.py", ("symmetric",), suffix=".pt2"
+    ),
+    # It rounds what a depthwise convolution writes, ahead of the ReLU6 behind it as well.
+    "aimet": Peer(("aimet-onnx==2.42.0", "onnx==1.22.0", "onnxruntime==1.32.0", "torch==2.13.0"), "aimet_quantsim.py"),
 }
 
 
@@ -196,24 +204,31 @@ def python_of(name: str, envs: Path) -> Path:
 
 
 def export(net: torch.nn.Module, pictures: np.ndarray, path: Path) -> None:
-    example, batch = torch.from_numpy(pictures[:2]), torch.export.Dim("n", min=1)
-    program = torch.onnx.export(net, (example,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["x"])
-    program.save(path)
+    example, shapes = (torch.from_numpy(pictures[:2]),), ({0: torch.export.Dim("n", min=1)},)
+    if path.suffix == ".pt2":
+        torch.export.save(torch.export.export(net, example, dynamic_shapes=shapes), path)
+    else:
+        torch.onnx.export(net, example, dynamo=True, dynamic_shapes=shapes, input_names=["x"]).save(path)
 
 
 def of_peer(case: Case, name: str, grid: str, python: Path) -> Iterator[Measured]:
-    script = HERE / "peers" / PEERS[name].script
+    script, suffix = HERE / "peers" / PEERS[name].script, PEERS[name].suffix
     lines = len(script.read_text().partition("# begin\n")[2].partition("# end")[0].strip().splitlines())
     with tempfile.TemporaryDirectory() as folder:
-        path, pictures, out = (Path(folder) / each for each in ("float.onnx", "pictures.npy", "out.onnx"))
+        path, pictures, out = (Path(folder) / each for each in (f"float{suffix}", "pictures.npy", f"out{suffix}"))
         export(case.net, case.calibrating, path)
         np.save(pictures, case.calibrating)
         done = subprocess.run([python, script, path, pictures, out, grid], check=True, capture_output=True, text=True)
         seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
-        yield Measured("onnxruntime", seconds, lines, session(out))
+        yield Measured("torch" if suffix == ".pt2" else "onnxruntime", seconds, lines, session(out))
 
 
 def session(path: Path) -> Run:
+    if path.suffix == ".pt2":
+        import torch.ao.quantization.fx._decomposed  # the operators that quantize
+
+        module = torch.export.load(path).module()
+        return lambda x: module(torch.tensor(np.asarray(x))).numpy(force=True)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
