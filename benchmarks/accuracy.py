@@ -5,9 +5,8 @@ python benchmarks/accuracy.py --data DIR [--tasks resnet20] [--seeds 0] [--count
 Each measurement is kept as a file below `out/accuracy/`, and one that is there is not repeated.
 
 Networks and pictures are those of `networks.py`; a seed decides which pictures calibrate. A peer is installed into an
-environment of its own (`--envs`) at its first use. It gets the float network as ONNX, or as a program of torch.export,
-and the pictures that calibrate. Its file is of the same kind, and runs in onnxruntime, optimizations off, or in torch,
-on the pictures that measure jquant too.
+environment of its own (`--envs`) at its first use. It gets the float network as ONNX and the pictures that calibrate.
+Its file runs in onnxruntime, optimizations off, on the pictures that measure jquant too.
 """
 
 import argparse
@@ -42,22 +41,20 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 class Peer(NamedTuple):
-    """A tool: what pip installs for it, its script in `peers/`, the grids that it is asked for, its kind of file."""
+    """A tool: what pip installs for it, its script in `peers/`, and the grids that it is asked for."""
 
     requirements: tuple[str, ...]
     script: str
     grids: tuple[str, ...] = ("symmetric", "default")
-    suffix: str = ".onnx"  # of the float file and of the quantized one; ".pt2" is a program of torch.export
 
 
+NNCF = ("nncf==3.4.0", "onnx==1.22.0", "onnxruntime==1.32.0")
 PEERS = {
     "onnxruntime": Peer(("onnxruntime==1.32.0", "onnx==1.22.0"), "onnxruntime_static.py"),
-    # Its default has a scale for each channel of what a depthwise convolution reads.
-    "nncf": Peer(("nncf==3.4.0", "onnx==1.22.0", "onnxruntime==1.32.0"), "nncf_onnx.py", ("default",)),
-    # Every backend of NNCF refuses signed values behind ReLU (`signedness_to_force=True`): the script opens its tables.
-    "nncf_torch": Peer(
-        ("nncf==3.4.0", "torch==2.13.0", "torchao==0.18.0"), "nncf_torch.py", ("symmetric",), suffix=".pt2"
-    ),
+    # Unsigned behind ReLU, and a scale for each channel of what a depthwise convolution reads.
+    "nncf": Peer(NNCF, "nncf_onnx.py", ("default",)),
+    # It refuses signed values behind ReLU (`signedness_to_force=True`) by its tables of devices: the script opens them.
+    "nncf_signed": Peer(NNCF, "nncf_signed.py", ("symmetric",)),
     # It rounds what a depthwise convolution writes, ahead of the ReLU6 behind it as well.
     "aimet": Peer(("aimet-onnx==2.42.0", "onnx==1.22.0", "onnxruntime==1.32.0", "torch==2.13.0"), "aimet_quantsim.py"),
 }
@@ -204,31 +201,24 @@ def python_of(name: str, envs: Path) -> Path:
 
 
 def export(net: torch.nn.Module, pictures: np.ndarray, path: Path) -> None:
-    example, shapes = (torch.from_numpy(pictures[:2]),), ({0: torch.export.Dim("n", min=1)},)
-    if path.suffix == ".pt2":
-        torch.export.save(torch.export.export(net, example, dynamic_shapes=shapes), path)
-    else:
-        torch.onnx.export(net, example, dynamo=True, dynamic_shapes=shapes, input_names=["x"]).save(path)
+    example, batch = torch.from_numpy(pictures[:2]), torch.export.Dim("n", min=1)
+    program = torch.onnx.export(net, (example,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["x"])
+    program.save(path)
 
 
 def of_peer(case: Case, name: str, grid: str, python: Path) -> Iterator[Measured]:
-    script, suffix = HERE / "peers" / PEERS[name].script, PEERS[name].suffix
+    script = HERE / "peers" / PEERS[name].script
     lines = len(script.read_text().partition("# begin\n")[2].partition("# end")[0].strip().splitlines())
     with tempfile.TemporaryDirectory() as folder:
-        path, pictures, out = (Path(folder) / each for each in (f"float{suffix}", "pictures.npy", f"out{suffix}"))
+        path, pictures, out = (Path(folder) / each for each in ("float.onnx", "pictures.npy", "out.onnx"))
         export(case.net, case.calibrating, path)
         np.save(pictures, case.calibrating)
         done = subprocess.run([python, script, path, pictures, out, grid], check=True, capture_output=True, text=True)
         seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
-        yield Measured("torch" if suffix == ".pt2" else "onnxruntime", seconds, lines, session(out))
+        yield Measured("onnxruntime", seconds, lines, session(out))
 
 
 def session(path: Path) -> Run:
-    if path.suffix == ".pt2":
-        import torch.ao.quantization.fx._decomposed  # the operators that quantize
-
-        module = torch.export.load(path).module()
-        return lambda x: module(torch.tensor(np.asarray(x))).numpy(force=True)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -305,9 +295,10 @@ def markdown(rows: list[Row], command: str, counts: dict[str, tuple[int, int]]) 
         f"Written by `{command}`.",
         "int8 where nothing else is said, a scale for each output channel of a weight. A loss is that of top-1 or mean",
         "IoU against the float network on the same pictures; agreement is of classes, SQNR of logits. A symmetric grid",
-        "is what the chip has; the default of a peer may be asymmetric, or unsigned behind ReLU. Seconds hold imports",
-        "and compilation, and depend on the machine and on what else it does. Lines are those of user code behind the",
-        "float network. Figures are means over the seeds; slow recipes ran with the first seed alone.",
+        "is what the chip has; the default of a peer may be asymmetric, unsigned behind ReLU or, in NNCF, have a scale",
+        "for each channel of a value. nncf_signed is NNCF with two entries of its device tables changed. Seconds hold",
+        "imports and compilation, and depend on the machine and on what else it does. Lines are those of user code",
+        "behind the float network. Figures are means over the seeds; slow recipes ran with the first seed alone.",
         "",
         "W4A8 and W4A4 keep 8 bits in the first and the last layer, and W4A4 for the picture. The chip has no 4-bit",
         "values: W4A4 is fake-quant, with unsigned values behind a relu.",

@@ -38,14 +38,6 @@ def test_the_command_measures_us_and_a_peer(
     assert benchmark.main([*options, "--recipes", "the default call", "--peers", "onnxruntime"]) == rows
 
 
-def test_a_program_of_torch_runs_at_any_batch(benchmark: ModuleType, tmp_path: Path) -> None:
-    net, pictures = benchmark.torch.nn.Linear(3, 2).eval(), np.float32(np.random.default_rng(0).normal(size=(5, 3)))
-    path = tmp_path / "float.pt2"
-    benchmark.export(net, pictures, path)
-    wanted = net(benchmark.torch.from_numpy(pictures)).numpy(force=True)
-    np.testing.assert_allclose(benchmark.session(path)(pictures), wanted, atol=1e-5)
-
-
 def test_rows_are_means_over_seeds_in_a_table(benchmark: ModuleType) -> None:
     rows = [
         benchmark.Row("net", "tool", "recipe", "integer", *values, 3)

@@ -1,4 +1,4 @@
-"""Quantization by NNCF of a program of torch: python nncf_torch.py FLOAT.pt2 PICTURES.npy OUT.pt2 symmetric."""
+"""NNCF on a signed grid: python nncf_signed.py FLOAT.onnx PICTURES.npy OUT.onnx symmetric."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ def main(model: str, pictures: str, out: str, _: str) -> None:
     images, start = np.load(pictures), time.perf_counter()
     # begin
     import nncf
-    import torch
+    import onnx
     from nncf.common.hardware import qspaces
     from nncf.quantization import advanced_parameters as advanced
 
@@ -21,15 +21,14 @@ def main(model: str, pictures: str, out: str, _: str) -> None:
         mode=advanced.QuantizationMode.SYMMETRIC, per_channel=False, signedness_to_force=True
     )
     found = nncf.quantize(
-        torch.export.load(model).module(),
-        nncf.Dataset(torch.from_numpy(images).split(1)),
+        onnx.load(model),
+        nncf.Dataset([images[i : i + 1] for i in range(len(images))], lambda x: {"x": x}),
         subset_size=len(images),
         advanced_parameters=advanced.AdvancedQuantizationParameters(
             overflow_fix=advanced.OverflowFix.DISABLE, activations_quantization_params=signed
         ),
     )
-    batch = ({0: torch.export.Dim("n", min=1)},)
-    torch.export.save(torch.export.export(found, (torch.from_numpy(images[:2]),), dynamic_shapes=batch), out)
+    onnx.save(found, out)
     # end
     print(json.dumps({"seconds": time.perf_counter() - start}))
 
