@@ -1,4 +1,4 @@
-"""What each tool's calls keep of a network's accuracy, side by side: writes ACCURACY.md beside this file.
+"""What each tool's calls keep of a network's accuracy, side by side: writes ACCURACY.md and accuracy.png.
 
 python benchmarks/accuracy.py --data DIR [--tasks resnet20] [--seeds 0] [--count 400] [--peers onnxruntime nncf]
 
@@ -206,7 +206,8 @@ def export(net: torch.nn.Module, pictures: np.ndarray, path: Path) -> None:
     program.save(path)
 
 
-def of_peer(case: Case, name: str, grid: str, python: Path) -> Iterator[Measured]:
+def of_peer(case: Case, name: str, grid: str, envs: Path | None) -> Iterator[Measured]:
+    python = Path(sys.executable) if envs is None else python_of(name, envs)
     script = HERE / "peers" / PEERS[name].script
     lines = len(script.read_text().partition("# begin\n")[2].partition("# end")[0].strip().splitlines())
     with tempfile.TemporaryDirectory() as folder:
@@ -247,18 +248,23 @@ def measurements(
         yield "jquant", recipe, partial(of_ours, case, recipe)
     for name in peers:
         for grid in PEERS[name].grids:
-            python = Path(sys.executable) if envs is None else python_of(name, envs)
-            yield name, f"{grid} grid", partial(of_peer, case, name, grid, python)
+            yield name, f"{grid} grid", partial(of_peer, case, name, grid, envs)
 
 
 def measure(
-    case: Case, name: str, found: Iterator[tuple[str, str, Callable[[], Iterator[Measured]]]], console: Console
+    case: Case,
+    name: str,
+    found: Iterator[tuple[str, str, Callable[[], Iterator[Measured]]]],
+    console: Console,
+    kept_alone: bool = False,
 ) -> Iterator[Row]:
-    """The rows of a case; `name` says which it is, for the files of what is finished."""
+    """The rows of a case; `name` is part of the files of what is finished. `kept_alone`: measures nothing."""
     baseline = cache(lambda: logits(case.float_outputs, case.measuring, case.task.batch))
     for tool, recipe, make in found:
         place = re.sub(r"[^a-z0-9]+", "-", f"{name} {tool} {recipe}".lower()).strip("-")
         kept = read_kept(KEPT, place)
+        if kept is None and kept_alone:
+            continue
         if kept is None:
             rows = []
             for each in make():
@@ -303,10 +309,41 @@ def markdown(rows: list[Row], command: str, counts: dict[str, tuple[int, int]]) 
         "W4A8 and W4A4 keep 8 bits in the first and the last layer, and W4A4 for the picture. The chip has no 4-bit",
         "values: W4A4 is fake-quant, with unsigned values behind a relu.",
     ]
+    lines += ["", "![SQNR of the outputs by network, tool and recipe](accuracy.png)"]
     for title, (calibrating, measuring) in counts.items():
         lines += ["", f"## {title}", "", f"{calibrating} pictures calibrate, {measuring} measure.", ""]
         lines.append(markdown_table(COLUMNS, [row.cells for row in rows if row.task == title], left=3))
     return "\n".join(lines) + "\n"
+
+
+COLOURS = {"ours": "#1f6f8b", "symmetric": "#d98e04", "default": "#b8b8b8"}
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """The SQNR of the outputs, a panel for each network; of ours what runs as integers."""
+    import matplotlib.figure
+    import matplotlib.patches
+
+    titles = list(dict.fromkeys(row.task for row in rows))
+    shown = {title: [r for r in rows if r.task == title and r.runs != "fake-quant"] for title in titles}
+    heights = [len(of) + 1.6 for of in shown.values()]
+    figure = matplotlib.figure.Figure(figsize=(8, 0.26 * sum(heights) + 0.8), layout="constrained")
+    panels = figure.subplots(len(titles), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, of) in zip(panels, shown.items(), strict=True):
+        of = sorted(of, key=lambda row: row.sqnr)
+        kinds = ["ours" if row.tool == "jquant" else row.recipe.removesuffix(" grid") for row in of]
+        names = [f"{row.tool}, {row.recipe}" for row in of]
+        bars = axes.barh(names, [max(row.sqnr, 0.0) for row in of], color=[COLOURS[kind] for kind in kinds])
+        axes.bar_label(bars, [f"{row.sqnr:.1f}" for row in of], padding=3, fontsize=8)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.tick_params(labelsize=8)
+        axes.set_xlim(0, max(row.sqnr for row in of) * 1.1)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("SQNR of the outputs, dB", fontsize=9)
+    said = {"ours": "jquant, integers", "symmetric": "a peer, symmetric grid", "default": "a peer, its own grid"}
+    patches = [matplotlib.patches.Patch(color=COLOURS[kind], label=text) for kind, text in said.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.savefig(path, dpi=90)
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -319,6 +356,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--envs", type=Path, default=Path("build/peers"), help="where environments of peers are made")
     parser.add_argument("--here", action="store_true", help="run peers in this environment, installing nothing")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: the page from what is finished")
     parser.add_argument("--no-write", action="store_true", help="do not write ACCURACY.md")
     options = parser.parse_args(argv)
     if not options.data.is_dir():
@@ -331,13 +369,15 @@ def main(argv: list[str] | None = None) -> list[Row]:
             first = seed == options.seeds[0]
             recipes = [recipe for recipe in recipes_of(name, first) if options.recipes in recipe]
             found = measurements(case, options.peers, None if options.here else options.envs, recipes)
-            rows += measure(case, f"{name} {seed} {options.count}", found, console)
+            rows += measure(case, f"{name} {seed} {options.count}", found, console, options.kept)
     rows = mean_rows(rows)
     if not options.no_write:
         shown = f"--tasks {' '.join(options.tasks)} --seeds {' '.join(map(str, options.seeds))} --count {options.count}"
         shown += f" --recipes '{options.recipes}'" if options.recipes else ""
+        shown += " --kept" if options.kept else ""
         text = markdown(rows, f"python benchmarks/accuracy.py --data DIR {shown}", counts)
         (HERE / "ACCURACY.md").write_text(text)
+        draw(rows, HERE / "accuracy.png")
     return rows
 
 

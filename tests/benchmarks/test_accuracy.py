@@ -36,18 +36,21 @@ def test_the_command_measures_us_and_a_peer(
     for name in ("of_ours", "of_peer"):  # what is finished is not measured again
         monkeypatch.setattr(benchmark, name, pytest.fail)
     assert benchmark.main([*options, "--recipes", "the default call", "--peers", "onnxruntime"]) == rows
+    assert benchmark.main([*options, "--kept"]) == rows
 
 
-def test_rows_are_means_over_seeds_in_a_table(benchmark: ModuleType) -> None:
+def test_rows_are_means_over_seeds_in_a_table_and_a_picture(benchmark: ModuleType, tmp_path: Path) -> None:
     rows = [
-        benchmark.Row("net", "tool", "recipe", "integer", *values, 3)
+        benchmark.Row("net", "jquant", "recipe", "integer", *values, 3)
         for values in ((1.0, 90.0, 20.0, 5.0), (3, 92, 22, 7))
     ]
     (row,) = benchmark.mean_rows(rows)
     np.testing.assert_allclose(row[4:8], (2, 91, 21, 6))
     page = benchmark.markdown([row], "command", {"net": (10, 20)})
-    assert "| tool | recipe | integer | 2.00 | 91.0 | 21.0 | 6 | 3 | 2 |" in page
+    assert "| jquant | recipe | integer | 2.00 | 91.0 | 21.0 | 6 | 3 | 2 |" in page
     assert "10 pictures calibrate, 20 measure." in page
+    benchmark.draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_script_of_a_peer_marks_what_a_user_writes(benchmark: ModuleType) -> None:
