@@ -13,6 +13,7 @@ import argparse
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -316,6 +317,10 @@ def markdown(rows: list[Row], command: str, counts: dict[str, tuple[int, int]]) 
     return "\n".join(lines) + "\n"
 
 
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else shlex.quote(str(value))
+
+
 COLOURS = {"ours": "#1f6f8b", "symmetric": "#d98e04", "default": "#b8b8b8"}
 
 
@@ -372,10 +377,10 @@ def main(argv: list[str] | None = None) -> list[Row]:
             rows += measure(case, f"{name} {seed} {options.count}", found, console, options.kept)
     rows = mean_rows(rows)
     if not options.no_write:
-        shown = f"--tasks {' '.join(options.tasks)} --seeds {' '.join(map(str, options.seeds))} --count {options.count}"
-        shown += f" --recipes '{options.recipes}'" if options.recipes else ""
-        shown += " --kept" if options.kept else ""
-        text = markdown(rows, f"python benchmarks/accuracy.py --data DIR {shown}", counts)
+        given = {key: getattr(options, key) for key in ("tasks", "seeds", "count", "recipes")}
+        shown = [f"--{key} {_words(value)}" for key, value in given.items() if value != parser.get_default(key)]
+        command = " ".join(["python benchmarks/accuracy.py --data DIR", *shown, *(["--kept"] if options.kept else [])])
+        text = markdown(rows, command, counts)
         (HERE / "ACCURACY.md").write_text(text)
         draw(rows, HERE / "accuracy.png")
     return rows

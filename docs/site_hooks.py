@@ -19,6 +19,7 @@ OUTSIDE = (
     *("ARCHITECTURE.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md"),
     *("benchmarks/ACCURACY.md", "benchmarks/PTQ.md", "benchmarks/RESULTS.md"),
 )
+PICTURES = ("benchmarks/accuracy.png", "benchmarks/goals.png")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s:]+)(#[^)]*)?\)")
 REMOTE = "https://unpkg.com/iframe-worker/shim"
 START = "README.md"  # of the repository: the first page, index.md
@@ -44,9 +45,11 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages from outside docs/, the start page and the reference."""
+    """Adds the pages from outside docs/ with their pictures, the start page and the reference."""
     for name in OUTSIDE:
         files.append(File.generated(config, name, content=(ROOT / name).read_text(encoding="utf-8")))
+    for name in PICTURES:
+        files.append(File.generated(config, name, content=(ROOT / name).read_bytes()))
     files.append(File.generated(config, "index.md", content=(ROOT / START).read_text(encoding="utf-8")))
     for name, content in reference().items():
         files.append(File.generated(config, name, content=content))
