@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,11 +18,11 @@ from jquant.ops.indexing import Slice
 from jquant.ops.movement import Flatten, Pad, Permute, Reshape
 from jquant.ops.pool import AdaptiveAvgPool, AdaptiveMaxPool, AvgPool, MaxPool
 from jquant.ops.reduce import Mean, ReduceMax
-from jquant.plan.batch_norm import check_folded
+from jquant.plan.batch_norm import check_folded, raise_collapsed
 from jquant.plan.scales import check_model, quantizer_of, scale_of
 from jquant.ptq.channels import Layer, layers, rows
 from jquant.text import format_table
-from jquant.types import FrozenMap, Graph, Model, Node, Op, QuantSpec, Resolution
+from jquant.types import Array, FrozenMap, Graph, Model, Node, Op, QuantSpec, Resolution
 
 UPPER = {"relu": None, "relu6": 6.0}
 KEEPS_SCALE = (Dropout, Slice, Flatten, Permute, Reshape, MaxPool, AdaptiveMaxPool, ReduceMax)
@@ -271,20 +271,23 @@ class _Rewriting:
 
     def shifted(self, shifts: tuple[Shift, ...]) -> Model:
         plan = self.model.plan
-        for key in {self.nodes[name].params["weight"] for shift in shifts for name in shift.readers}:
-            self._put_on_grid(key)
         behind: dict[str, tuple[str, float]] = {}  # {value: (what is read in its place, its offset)}
         for shift in shifts:
             c = offset_of(self.model, shift.name)
             clamp = self._unused(f"{shift.name}.clamp", self.values)
             self.values[clamp] = None
             behind |= {shift.name: (clamp, c)} | {name: (name, c) for name in shift.through}
-            self._narrow(shift.name)
-        for name, (_, c) in behind.items():
-            if name in plan.owned and self.values[name] == plan.values[name]:
-                spec, scale = plan.spec(name), float(scale_of(name, plan, self.model.qparams))
-                wanted: Any = np.asarray(_scale_behind(scale, spec, c), np.float32)
-                self.qparams[name] = quantizer_of(spec).init(wanted, spec)
+            self._set_scale(shift.name, _narrower(self.model, shift.name))
+            for name in shift.through:
+                if name in plan.owned:
+                    scale = float(scale_of(name, plan, self.model.qparams))
+                    self._set_scale(name, _scale_behind(scale, plan.spec(name), c))
+        # With smaller steps of its operand, the accumulator of a layer may no longer hold what is added to it.
+        self.qparams = raise_collapsed(plan, self.params, self.qparams)
+        for key in {self.nodes[name].params["weight"] for shift in shifts for name in shift.readers}:
+            self._put_on_grid(key)
+        for shift in shifts:
+            self._fix_scale(shift.name)
         firsts = {shift.name for shift in shifts}
         graph = replace(plan.graph, nodes=tuple(self._all_nodes(plan.graph, firsts, behind)))
         made = replace(
@@ -299,14 +302,17 @@ class _Rewriting:
     def _unused(name: str, known: Container[str]) -> str:
         return next(each for each in chain([name], (f"{name}.{i}" for i in count(2))) if each not in known)
 
+    def _set_scale(self, name: str, scale: float) -> None:
+        spec, wanted = self.model.plan.spec(name), np.asarray(scale, np.float32)
+        self.qparams[name] = quantizer_of(spec).init(cast(Array, wanted), spec)
+
     def _put_on_grid(self, key: str) -> None:
         if key in self.model.plan.weights:
-            self.params[key] = weight_on_grid(key, self.model)
+            self.params[key] = weight_on_grid(key, self.model.replace(qparams=self.qparams))
 
-    def _narrow(self, name: str) -> None:
-        self.values[name] = replace(
-            self.model.plan.spec(name), fixed_scale=_narrower(self.model, name), quantizer=None, observer=None
-        )
+    def _fix_scale(self, name: str) -> None:
+        scale = _narrower(self.model, name)
+        self.values[name] = replace(self.model.plan.spec(name), fixed_scale=scale, quantizer=None, observer=None)
         del self.qparams[name]
 
     def _all_nodes(self, graph: Graph, firsts: set[str], behind: Mapping[str, tuple[str, float]]) -> Iterator[Node]:

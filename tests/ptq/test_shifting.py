@@ -50,9 +50,9 @@ def with_readers_on_grid(model, **options):
     by_name = model.plan.graph.by_name
     readers = {name for shift in ptq.find_shifts(model, **options).possible for name in shift.readers}
     keys = [by_name[name].params["weight"] for name in readers]
-    params = {}
+    params, qparams = {}, ptq.shift_relus(model, **options).qparams  # scales of dead channels are raised
     for key in keys:
-        rounded = fake_quant_weight(key, model.plan, model.params, model.qparams)
+        rounded = fake_quant_weight(key, model.plan, model.params, qparams)
         params[key] = rounded.transpose(model.plan.turned[key]) if key in model.plan.turned else rounded
     return model.replace(params={**model.params, **params})
 
@@ -277,7 +277,7 @@ def test_other_formats_stay_as_they_are(spec, reason):
     assert found.reason.endswith(reason)
 
 
-def test_weights_of_a_jax_function_that_lie_the_other_way():
+def test_weights_that_are_trained_as_their_transposition():
     rng = np.random.default_rng(0)
     weights = {
         name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in {"a": (6, 8), "b": (8, 5)}.items()
@@ -295,6 +295,21 @@ def test_weights_of_a_jax_function_that_lie_the_other_way():
     wanted = jq.apply(with_readers_on_grid(model), x, mode="float")
     np.testing.assert_allclose(jq.apply(shifted, x, mode="float"), wanted, rtol=0, atol=1e-4)
     check_reference(jq.lower(shifted), (x,))
+
+
+def test_a_dead_channel_still_holds_what_is_added_to_it():
+    """Its weight scale is as small as the fused addend allows; half the step of the operand would be too small."""
+    build = start()
+    first = build.conv("x", 4, 1)
+    y = build.conv(relu(build, first), 3, 1)
+    model, data = calibrated(build, build.conv(relu(build, build.add(ops.Add(), (y, "x"), build.shapes[y])), 4, 1))
+    key = f"{y}.weight"
+    scales = model.qparams[key].at[0].set(2.0**-23)
+    model = jq.training.raise_collapsed_scales(model.replace(qparams=model.qparams | {key: scales}))
+    assert model.qparams[key][0] > 2.0**-23
+    shifted = ptq.shift_relus(model)
+    assert shifted.qparams[key][0] > 1.9 * model.qparams[key][0]
+    check_reference(jq.lower(shifted), (data[0],))
 
 
 def test_names_that_are_taken_already():
