@@ -118,7 +118,7 @@ def test_any_network_computes_what_it_did(pads, drawn):
     shifted, before = ptq.shift_relus(model, pads=pads), with_readers_on_grid(model, pads=pads)
     wanted = np.asarray(jq.apply(before, data[0], mode="float"))
     got = np.asarray(jq.apply(shifted, data[0], mode="float"))
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5 * max(1.0, float(np.abs(wanted).max())))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * max(1.0, float(np.abs(wanted).max())))
     program = jq.lower(shifted)
     check_reference(program, (data[1],))
     np.testing.assert_array_equal(jq.run(program, data[1]), jq.apply(shifted, data[1], mode="bit_true"))
