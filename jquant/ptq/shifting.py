@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from jquant.graph.float import value_shapes
 from jquant.graph.passes import param_uses, with_params
 from jquant.meanings.fake_quant import weight_on_grid
 from jquant.numerics.namespace import to_device, to_host
@@ -132,21 +131,20 @@ class _Search:
         self._model, self._pads = model, pads
         self._graph = model.plan.graph
         self._uses = param_uses(self._graph)
-        self._shapes = value_shapes(self._graph, model.params)
 
     def shift(self, node: Node) -> Shift:
         try:
-            spec = self._checked_spec(node.name)
+            self._check_format(node.name)
             self._check_bias(node)
             readers: list[str] = []
             padded: list[str] = []
             through: list[str] = []
-            self._follow(node.name, offset_of(self._model, node.name), spec, readers, padded, through)
+            self._follow(node.name, offset_of(self._model, node.name), readers, padded, through)
         except _RefusedError as reason:
             return Shift(node.name, str(reason))
         return Shift(node.name, "", *(tuple(dict.fromkeys(each)) for each in (readers, padded, through)))
 
-    def _checked_spec(self, value: str) -> QuantSpec:
+    def _check_format(self, value: str) -> None:
         plan = self._model.plan
         spec = plan.values[value]
         if spec is None or spec.is_float or spec.is_high_precision:
@@ -159,13 +157,12 @@ class _Search:
             raise _RefusedError(f"{value} has an offset, or a scale for each channel")
         if not _narrower(self._model, value) < float(scale_of(value, plan, self._model.qparams)):
             raise _RefusedError(f"{value} has no smaller scale")
-        return spec
 
     def _check_bias(self, node: Node) -> None:
         if "bias" in node.params and self._uses[node.params["bias"]] > 1:
             raise _RefusedError(f"{node.name} shares its bias")
 
-    def _follow(self, value: str, c: float, spec: QuantSpec, *found: list[str]) -> None:
+    def _follow(self, value: str, c: float, *found: list[str]) -> None:
         readers, padded, through = found
         if value in self._graph.outputs:
             raise _RefusedError(f"{value} is an output of the graph")
@@ -176,9 +173,9 @@ class _Search:
                 if reader.inputs[0] == value and _pads(reader.op):
                     padded.append(reader.name)
                 continue
-            self._check_through(reader, value, c)
+            self._check_through(reader, c)
             through.append(reader.name)
-            self._follow(reader.name, c, spec, *found)
+            self._follow(reader.name, c, *found)
 
     def _check_reader(self, reader: Node, op: Layer, value: str) -> None:
         self._check_bias(reader)
@@ -193,7 +190,7 @@ class _Search:
         if self._model.plan.values[reader.name] is None:
             raise _RefusedError(f"{reader.name} is float")
 
-    def _check_through(self, node: Node, value: str, c: float) -> None:
+    def _check_through(self, node: Node, c: float) -> None:
         plan = self._model.plan
         if not _passes_constants(node.op):
             raise _RefusedError(f"{node.name} ({type(node.op).__name__}) has no bias that could take up the constant")
