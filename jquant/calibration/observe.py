@@ -17,6 +17,7 @@ from jquant.config.qconfig import matches
 from jquant.graph.checks import is_finite
 from jquant.graph.evaluate import evaluate
 from jquant.graph.float import float_rule
+from jquant.numerics.namespace import to_device, to_host
 from jquant.observers import HistogramState, RangeState
 from jquant.plan.batch_norm import raise_collapsed, weights_to_quantize
 from jquant.plan.fills import raise_filled_scales
@@ -148,24 +149,28 @@ merge_jitted = jax.jit(merged, static_argnames=("plan",))
 
 def finalize_with(model: Model, stats: Stats, methods: Mapping[str, Observer]) -> Model:
     """Statistics to scales; `methods`, {value: observer}, finalize in place of the values' own observers."""
-    wanted = {key: model.params[key] for key in model.plan.graph.param_names}
-    return model.replace(qparams=_finalize(Model(model.plan, wanted), stats, tuple(methods.items())))
+    plan, params = model.plan, {key: model.params[key] for key in model.plan.graph.param_names}
+    weights = _scales_of_weights(Model(plan, params))  # compiled once, whatever the methods
+    qparams = to_host({**_scales_of_values(plan, stats, tuple(methods.items())), **weights})
+    qparams = raise_collapsed(plan, to_host(params), raise_filled_scales(plan, qparams))
+    return model.replace(qparams=to_device(qparams))
 
 
-@partial(jax.jit, static_argnames=("methods",))
-def _finalize(model: Model, stats: Stats, methods: tuple[tuple[str, Observer], ...]) -> dict[str, Array]:
-    plan, params = model.plan, model.params
-    qparams: dict[str, Array] = {}
+@partial(jax.jit, static_argnames=("plan", "methods"))
+def _scales_of_values(plan: Plan, stats: Stats, methods: tuple[tuple[str, Observer], ...]) -> dict[str, Array]:
     given = dict(methods)
-    for name, scale in _scales({n: given.get(n, observer_of(plan.spec(n))) for n in stats}, plan, stats).items():
-        qparams[name] = quantizer_of(plan.spec(name)).init(scale, plan.spec(name))
-    weights = weights_to_quantize(plan, params)
+    scales = _scales({n: given.get(n, observer_of(plan.spec(n))) for n in stats}, plan, stats)
+    return {name: quantizer_of(plan.spec(name)).init(scale, plan.spec(name)) for name, scale in scales.items()}
+
+
+@jax.jit
+def _scales_of_weights(model: Model) -> dict[str, Array]:
+    plan, weights, found = model.plan, weights_to_quantize(model.plan, model.params), dict[str, Array]()
     for key, spec in plan.weights.items():
         if spec.fixed_scale is None:
-            qparams[key] = quantizer_of(spec).init(
-                weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key)), spec
-            )
-    return raise_collapsed(plan, params, raise_filled_scales(plan, qparams))
+            scale = weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key))
+            found[key] = quantizer_of(spec).init(scale, spec)
+    return found
 
 
 def _scales(observers: Mapping[str, Observer], plan: Plan, stats: Stats) -> dict[str, Array]:

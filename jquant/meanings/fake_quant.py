@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.graph.float import float_rule, positions_of
 from jquant.graph.operator import Operand, derived_scale, eval_on_grid, rounds_by_itself
 from jquant.numerics.fusion import computed_once
 from jquant.numerics.namespace import real
+from jquant.numerics.rescale import quantize_exactly
 from jquant.numerics.rounding import dequantize, expand, quantize
-from jquant.ops.conv import Conv, ConvTranspose, Linear, quantized_bias
+from jquant.ops.conv import Conv, ConvTranspose, Linear, channel_scale
 from jquant.plan.scales import Scales, expand_weight, parameter_of, quantizer_of, scale_of
 from jquant.quantizers import fake_quant, forward_mode
 from jquant.quantizers.surrogate import straight_through
@@ -38,6 +40,7 @@ def fake_quant_rule(
     `scales` `Scales`, `positions` as for `float_rule`: given where the nodes to evaluate are not quite those of the
     plan.
     """
+    biases = fake_quant_biases(plan, params, qparams) if scales is None else {}
     scales = Scales(plan, qparams) if scales is None else scales
     base = {**params, **(fake_quant_weights(plan, params, qparams, on) if weights is None else weights)}
     if positions is None:
@@ -49,7 +52,9 @@ def fake_quant_rule(
         own = base | {k: base[k].transpose(plan.turned[k]) for k in turned}
         if needs_operand_scale(node, plan) and (x_scale := scales[node.inputs[0]]) is not None:
             key, bias = node.params["weight"], node.params["bias"]
-            rounded = fake_quant_bias(node, params[bias], x_scale, scale_of(key, plan, qparams), plan.target)
+            rounded = biases.get(node.name)
+            if rounded is None:
+                rounded = fake_quant_bias(node, params[bias], x_scale, scale_of(key, plan, qparams), plan.target)
             own |= {bias: rounded if on is None else jnp.where(on[key], rounded, params[bias])}
         value = float_rule(plan.graph, own, rng, positions)(node, *operands)
         if _is_accumulator(node, plan):
@@ -68,12 +73,39 @@ def fake_quant_bias(node: Node, bias: Array, x_scale: Array, weight_scale: Array
 
     Its gradient is 1 where the integer does not saturate.
     """
+    return _on_accumulator_grid(bias, *_scales_of_bias(node, x_scale, weight_scale), target)
+
+
+def fake_quant_biases(plan: Plan, params: Params, qparams: QParams) -> dict[str, Array]:
+    """{node: its bias as of `fake_quant_bias`}. All biases are one array on the way, as each kernel is compiled."""
+    nodes, scales = [], Scales(plan, qparams)
+    columns: list[tuple[Array, ...]] = []
+    for node in plan.graph.nodes:
+        if needs_operand_scale(node, plan) and (x_scale := scales[node.inputs[0]]) is not None:
+            bias, weight_scale = params[node.params["bias"]], scale_of(node.params["weight"], plan, qparams)
+            given = bias, *_scales_of_bias(node, x_scale, weight_scale)
+            columns.append(tuple(jnp.broadcast_to(array, bias.shape) for array in given))
+            nodes.append(node)
+    if not nodes:
+        return {}
+    sizes = [bias.shape[0] for bias, *_ in columns]
+    bias, x_scale, weight_scale, acc_scale = map(jnp.concatenate, zip(*columns, strict=True))
+    rounded = _on_accumulator_grid(bias, x_scale, weight_scale, acc_scale, plan.target)
+    parts = jnp.split(rounded, np.cumsum(sizes)[:-1])
+    return {node.name: part for node, part in zip(nodes, parts, strict=True)}
+
+
+def _scales_of_bias(node: Node, x_scale: Array, weight_scale: Array) -> tuple[Array, Array, Array]:
+    """The scales of the operand, of the weight of each channel, and of the accumulator."""
     assert isinstance(node.op, Conv | ConvTranspose | Linear)
     x_scale, weight_scale = jax.lax.stop_gradient((x_scale, weight_scale))
-    acc_scale = derived_scale(node.op, x_scale, weight=weight_scale)
+    return x_scale, channel_scale(node.op, weight_scale), derived_scale(node.op, x_scale, weight=weight_scale)
+
+
+def _on_accumulator_grid(bias: Array, x_scale: Array, weight_scale: Array, acc_scale: Array, target: Target) -> Array:
     near = forward_mode(fake_quant)(bias, acc_scale, _BIAS)
     fixed = jax.lax.stop_gradient(bias)
-    exact = dequantize(quantized_bias(node.op, fixed, x_scale, weight_scale, target), acc_scale)
+    exact = dequantize(quantize_exactly(fixed, x_scale, weight_scale, rounding=target.bias_rounding), acc_scale)
     return straight_through(near, jnp.where(jnp.isnan(fixed), fixed, exact))
 
 

@@ -6,6 +6,8 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jquant.graph.axes import automatic
 from jquant.graph.checks import check_params
@@ -16,6 +18,7 @@ from jquant.graph.passes import param_uses
 from jquant.host.progress import track
 from jquant.meanings.fake_quant import fake_quant_weight
 from jquant.numerics.fusion import computed_once
+from jquant.numerics.namespace import to_device, to_host
 from jquant.plan.batch_norm import check_folded
 from jquant.plan.scales import check_model
 from jquant.ptq.channels import Layer, channel_axis, layers
@@ -55,9 +58,10 @@ def correct_bias(model: Model, batches: Iterable[Any], *, reference: Model | Non
     check_model(model)
     before = model.params if reference is None else reference.params
     check_params(model.plan.graph, before)
-    corrections = _corrections(model, before, _mean_operands(model.plan, before, batches))
-    params = {key: model.params[key] + correction for key, correction in corrections.items()}
-    return model.replace(params={**model.params, **params})
+    corrections = to_host(_corrections(model, before, _mean_operands(model.plan, before, batches)))
+    biases = to_host({key: model.params[key] for key in corrections})
+    params = {key: biases[key] + correction for key, correction in corrections.items()}
+    return model.replace(params={**model.params, **to_device(params)})
 
 
 def _corrected(plan: Plan) -> dict[str, tuple[Node, Layer]]:
@@ -72,27 +76,34 @@ def _corrected(plan: Plan) -> dict[str, tuple[Node, Layer]]:
 
 def _mean_operands(plan: Plan, reference: Params, batches: Iterable[Any]) -> dict[str, Array]:
     """{layer: the mean over all samples of the operand that it has in float, [1, ...]}."""
-    total, samples = None, 0
+    total, samples = dict[str, Array](), 0
     for batch in track(batches, "correcting biases"):
         arrays = jax.tree.map(automatic, batch if isinstance(batch, tuple | list) else (batch,))
         inputs = bind_inputs(plan.graph, arrays)
-        size = next(iter(inputs.values())).shape[0]
-        found = _operands_of_batch(plan, reference, inputs)
-        weighted = {name: mean * size for name, mean in found.items()}
-        total = weighted if total is None else {name: total[name] + mean for name, mean in weighted.items()}
-        samples += size
-    if total is None:
+        if not samples:
+            shapes = jax.eval_shape(partial(_sums_of_operands, plan), reference, inputs)
+            total = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        total = _add_operands(plan, total, reference, inputs)
+        samples += next(iter(inputs.values())).shape[0]
+    if not samples:
         raise CalibrationError("no calibration batches: the iterable was empty (or used up by an earlier pass)")
-    return {name: sum_ / samples for name, sum_ in total.items()}
+    return {name: sum_ / np.float32(samples) for name, sum_ in to_host(total).items()}
 
 
 @partial(jax.jit, static_argnames=("plan",))
-def _operands_of_batch(plan: Plan, reference: Params, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def _add_operands(
+    plan: Plan, total: dict[str, Array], reference: Params, inputs: Mapping[str, Array]
+) -> dict[str, Array]:
+    return jax.tree.map(jnp.add, total, _sums_of_operands(plan, reference, inputs))
+
+
+def _sums_of_operands(plan: Plan, reference: Params, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """{layer: the sum over the samples of a batch of the operand that it has in float, [1, ...]}."""
     wanted, found, rule = _corrected(plan), dict[str, Array](), float_rule(plan.graph, reference)
 
     def recording(node: Node, *operands: Array) -> Array:
         if node.name in wanted:
-            found[node.name] = operands[0].mean(0, keepdims=True)
+            found[node.name] = operands[0].sum(0, keepdims=True)
         return rule(node, *operands)
 
     evaluate(plan.graph, inputs, recording)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from time import perf_counter
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from jquant.calibration.batches import bound_batches
 from jquant.calibration.collection import calibrate, collect
 from jquant.calibration.observe import checked_finite, observed_values
 from jquant.graph.axes import automatic_axes
+from jquant.graph.float import value_types
+from jquant.graph.memory import free_memory
 from jquant.meanings.apply import apply
 from jquant.meanings.meaning import Mode
 from jquant.observers import mean_of_maxima, mse, percentile
@@ -32,6 +35,7 @@ from jquant.types import Array, CalibrationError, Model, Observer, Plan, QConfig
 RecipeName = Literal["default", "best", "fast"]
 RECIPES = ("default", "best", "fast")
 Batch = tuple[Array, ...]
+_COPIES = 8  # of all values, that a gradient by every one of them has in memory at the most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +107,11 @@ def recipe(
     data held back, which no step has seen.
 
     "fast"     calibrate, search of weight scales
-    "default"  also the scales of other observers (percentile, mse, mean of maxima), found in the same pass over the
-               data, bias correction, and the shift of relus where no node has to pad for it (`shift_relus`)
-    "best"     also equalization, scales of values by gradient, AdaRound, block reconstruction where a weight has less
-               than 8 bits, and the shift of relus with nodes that pad
+    "default"  also scales of values by gradient (`search_value_scales`, on the first 32 samples), bias correction, and
+               the shift of relus where no node has to pad for it (`shift_relus`)
+    "best"     also the scales of other observers (percentile, mse, mean of maxima), found in the same pass over the
+               data, equalization, AdaRound, block reconstruction where a weight has less than 8 bits, and the shift of
+               relus with nodes that pad
 
     Args:
       name: which recipe.
@@ -135,7 +140,7 @@ def recipe(
     check_folded(plan, "recipe")
     seen, judged_by = split_batches(plan, batches, held_back)
     start = perf_counter()
-    calibrated, alternatives = _calibrated(model, seen, others=name != "fast")
+    calibrated, alternatives = _calibrated(model, seen, others=name == "best")
     judge = judge_of(model, judged_by)
     found = judge(calibrated)
     first = Trial(step=f"calibrate: {_observers(plan)}", sqnr=found, seconds=perf_counter() - start, kept=True)
@@ -148,10 +153,11 @@ def recipe(
 
 
 def _improve(name: RecipeName, search: _Search, seen: Sequence[Batch], steps: int) -> None:
-    if name == "best":
-        if find_pairs(search.model).equalizable:
-            search.attempt("equalization", lambda: calibrate(equalize(search.model), seen))
-        search.attempt("scales of values: by gradient", lambda: search_value_scales(search.model, _few(seen)))
+    model = search.model
+    if name == "best" and find_pairs(model).equalizable:
+        search.attempt("equalization", lambda: calibrate(equalize(model), seen))
+    if name != "fast":
+        search.attempt("scales of values: by gradient", lambda: search_value_scales(search.model, _few(model, seen)))
     search.attempt("weight search", lambda: search_weight_scales(search.model))
     unrounded = search.model
     if name == "best":
@@ -167,8 +173,13 @@ def _improve(name: RecipeName, search: _Search, seen: Sequence[Batch], steps: in
             search.attempt("shifted relus, nodes that pad", lambda: shift_relus(plain, pads=True))
 
 
-def _few(seen: Sequence[Batch], samples: int = 8, most: int = 32) -> list[Batch]:
+def _few(model: Model, seen: Sequence[Batch], samples: int = 8, most: int = 32) -> list[Batch]:
     """The first samples in small batches: all values and their gradients are in memory at once."""
+    graph, free = model.plan.graph, free_memory()
+    if any(not entry.shape or entry.shape[0] is not None for entry in graph.inputs):
+        return list(seen[: max(1, most // seen[0][0].shape[0])]) if seen[0][0].ndim else list(seen[:most])
+    each = sum(prod(kind.shape) * kind.dtype.itemsize for kind in value_types(graph, model.params, 1).values())
+    samples = samples if free is None else max(1, min(samples, free // (_COPIES * each)))
     found: list[Batch] = []
     for batch in seen:
         for i in range(0, batch[0].shape[0], samples):

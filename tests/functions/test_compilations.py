@@ -79,7 +79,7 @@ def test_no_verb_compiles_more_than_its_limit(name: str, tmp_path: Path) -> None
 
     graph, weights = at_most(0, lambda: from_torch(module, example))
     prepared = at_most(0, lambda: jq.prepare(graph, weights, qconfig_of(name), target=jq.targets.NASH_E))
-    model = at_most(2, lambda: jq.calibrate(prepared, [x, x + 0.5]))
+    model = at_most(3, lambda: jq.calibrate(prepared, [x, x + 0.5]))
     program = at_most(0, lambda: jq.lower(model))
     at_most(1, lambda: jq.run(program, x))
     at_most(0, lambda: jq.run(jq.lower(model), x))
@@ -101,3 +101,17 @@ def test_sensitivity_compiles_as_often_for_a_deep_net_as_for_a_flat_one() -> Non
     model = jq.prepare(graph, params, qconfig_of("residual"), target=jq.targets.NASH_E)
     model = jq.calibrate(model, [x])
     at_most(4, lambda: jq.analysis.sensitivity(model, [x]))
+
+
+@pytest.mark.parametrize("name", ["residual", "inverted"])
+def test_steps_of_a_recipe_do_not_compile_once_a_layer(name: str) -> None:
+    jax.clear_caches()
+    torch.manual_seed(0)
+    x = np.asarray(torch.randn(4, 3, 8, 8))
+    graph, params = from_torch(NETS[name]().eval(), torch.from_numpy(x))
+    model = jq.calibrate(jq.prepare(graph, params, qconfig_of(name), target=jq.targets.NASH_E), [x])
+    searched = at_most(
+        4, lambda: jq.ptq.search_weight_scales(model)
+    )  # one for each power of two that rows are padded to
+    at_most(2, lambda: jq.ptq.correct_bias(searched, [x[:2], x[2:]]))
+    at_most(0, lambda: jq.ptq.shift_relus(searched))

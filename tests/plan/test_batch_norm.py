@@ -187,13 +187,14 @@ def test_what_is_trained_is_what_ships(kept: tuple) -> None:
     live = [n.params for n in kept_nodes(model.plan) if n.op.batch_norm.statistics == "batch"]
     dead = {roles["bias"] for roles in live if "bias" in roles}  # the mean of the batch takes it out again
     dead |= {"n7.batchnorm.bias"} if live else set()  # that of the next layer, behind a mean
-    for (path, g), like in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(gradient("fake_quant")[0]), strict=True
-    ):
+    expected = gradient("fake_quant")[0]
+    # Another jit has other roundings. What cancels behind a batch norm is a sum of terms as large as any gradient.
+    bound = 1e-4 * max(np.abs(like).max() for like in jax.tree.leaves(expected))
+    for (path, g), like in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         name = path[-1].key
         assert np.isfinite(g).all(), name
         assert np.any(np.abs(g) > 1e-6) or name in dead, f"dead gradient: {name}"
-        np.testing.assert_allclose(g, like, rtol=1e-4, atol=1e-4, err_msg=name)  # another jit: other roundings
+        np.testing.assert_allclose(g, like, rtol=1e-4, atol=bound, err_msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

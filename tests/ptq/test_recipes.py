@@ -1,5 +1,7 @@
 """Recipes keep a step only where the outputs come closer to float, on data that no step has seen."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,7 +47,8 @@ def test_what_is_kept_lowers_the_error_of_the_output(name):
     assert (tuned.used, tuned.held_back) == (24, 8)
     np.testing.assert_allclose(sqnr(model, tuned, data[-1]), tuned.sqnr, atol=1e-3)
     steps = " ".join(t.step for t in tuned.trials)
-    assert ("mean_of_maxima" in steps, "adaround" in steps) == (name != "fast", name == "best")
+    assert ("by gradient" in steps, "bias correction" in steps) == (name != "fast", name != "fast")
+    assert ("mean_of_maxima" in steps, "adaround" in steps) == (name == "best", name == "best")
     assert ("block reconstruction" in steps) == (name == "best")  # the weights have 4 bits
     for trial in tuned.trials:
         assert trial.step in str(tuned)
@@ -114,3 +117,23 @@ def test_gradients_decide_what_a_scale_is_for():
     no_gradient = params | {"head.weight": jnp.zeros_like(params["head.weight"])}
     same = ptq.search_value_scales(model.replace(params=no_gradient), data)
     np.testing.assert_array_equal(same.qparams[conv.name], model.qparams[conv.name])
+
+
+def test_gradients_take_few_samples_in_batches_that_fit_the_memory(monkeypatch):
+    model, data = small()
+    seen = [(np.asarray(x),) for x in data[:3]]
+    size = len(seen[0][0])
+    assert [len(batch[0]) for batch in module._few(model, seen)] == [min(size, 8)] * 3
+    monkeypatch.setattr(module, "free_memory", lambda: 1)
+    one = module._few(model, seen)
+    assert {len(batch[0]) for batch in one} == {1}
+    np.testing.assert_array_equal(np.concatenate([batch[0] for batch in one]), np.concatenate([x for (x,) in seen]))
+
+
+def test_a_fixed_batch_stays_whole():
+    model, data = small()
+    plan = model.plan
+    entry = replace(plan.graph.inputs[0], shape=data[0].shape)
+    fixed = model.replace(plan=replace(plan, graph=replace(plan.graph, inputs=(entry,))))
+    seen = [(np.asarray(x),) for x in data * 4]
+    assert [len(batch[0]) for batch in module._few(fixed, seen)] == [8] * 4

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from jquant.graph.passes import keep_used, param_uses, with_params
-from jquant.numerics.namespace import array_namespace, barrier, constant
+from jquant.numerics.namespace import array_namespace, barrier, constant, to_device, to_host
 from jquant.numerics.rounding import dequantize, expand, quantize
 from jquant.ops.batch_norm import STATISTICS, KeptBatchNorm, batch_norm_affine
 from jquant.ops.conv import Conv, ConvTranspose, Linear
@@ -108,7 +108,7 @@ def raise_collapsed_scales(model: Model) -> Model:
     Example:
       program = jq.lower(jq.training.raise_collapsed_scales(state.model))
     """
-    return model.replace(qparams=raise_collapsed(model.plan, model.params, model.qparams))
+    return model.replace(qparams=to_device(raise_collapsed(model.plan, to_host(model.params), to_host(model.qparams))))
 
 
 def raise_collapsed(plan: Plan, params: Params, qparams: QParams) -> dict[str, Array]:
