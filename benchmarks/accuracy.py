@@ -10,6 +10,7 @@ Its file runs in onnxruntime, optimizations off, on the pictures that measure jq
 """
 
 import argparse
+import copy
 import inspect
 import json
 import re
@@ -58,6 +59,11 @@ PEERS = {
     "nncf_signed": Peer(NNCF, "nncf_signed.py", ("symmetric",)),
     # It rounds what a depthwise convolution writes, ahead of the ReLU6 behind it as well.
     "aimet": Peer(("aimet-onnx==2.42.0", "onnx==1.22.0", "onnxruntime==1.32.0", "torch==2.13.0"), "aimet_quantsim.py"),
+    # It reads the module of torch, of which the export leaves a file beside the ONNX.
+    "brevitas": Peer(
+        ("brevitas==0.13.4", "onnx==1.23.2", "onnxscript==0.7.2", "onnxoptimizer==0.4.2", "torch==2.13.0"),
+        "brevitas_graph.py",
+    ),
 }
 
 
@@ -136,7 +142,8 @@ def by_four_bits(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
     rules |= dict.fromkeys((layers[0], layers[-1]), jq.Policy(weight=jq.int8(axis="out")))
     model = jq.calibrate(jq.prepare(graph, params, jq.QConfig(rules), target=TARGET), batches)
     before = jq.ptq.search_weight_scales(model)
-    model = jq.ptq.reconstruct_blocks(before, batches, steps=300)
+    mirrored = [x[..., ::-1] for x in batches]
+    model = jq.ptq.reconstruct_blocks(before, [*batches, *mirrored], steps=300)
     return jq.ptq.shift_relus(jq.ptq.correct_bias(model, batches, reference=before))
 
 
@@ -151,6 +158,31 @@ def by_four_bits_everywhere(graph: jq.Graph, params: dict, batches: list) -> jq.
     return jq.ptq.reconstruct_blocks(jq.ptq.search_weight_scales(model), batches, steps=300)
 
 
+def by_distilling(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target=TARGET)
+    best = jq.ptq.recipe("best", model, batches).model
+    images, rng, steps = np.concatenate(batches), np.random.default_rng(0), 200
+    height, width = images.shape[2:]
+    wide = np.pad(images, ((0, 0), (0, 0), (height // 14,) * 2, (width // 14,) * 2), "reflect")
+
+    def moved_and_mirrored() -> Iterator[tuple[np.ndarray, Any]]:
+        for _ in range(steps):
+            top, left = rng.integers(0, height // 7 + 1), rng.integers(0, width // 7 + 1)
+            x = wide[rng.permutation(len(wide))[:10], :, top : top + height, left : left + width]
+            x = x[..., :: rng.choice((-1, 1))]
+            yield x, jq.apply(model, x, mode="float")
+
+    def loss(outputs: Any, batch: Any) -> jax.Array:
+        noise = jq.training.output_loss(outputs, batch[1])
+        return jq.training.distillation_loss(outputs, batch[1]) + 10 * noise
+
+    weights, scales = (jq.training.cosine_decay(rate, steps=steps) for rate in (3e-5, 1e-3))
+    tx = jq.training.make_optimizer(best, optimizer="adamw", learning_rate=weights, scale_rate=scales)
+    state = jq.TrainState.create(best, tx=tx)
+    state, _ = jq.training.fit(jq.training.make_step(loss), state, moved_and_mirrored(), total=steps)
+    return jq.training.raise_collapsed_scales(state.model)
+
+
 OWN = {
     "the default call": by_default,
     'jq.ptq.recipe("default")': by_recipe,
@@ -158,17 +190,22 @@ OWN = {
     "int16 for 10 % of the bytes": by_mixing,
     "W4A8, blocks": by_four_bits,
     "W4A4, blocks": by_four_bits_everywhere,
+    "QAT, distilled": by_distilling,
 }
 
 
 SLOW = ('jq.ptq.recipe("best")', "int16 for 10 % of the bytes")  # with the first seed alone
-# With the first seed, where the format decides: others lose nothing, or everything by any method.
-LOW_BITS = {"W4A8, blocks": ("mobilenet_v2", "resnet20"), "W4A4, blocks": ("resnet20",)}
+# With the first seed and these networks: of few bits, others lose nothing, or everything by any method.
+CHOSEN = {
+    "W4A8, blocks": ("mobilenet_v2", "resnet20"),
+    "W4A4, blocks": ("resnet20",),
+    "QAT, distilled": ("mobilenet_v2", "resnet20"),
+}
 
 
 def recipes_of(network: str, first_seed: bool) -> Iterator[str]:
     for recipe in OWN:
-        if (first_seed or recipe not in (*SLOW, *LOW_BITS)) and network in LOW_BITS.get(recipe, (network,)):
+        if (first_seed or recipe not in (*SLOW, *CHOSEN)) and network in CHOSEN.get(recipe, (network,)):
             yield recipe
 
 
@@ -205,6 +242,22 @@ def export(net: torch.nn.Module, pictures: np.ndarray, path: Path) -> None:
     example, batch = torch.from_numpy(pictures[:2]), torch.export.Dim("n", min=1)
     program = torch.onnx.export(net, (example,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["x"])
     program.save(path)
+    torch.save(traced(net), path.with_suffix(".pt"))
+
+
+def traced(net: torch.nn.Module) -> torch.fx.GraphModule:
+    """The network made of modules of torch.nn alone, so that its file needs no code of where it comes from."""
+    found = copy.deepcopy(net)
+    for name, module in list(found.named_modules()):
+        if type(module) is not torch.nn.Conv2d and isinstance(module, torch.nn.Conv2d):  # EfficientNet's pads by itself
+            module.__class__ = torch.nn.Conv2d
+            found.set_submodule(name, torch.nn.Sequential(module.static_padding, module))
+    graph = torch.fx.symbolic_trace(found)
+    for node in graph.graph.nodes:
+        if node.target is torch.relu:  # Brevitas knows the other name alone
+            node.target = torch.nn.functional.relu
+    graph.recompile()
+    return graph
 
 
 def of_peer(case: Case, name: str, grid: str, envs: Path | None) -> Iterator[Measured]:
