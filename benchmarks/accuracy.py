@@ -142,8 +142,7 @@ def by_four_bits(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
     rules |= dict.fromkeys((layers[0], layers[-1]), jq.Policy(weight=jq.int8(axis="out")))
     model = jq.calibrate(jq.prepare(graph, params, jq.QConfig(rules), target=TARGET), batches)
     before = jq.ptq.search_weight_scales(model)
-    mirrored = [x[..., ::-1] for x in batches]
-    model = jq.ptq.reconstruct_blocks(before, [*batches, *mirrored], steps=300)
+    model = jq.ptq.reconstruct_blocks(before, batches, steps=300)
     return jq.ptq.shift_relus(jq.ptq.correct_bias(model, batches, reference=before))
 
 
@@ -161,7 +160,7 @@ def by_four_bits_everywhere(graph: jq.Graph, params: dict, batches: list) -> jq.
 def by_distilling(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
     model = jq.prepare(graph, params, jq.QConfig(jq.templates.int8_default()), target=TARGET)
     best = jq.ptq.recipe("best", model, batches).model
-    images, rng, steps = np.concatenate(batches), np.random.default_rng(0), 200
+    images, rng, steps = np.concatenate(batches), np.random.default_rng(0), 100
     height, width = images.shape[2:]
     wide = np.pad(images, ((0, 0), (0, 0), (height // 14,) * 2, (width // 14,) * 2), "reflect")
 
@@ -251,7 +250,7 @@ def traced(net: torch.nn.Module) -> torch.fx.GraphModule:
     for name, module in list(found.named_modules()):
         if type(module) is not torch.nn.Conv2d and isinstance(module, torch.nn.Conv2d):  # EfficientNet's pads by itself
             module.__class__ = torch.nn.Conv2d
-            found.set_submodule(name, torch.nn.Sequential(module.static_padding, module))
+            found.set_submodule(name, torch.nn.Sequential(module._modules.pop("static_padding"), module))
     graph = torch.fx.symbolic_trace(found)
     for node in graph.graph.nodes:
         if node.target is torch.relu:  # Brevitas knows the other name alone

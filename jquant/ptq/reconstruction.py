@@ -18,14 +18,13 @@ from jquant.meanings.meaning import Mode, meaning_of
 from jquant.numerics.rounding import divide, expand
 from jquant.plan.batch_norm import check_folded, raise_collapsed_scales
 from jquant.plan.scales import check_model, quantizer_of, scale_of
-from jquant.ptq.blocks import Block, Names, Shapes, cut_out, find_blocks, names_of
+from jquant.ptq.blocks import Names, cut_out, find_blocks, names_of
 from jquant.ptq.rounding import BETAS, TINY, WARM_UP
 from jquant.quantizers import adaround as soft_round
 from jquant.quantizers import adaround_parameter, lsq, rectified_sigmoid, rounding_regularizer
 from jquant.types import Array, Model, Plan, QConfigError, QuantSpec
 
 Values = dict[str, Array]
-_ENTRIES, _FEWEST = 2**22, 4  # of the largest value in a step, at most, where that leaves so many samples
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def reconstruct_blocks(
       model: calibrated. The scales of weights stay as they are: search them before.
       batches: calibration data, as for `jq.calibrate`.
       steps: of Adam for each block, at least 1.
-      batch: samples of a step, at most: blocks of large pictures take fewer, so that a step takes no longer.
+      batch: samples of a step.
       layers: as for `find_blocks`.
       drop: from 0 (every value is quantized: BRECQ) to 1; 0.5 is QDrop's.
       learning_rate: of the roundings, in units of v, which runs from -2.4 to 2.4.
@@ -150,8 +149,8 @@ def reconstruct_blocks(
         inputs, seen = ({own: values[name] for own, name in ours} for values in (plain, quantized))
         data = Data(inputs, seen, _outputs(cut_out(model, block, shapes), "float", inputs, settings.batch))
         free = tuple(own for own, key in names.params.items() if key in plan.weights and key not in done)
-        before, few = cut_out(new, block, shapes), replace(settings, batch=_samples(block, shapes, settings.batch))
-        after, made = _learned(before, data, free, few, jax.random.fold_in(jax.random.key(seed), i), ticks)
+        before = cut_out(new, block, shapes)
+        after, made = _learned(before, data, free, settings, jax.random.fold_in(jax.random.key(seed), i), ticks)
         new = _put_back(new, after, names)
         done |= set(block.params)
         later = {name for rest in blocks[i + 1 :] for name in rest.inputs}
@@ -160,12 +159,6 @@ def reconstruct_blocks(
             for values, outputs in ((plain, data.wanted), (quantized, made))
         )
     return raise_collapsed_scales(new)
-
-
-def _samples(block: Block, shapes: Shapes, most: int) -> int:
-    """Samples of a step: fewer of large pictures, of which each has as many places as many small ones."""
-    largest = max(prod(shapes[name][1:]) for name in (*block.inputs, *(node.name for node in block.nodes)))
-    return min(most, max(_FEWEST, _ENTRIES // max(largest, 1)))
 
 
 def _check_offsets(plan: Plan) -> None:
