@@ -40,7 +40,8 @@ def fake_quant_rule(
     `scales` `Scales`, `positions` as for `float_rule`: given where the nodes to evaluate are not quite those of the
     plan.
     """
-    biases = fake_quant_biases(plan, params, qparams) if scales is None else {}
+    # Of all layers at once, unless scales follow from the step of a loop, or move in the step of training (`on`).
+    biases = fake_quant_biases(plan, params, qparams) if scales is None and on is None else {}
     scales = Scales(plan, qparams) if scales is None else scales
     base = {**params, **(fake_quant_weights(plan, params, qparams, on) if weights is None else weights)}
     if positions is None:
