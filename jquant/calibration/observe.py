@@ -151,14 +151,14 @@ def finalize_with(model: Model, stats: Stats, methods: Mapping[str, Observer]) -
     """Statistics to scales; `methods`, {value: observer}, finalize in place of the values' own observers."""
     plan, params = model.plan, {key: model.params[key] for key in model.plan.graph.param_names}
     weights = _scales_of_weights(Model(plan, params))  # compiled once, whatever the methods
-    qparams = to_host({**_scales_of_values(plan, stats, tuple(methods.items())), **weights})
+    qparams = to_host({**_scales_of_values(Model(plan, {}), stats, tuple(methods.items())), **weights})
     qparams = raise_collapsed(plan, to_host(params), raise_filled_scales(plan, qparams))
     return model.replace(qparams=to_device(qparams))
 
 
-@partial(jax.jit, static_argnames=("plan", "methods"))
-def _scales_of_values(plan: Plan, stats: Stats, methods: tuple[tuple[str, Observer], ...]) -> dict[str, Array]:
-    given = dict(methods)
+@partial(jax.jit, static_argnames=("methods",))
+def _scales_of_values(model: Model, stats: Stats, methods: tuple[tuple[str, Observer], ...]) -> dict[str, Array]:
+    plan, given = model.plan, dict(methods)
     scales = _scales({n: given.get(n, observer_of(plan.spec(n))) for n in stats}, plan, stats)
     return {name: quantizer_of(plan.spec(name)).init(scale, plan.spec(name)) for name, scale in scales.items()}
 
