@@ -1,8 +1,8 @@
 """Trained networks and the pictures that measure them, for `accuracy.py`.
 
 DIR holds `imagenet_sample/NNNN.jpg` (the number being the class index), `cifar10_jpeg.npz`, `cifar10_resnet20.pth`,
-`cifar10_resnet56.pth`, `camvid_espnet.pth`, `camvid/test` and `camvid/val`. Weights of other networks come from
-packages, or are trained (`trained.py`).
+`cifar10_resnet56.pth`, `camvid_espnet.pth` and `camvid/test`. Weights of other networks come from packages, or
+are trained (`trained.py`).
 """
 
 import sys
