@@ -257,6 +257,23 @@ def export(net: torch.nn.Module, pictures: np.ndarray, path: Path) -> None:
     program.save(path)
 
 
+def write_module(net: torch.nn.Module, path: Path) -> None:
+    """The network as the source of a class `Net` of modules of torch.nn, PATH.py, and its weights, PATH.pt."""
+    graph, made = traced(net), dict[str, str]()
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            outer = [node.target.rsplit(".", i)[0] for i in range(node.target.count("."), 0, -1)]
+            made |= {name: "Module()" for name in outer if name not in made}
+            made[node.target] = repr(graph.get_submodule(node.target))
+    body = [f"        self.set_submodule({name!r}, nn.{module}, strict=False)" for name, module in made.items()]
+    if named := [node.target for node in graph.graph.nodes if node.op == "get_attr"]:
+        raise PeerError(f"tensors outside of modules of torch.nn are not written: {', '.join(named)}")
+    source = ["import torch", "from torch import nn", "", "", "class Net(nn.Module):", "    def __init__(self):"]
+    source += ["        super().__init__()", *body, *(f"    {line}" for line in graph.code.splitlines())]
+    path.with_suffix(".py").write_text("\n".join(source) + "\n")
+    torch.save(graph.state_dict(), path.with_suffix(".pt"))
+
+
 def traced(net: torch.nn.Module) -> torch.fx.GraphModule:
     """The network made of modules of torch.nn alone, so that its file needs no code of where it comes from."""
     found = copy.deepcopy(net)
@@ -280,7 +297,7 @@ def of_peer(case: Case, name: str, grid: str, envs: Path | None) -> Iterator[Mea
         path, pictures, out = (Path(folder) / each for each in ("float.onnx", "pictures.npy", "out.onnx"))
         export(case.net, case.calibrating, path)
         if name == "brevitas":
-            torch.save(traced(case.net), path.with_suffix(".pt"))
+            write_module(case.net, path)
         np.save(pictures, case.calibrating)
         done = subprocess.run([python, script, path, pictures, out, grid], capture_output=True, text=True)
         if done.returncode:

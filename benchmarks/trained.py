@@ -16,10 +16,10 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 import keeping  # noqa: E402
+from detectors import Loaded  # noqa: E402
 from mnist import load_mnist  # noqa: E402
 from mobilenet_v2 import MEAN, STD  # noqa: E402
 
-Loaded = tuple[nn.Module, np.ndarray, np.ndarray, int]
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 

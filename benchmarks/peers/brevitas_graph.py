@@ -1,8 +1,9 @@
 """Quantization by Brevitas: python brevitas_graph.py FLOAT.onnx PICTURES.npy OUT.onnx {symmetric,default}.
 
-It reads FLOAT.pt, a module of torch, beside FLOAT.onnx.
+It reads FLOAT.py, a class `Net` of torch, and FLOAT.pt, its weights, beside FLOAT.onnx.
 """
 
+import importlib
 import json
 import sys
 import time
@@ -12,7 +13,8 @@ import numpy as np
 
 
 def main(model: str, pictures: str, out: str, grid: str) -> None:
-    images, start = np.load(pictures), time.perf_counter()
+    sys.path.insert(0, str(Path(model).parent))
+    images, start = np.load(pictures, allow_pickle=False), time.perf_counter()
     # begin
     import torch
     from brevitas.export import export_onnx_qcdq
@@ -20,7 +22,8 @@ def main(model: str, pictures: str, out: str, grid: str) -> None:
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
     from torch import nn
 
-    net = torch.load(Path(model).with_suffix(".pt"), weights_only=False)
+    net = importlib.import_module(Path(model).stem).Net().eval()
+    net.load_state_dict(torch.load(Path(model).with_suffix(".pt"), weights_only=True))
     net = quantize.preprocess_for_quantize(net, equalize_iters=20)
     layers, values = dict(quantize.COMPUTE_LAYER_MAP), dict(quantize.QUANT_ACT_MAP)
     for kind in (nn.Conv2d, nn.ConvTranspose2d, nn.Linear):

@@ -1,11 +1,14 @@
 """`benchmarks/accuracy.py` measures our calls and a peer's on a few pictures with random weights."""
 
+import importlib
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from support.commands import load_benchmark, write_cifar
+from torch import nn
 
 
 @pytest.fixture
@@ -57,6 +60,20 @@ def test_a_script_of_a_peer_marks_what_a_user_writes(benchmark: ModuleType) -> N
     for peer in benchmark.PEERS.values():
         text = (benchmark.HERE / "peers" / peer.script).read_text()
         assert text.count("# begin\n") == text.count("# end\n") == 1
+
+
+def test_a_network_goes_to_a_peer_as_source_and_weights(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU6(inplace=True))
+    net = nn.Sequential(inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    benchmark.write_module(net, tmp_path / "written_network.onnx")
+    monkeypatch.syspath_prepend(tmp_path)
+    read = importlib.import_module("written_network").Net().eval()
+    read.load_state_dict(torch.load(tmp_path / "written_network.pt", weights_only=True))
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(read(x), net(x), rtol=0, atol=0)
 
 
 def test_slow_recipes_run_with_one_seed(benchmark: ModuleType) -> None:

@@ -110,8 +110,7 @@ def test_steps_of_a_recipe_do_not_compile_once_a_layer(name: str) -> None:
     x = np.asarray(torch.randn(4, 3, 8, 8))
     graph, params = from_torch(NETS[name]().eval(), torch.from_numpy(x))
     model = jq.calibrate(jq.prepare(graph, params, qconfig_of(name), target=jq.targets.NASH_E), [x])
-    searched = at_most(
-        4, lambda: jq.ptq.search_weight_scales(model)
-    )  # one for each power of two that rows are padded to
+    # One for each power of two that the rows of weights are padded to.
+    searched = at_most(4, lambda: jq.ptq.search_weight_scales(model))
     at_most(2, lambda: jq.ptq.correct_bias(searched, [x[:2], x[2:]]))
     at_most(0, lambda: jq.ptq.shift_relus(searched))
