@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from math import prod
 from time import perf_counter
 from typing import Any, Literal
@@ -107,8 +108,8 @@ def recipe(
     data held back, which no step has seen.
 
     "fast"     calibrate, search of weight scales
-    "default"  also scales of values by gradient (`search_value_scales`, on the first 32 samples), bias correction, and
-               the shift of relus where no node has to pad for it (`shift_relus`)
+    "default"  also scales of values by gradient (`search_value_scales`) and bias correction, both on the first 24
+               samples, and the shift of relus where no node has to pad for it (`shift_relus`)
     "best"     also the scales of other observers (percentile, mse, mean of maxima), found in the same pass over the
                data, equalization, AdaRound, block reconstruction where a weight has less than 8 bits, and the shift of
                relus with nodes that pad
@@ -154,10 +155,11 @@ def recipe(
 
 def _improve(name: RecipeName, search: _Search, seen: Sequence[Batch], steps: int) -> None:
     model = search.model
+    few = _few(model, seen)
     if name == "best" and find_pairs(model).equalizable:
         search.attempt("equalization", lambda: calibrate(equalize(model), seen))
     if name != "fast":
-        search.attempt("scales of values: by gradient", lambda: search_value_scales(search.model, _few(model, seen)))
+        search.attempt("scales of values: by gradient", lambda: search_value_scales(search.model, few))
     search.attempt("weight search", lambda: search_weight_scales(search.model))
     unrounded = search.model
     if name == "best":
@@ -165,7 +167,7 @@ def _improve(name: RecipeName, search: _Search, seen: Sequence[Batch], steps: in
         if any(spec.bits < 8 for spec in unrounded.plan.weights.values()):
             search.attempt("block reconstruction", lambda: reconstruct_blocks(unrounded, seen, steps=steps))
     if name != "fast":
-        search.attempt("bias correction", lambda: correct_bias(search.model, seen, reference=unrounded))
+        search.attempt("bias correction", lambda: correct_bias(search.model, few, reference=unrounded))
         plain = search.model
         if find_shifts(plain).possible:
             search.attempt("shifted relus", lambda: shift_relus(plain))
@@ -173,19 +175,19 @@ def _improve(name: RecipeName, search: _Search, seen: Sequence[Batch], steps: in
             search.attempt("shifted relus, nodes that pad", lambda: shift_relus(plain, pads=True))
 
 
-def _few(model: Model, seen: Sequence[Batch], samples: int = 8, most: int = 32) -> list[Batch]:
-    """The first samples in small batches: all values and their gradients are in memory at once."""
+def _few(model: Model, seen: Sequence[Batch], samples: int = 8, most: int = 24) -> list[Batch]:
+    """The first samples in small batches of one size, since each size is compiled.
+
+    All values and their gradients are in memory at once.
+    """
     graph, free = model.plan.graph, free_memory()
     if any(not entry.shape or entry.shape[0] is not None for entry in graph.inputs):
         return list(seen[: max(1, most // seen[0][0].shape[0])]) if seen[0][0].ndim else list(seen[:most])
     each = sum(prod(kind.shape) * kind.dtype.itemsize for kind in value_types(graph, model.params, 1).values())
-    samples = samples if free is None else max(1, min(samples, free // (_COPIES * each)))
-    found: list[Batch] = []
-    for batch in seen:
-        for i in range(0, batch[0].shape[0], samples):
-            if len(found) * samples < most:
-                found.append(tuple(array[i : i + samples] for array in batch))
-    return found
+    fit = samples if free is None else max(1, min(samples, free // (_COPIES * each)))
+    size = min(fit, seen[0][0].shape[0])
+    starts = ((batch, i) for batch in seen for i in range(0, batch[0].shape[0] - size + 1, size))
+    return [tuple(array[i : i + size] for array in batch) for batch, i in islice(starts, max(1, most // size))]
 
 
 def _observers(plan: Plan) -> str:

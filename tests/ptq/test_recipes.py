@@ -127,7 +127,16 @@ def test_gradients_take_few_samples_in_batches_that_fit_the_memory(monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda: 1)
     one = module._few(model, seen)
     assert {len(batch[0]) for batch in one} == {1}
-    np.testing.assert_array_equal(np.concatenate([batch[0] for batch in one]), np.concatenate([x for (x,) in seen]))
+    np.testing.assert_array_equal(np.concatenate([b[0] for b in one]), np.concatenate([x for (x,) in seen])[:24])
+
+
+def test_gradients_compile_one_size():
+    model, data = small()
+    whole = np.concatenate([np.asarray(x) for x in data])
+    uneven = [(whole[:13],), (whole[13:16],), (whole[:11],)]
+    few = module._few(model, uneven)
+    assert [len(batch[0]) for batch in few] == [8, 8]
+    np.testing.assert_array_equal(np.concatenate([x for (x,) in few]), np.concatenate([whole[:8], whole[:8]]))
 
 
 def test_a_fixed_batch_stays_whole():
@@ -136,4 +145,4 @@ def test_a_fixed_batch_stays_whole():
     entry = replace(plan.graph.inputs[0], shape=data[0].shape)
     fixed = model.replace(plan=replace(plan, graph=replace(plan.graph, inputs=(entry,))))
     seen = [(np.asarray(x),) for x in data * 4]
-    assert [len(batch[0]) for batch in module._few(fixed, seen)] == [8] * 4
+    assert [len(batch[0]) for batch in module._few(fixed, seen)] == [8] * 3
