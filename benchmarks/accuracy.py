@@ -139,20 +139,49 @@ def by_best(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
     return jq.ptq.recipe("best", model, batches).model
 
 
+def by_sixteen_bits(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    model = jq.prepare(graph, params, jq.QConfig(jq.templates.weight8_activation16()), target=TARGET)
+    return jq.ptq.recipe("default", model, batches).model
+
+
 def by_mixing(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
     rules = jq.QConfig(jq.templates.int8_default())
     found = jq.analysis.mix_precision(graph, params, rules, batches, target=TARGET, share=0.1).model
     return jq.ptq.shift_relus(jq.ptq.correct_bias(jq.ptq.search_weight_scales(found), batches))
 
 
-def by_four_bits(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+def four_bits(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    """Calibrated: 4 bits for every weight, but 8 in the first and the last layer."""
     layers = [node.name for node in graph.nodes if node.op.weight_roles]
     rules = {"*": jq.Policy(weight=jq.int4(axis="out"), output=jq.int8())}
     rules |= dict.fromkeys((layers[0], layers[-1]), jq.Policy(weight=jq.int8(axis="out")))
-    model = jq.calibrate(jq.prepare(graph, params, jq.QConfig(rules), target=TARGET), batches)
-    before = jq.ptq.search_weight_scales(model)
+    return jq.calibrate(jq.prepare(graph, params, jq.QConfig(rules), target=TARGET), batches)
+
+
+def by_four_bits(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    before = jq.ptq.search_weight_scales(four_bits(graph, params, batches))
     model = jq.ptq.reconstruct_blocks(before, batches, steps=300)
     return jq.ptq.shift_relus(jq.ptq.correct_bias(model, batches, reference=before))
+
+
+def by_four_bits_finetuned(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
+    images, rng, steps = np.concatenate(batches), np.random.default_rng(0), 400
+    height, width = images.shape[2:]
+
+    def cut_and_mirrored() -> Iterator[np.ndarray]:
+        for _ in range(steps):
+            share = rng.uniform(0.55, 1.0, 2)
+            high, wide = int(share[0] * height), int(share[1] * width)
+            top, left = rng.integers(0, height - high + 1), rng.integers(0, width - wide + 1)
+            x = images[rng.permutation(len(images))[:16], :, top : top + high, left : left + wide]
+            x = jax.image.resize(x, (*x.shape[:2], height, width), "linear", antialias=False)
+            yield x[..., :: int(rng.choice((-1, 1)))]
+
+    model = jq.ptq.search_value_scales(four_bits(graph, params, batches), [x[:8] for x in batches[:3]])
+    before = jq.ptq.search_weight_scales(model)
+    model = jq.ptq.correct_bias(jq.ptq.adaround(before, batches, steps=300), batches, reference=before)
+    model = jq.ptq.finetune(model, cut_and_mirrored(), reference=before, steps=steps)
+    return jq.ptq.shift_relus(model)
 
 
 def by_four_bits_everywhere(graph: jq.Graph, params: dict, batches: list) -> jq.Model:
@@ -195,8 +224,10 @@ OWN = {
     "the default call": by_default,
     'jq.ptq.recipe("default")': by_recipe,
     'jq.ptq.recipe("best")': by_best,
+    "int16 values": by_sixteen_bits,
     "int16 for 10 % of the bytes": by_mixing,
     "W4A8, blocks": by_four_bits,
+    "W4A8, fine-tuned": by_four_bits_finetuned,
     "W4A4, blocks": by_four_bits_everywhere,
     "QAT, distilled": by_distilling,
 }

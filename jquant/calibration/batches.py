@@ -14,13 +14,13 @@ Inputs = dict[str, Array]
 SMALLER = "Give `microbatch={batch}`, or smaller batches"
 
 
-def bound_batches(plan: Plan, batches: Iterable[Any]) -> Iterator[Inputs]:
-    """Batches, checked and named."""
+def bound_batches(plan: Plan, batches: Iterable[Any], *, label: str | None = "calibrating") -> Iterator[Inputs]:
+    """Batches, checked and named; `label` is that of the progress, None for none."""
     count = 0
     shape = getattr(batches, "shape", ())
     if shape and len(plan.graph.inputs) == 1 and len(shape) == len(plan.graph.inputs[0].shape):
         raise InputError(f"batches is one array of shape {list(shape)}; give several, such as [x]")
-    for count, batch in enumerate(track(batches, "calibrating"), start=1):
+    for count, batch in enumerate(batches if label is None else track(batches, label), start=1):
         arrays = jax.tree.map(automatic, batch if isinstance(batch, tuple | list) else (batch,))
         try:
             inputs = bind_inputs(plan.graph, arrays)

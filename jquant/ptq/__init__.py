@@ -5,6 +5,7 @@
     model = jq.ptq.adaround(model, batches)            # weights on the grid, rounded as learned: layer by layer
     model = jq.ptq.reconstruct_blocks(before, batches)               # or block by block, values' scales as well
     model = jq.ptq.correct_bias(model, batches, reference=before)
+    model = jq.ptq.finetune(model, batches, reference=before)  # weights, biases and scales of all layers, for few bits
     model = jq.ptq.shift_relus(model)                  # half the step behind a relu, on the same symmetric grid
 
 Each step is optional. `equalize` comes before calibration, the others keep the scales that they are given. `recipe`
@@ -17,6 +18,7 @@ does all of it in one call, and keeps of each step only what helps:
 from jquant.ptq.bias import correct_bias
 from jquant.ptq.blocks import Block, Blocks, find_blocks
 from jquant.ptq.equalization import Pair, Pairs, equalize, find_pairs
+from jquant.ptq.finetuning import finetune
 from jquant.ptq.recipes import RECIPES, Trial, Tuned, recipe
 from jquant.ptq.reconstruction import reconstruct_blocks
 from jquant.ptq.rounding import adaround
@@ -40,6 +42,7 @@ __all__ = [
     "find_blocks",
     "find_pairs",
     "find_shifts",
+    "finetune",
     "recipe",
     "reconstruct_blocks",
     "search_value_scales",
