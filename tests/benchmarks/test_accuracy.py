@@ -24,11 +24,11 @@ def test_the_command_measures_us_and_a_peer(
     monkeypatch.setattr("keeping.ROOT", tmp_path)
     write_cifar(tmp_path, train=12, test=9)
     options = ["--data", str(tmp_path), "--tasks", "resnet20", "--seeds", "0", "--here", "--no-write"]
-    rows = benchmark.main([*options, "--recipes", "the default call", "--peers", "onnxruntime"])
+    rows = benchmark.main([*options, "--recipes", "jq.calibrate", "--peers", "onnxruntime"])
     found = [(row.tool, row.recipe, row.runs) for row in rows]
     assert found == [
-        ("jquant", "the default call", "fake-quant"),
-        ("jquant", "the default call", "integer"),
+        ("jquant", "jq.calibrate", "fake-quant"),
+        ("jquant", "jq.calibrate", "integer"),
         ("onnxruntime", "symmetric grid", "onnxruntime"),
         ("onnxruntime", "default grid", "onnxruntime"),
     ]
@@ -38,7 +38,7 @@ def test_the_command_measures_us_and_a_peer(
         assert 1 < row.lines < 40
     for name in ("of_ours", "of_peer"):  # what is finished is not measured again
         monkeypatch.setattr(benchmark, name, pytest.fail)
-    assert benchmark.main([*options, "--recipes", "the default call", "--peers", "onnxruntime"]) == rows
+    assert benchmark.main([*options, "--recipes", "jq.calibrate", "--peers", "onnxruntime"]) == rows
     assert benchmark.main([*options, "--kept"]) == rows
 
 
@@ -79,7 +79,7 @@ def test_a_network_goes_to_a_peer_as_source_and_weights(
 def test_slow_recipes_run_with_one_seed(benchmark: ModuleType) -> None:
     every, later = ([*benchmark.recipes_of("resnet20", first)] for first in (True, False))
     assert every == list(benchmark.OWN)
-    assert later == ["the default call", 'jq.ptq.recipe("default")']
+    assert later == ["jq.calibrate", 'jq.ptq.recipe("default")']
     assert "W4A4, blocks" not in benchmark.recipes_of("mobilenet_v2", True)
 
 
