@@ -1,5 +1,6 @@
 """Scales of values by search: the threshold of the least squared error, weighted by what the outputs make of it."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -15,10 +16,12 @@ from jquant.graph.float import float_rule
 from jquant.numerics.rounding import dequantize, quantize
 from jquant.plan.batch_norm import check_folded
 from jquant.plan.scales import check_model, quantizer_of, scale_of
-from jquant.types import Array, Model, Plan, QParams
+from jquant.types import Array, Model, Plan, QParams, Rounding
 
 # Of the scale that is there. It is the first of equals: where no gradient arrives, it stays.
 _FACTORS = np.asarray([1.0, *(2.0 ** (k / 4) for k in range(-10, 5) if k)], np.float32)
+
+_BLOCK = 1 << 14  # entries: in the cache while all factors are tried
 
 
 def search_value_scales(model: Model, batches: Iterable[Any], *, seed: int = 0) -> Model:
@@ -90,11 +93,51 @@ def _errors(model: Model, inputs: Mapping[str, Array], key: Array) -> dict[str, 
     shapes = jax.eval_shape(lambda: outputs({})[1])
     still = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
     gradients, values = jax.grad(outputs, has_aux=True)(still)
+    return _weighted_errors(plan, qparams, values, gradients)
 
-    def error(name: str, factor: Array) -> Array:
-        spec = plan.spec(name)
-        scale = quantizer_of(spec).scale(quantizer_of(spec).init(scale_of(name, plan, qparams) * factor, spec), spec)
-        rounded = dequantize(quantize(values[name], scale, spec.dtype, spec.rounding), scale)
-        return jnp.sum(jnp.square(gradients[name] * (rounded - values[name])))
 
-    return {name: jax.lax.map(partial(error, name), jnp.asarray(_FACTORS)) for name in values}
+def _weighted_errors(
+    plan: Plan, qparams: QParams, values: Mapping[str, Array], gradients: Mapping[str, Array]
+) -> dict[str, Array]:
+    """{value: the sum of (g (x_hat - x))^2 with each factor}.
+
+    All values of one format go through one loop over blocks of entries, which is compiled once.
+    """
+    kinds = defaultdict[tuple[str, Rounding], list[str]](list)
+    for name in values:
+        kinds[plan.spec(name).dtype, plan.spec(name).rounding].append(name)
+    found = dict[str, Array]()
+    for (dtype, rounding), names in kinds.items():
+        parts = [_blocks(values[name]) for name in names]
+        owner = np.repeat(np.arange(len(names)), [len(part) for part in parts])
+        scales = jnp.stack([_candidates(plan, qparams, name) for name in names])[owner]
+        slopes = jnp.concatenate([_blocks(gradients[name]) for name in names])
+        of_blocks = jax.lax.map(partial(_block_errors, dtype, rounding), (jnp.concatenate(parts), slopes, scales))
+        sums = jax.ops.segment_sum(of_blocks, owner, len(names), indices_are_sorted=True)
+        found |= dict(zip(names, sums, strict=True))
+    return found
+
+
+def _block_errors(dtype: str, rounding: Rounding, block: tuple[Array, Array, Array]) -> Array:
+    """The sums of (g (x_hat - x))^2 over x and g [_BLOCK], for each of the scales."""
+    x, gradient, scales = block
+
+    def error(scale: Array) -> Array:
+        rounded = dequantize(quantize(x, scale, dtype, rounding), scale)
+        return jnp.sum(jnp.square(gradient * (rounded - x)))
+
+    return jax.lax.map(error, scales)
+
+
+def _blocks(x: Array) -> Array:
+    """[blocks, _BLOCK], the last one filled with zeros: where the gradient is 0, there is no error."""
+    count = max(1, -(-x.size // _BLOCK))
+    return jnp.pad(x.reshape(-1), (0, count * _BLOCK - x.size)).reshape(count, _BLOCK)
+
+
+def _candidates(plan: Plan, qparams: QParams, name: str) -> Array:
+    """The scale of a value with each factor, as the quantizer has it."""
+    spec = plan.spec(name)
+    now = scale_of(name, plan, qparams)
+    of = jax.vmap(lambda factor: quantizer_of(spec).scale(quantizer_of(spec).init(now * factor, spec), spec))
+    return of(jnp.asarray(_FACTORS))

@@ -10,6 +10,7 @@ from support import graphs
 import jquant as jq
 from jquant import ops, ptq
 from jquant.ptq import recipes as module
+from jquant.ptq import values as values_module
 from jquant.ptq.recipes import judge_of, split_batches
 
 NASH = jq.targets.NASH_E
@@ -146,3 +147,27 @@ def test_a_fixed_batch_stays_whole():
     fixed = model.replace(plan=replace(plan, graph=replace(plan.graph, inputs=(entry,))))
     seen = [(np.asarray(x),) for x in data * 4]
     assert [len(batch[0]) for batch in module._few(fixed, seen)] == [8] * 3
+
+
+def test_weighted_errors_are_the_sums_that_numpy_finds():
+    """Values larger than a block and smaller than one, of two formats."""
+    model, data = small()
+    model = jq.calibrate(model, data[:1])
+    plan, rng = model.plan, np.random.default_rng(0)
+    names = tuple(plan.owned)[:3]
+    wide = replace(plan.spec(names[2]), dtype="int16")
+    model = model.replace(plan=replace(plan, values=type(plan.values)({**plan.values, names[2]: wide})))
+    sizes = (3, values_module._BLOCK // 2 + 5), (7,), (2, 2, 5)
+    values, gradients = (
+        {name: rng.normal(size=size).astype(np.float32) for name, size in zip(names, sizes, strict=True)}
+        for _ in range(2)
+    )
+    found = values_module._weighted_errors(model.plan, model.qparams, values, gradients)
+    assert set(found) == set(names)
+    for name, bits in zip(names, (8, 8, 16), strict=True):
+        for factor, error in zip(values_module._FACTORS, np.asarray(found[name]), strict=True):
+            scale = np.float64(np.float32(model.qparams[name]) * factor)
+            x, g = values[name].astype(np.float64), gradients[name].astype(np.float64)
+            rounded = np.clip(np.rint(x / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+            # float32 sums and quotients; a quotient on a tie may round the other way, which leaves the error.
+            np.testing.assert_allclose(error, np.sum((g * (rounded - x)) ** 2), rtol=2e-3)
