@@ -291,18 +291,26 @@ def export(net: torch.nn.Module, pictures: np.ndarray, path: Path) -> None:
 def write_module(net: torch.nn.Module, path: Path) -> None:
     """The network as the source of a class `Net` of modules of torch.nn, PATH.py, and its weights, PATH.pt."""
     graph, made = traced(net), dict[str, str]()
+    weights, tensors = graph.state_dict(), list[str]()
     for node in graph.graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        outer = [node.target.rsplit(".", i)[0] for i in range(node.target.count("."), 0, -1)]
+        made |= {name: "Module()" for name in outer if name not in made}
         if node.op == "call_module":
-            outer = [node.target.rsplit(".", i)[0] for i in range(node.target.count("."), 0, -1)]
-            made |= {name: "Module()" for name in outer if name not in made}
             made[node.target] = repr(graph.get_submodule(node.target))
+        elif node.target in weights:
+            (owner, _, name), like = node.target.rpartition("."), weights[node.target]
+            empty = f"torch.empty({tuple(like.shape)}, dtype={like.dtype})"
+            tensors.append(f"        self.get_submodule({owner!r}).register_buffer({name!r}, {empty})")
+        else:
+            raise PeerError(f"{node.target} is neither a module, nor a parameter, nor a buffer")
     body = [f"        self.set_submodule({name!r}, nn.{module}, strict=False)" for name, module in made.items()]
-    if named := [node.target for node in graph.graph.nodes if node.op == "get_attr"]:
-        raise PeerError(f"tensors outside of modules of torch.nn are not written: {', '.join(named)}")
+    body += dict.fromkeys(tensors)
     source = ["import torch", "from torch import nn", "", "", "class Net(nn.Module):", "    def __init__(self):"]
     source += ["        super().__init__()", *body, *(f"    {line}" for line in graph.code.splitlines())]
     path.with_suffix(".py").write_text("\n".join(source) + "\n")
-    torch.save(graph.state_dict(), path.with_suffix(".pt"))
+    torch.save(weights, path.with_suffix(".pt"))
 
 
 def traced(net: torch.nn.Module) -> torch.fx.GraphModule:

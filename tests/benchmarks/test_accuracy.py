@@ -62,16 +62,30 @@ def test_a_script_of_a_peer_marks_what_a_user_writes(benchmark: ModuleType) -> N
         assert text.count("# begin\n") == text.count("# end\n") == 1
 
 
+class Placed(nn.Module):
+    """Adds a tensor to each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.places
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside of a module", "inside of one"])
 def test_a_network_goes_to_a_peer_as_source_and_weights(
-    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     torch.manual_seed(0)
-    inner = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU6(inplace=True))
-    net = nn.Sequential(inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
-    benchmark.write_module(net, tmp_path / "written_network.onnx")
+    inner = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU6(inplace=True), Placed()]
+    rest = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    net = nn.Sequential(nn.Sequential(*inner), *rest) if inside else nn.Sequential(*inner, *rest)
+    name = f"written_network_{int(inside)}"
+    benchmark.write_module(net.eval(), tmp_path / f"{name}.onnx")
     monkeypatch.syspath_prepend(tmp_path)
-    read = importlib.import_module("written_network").Net().eval()
-    read.load_state_dict(torch.load(tmp_path / "written_network.pt", weights_only=True))
+    read = importlib.import_module(name).Net().eval()
+    read.load_state_dict(torch.load(tmp_path / f"{name}.pt", weights_only=True))
     x = torch.randn(2, 3, 6, 6)
     torch.testing.assert_close(read(x), net(x), rtol=0, atol=0)
 
