@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "numerics": set(),
     "targets": set(),
-    "graph": set(),
+    "graph": {"numerics"},
     "images": {"numerics", "graph"},
     "quantizers": {"numerics"},
     "observers": {"numerics"},

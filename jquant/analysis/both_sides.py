@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jquant.analysis.meanings import Side, alone_of, values_of
+from jquant.analysis.meanings import Side, alone_of, stacked_values_of
+from jquant.graph.rolled import parted
 from jquant.host.progress import stages
 from jquant.numerics.namespace import to_host
 from jquant.types import Array
@@ -21,10 +22,14 @@ class Values(NamedTuple):
     alone: Arrays
 
 
-_values = jax.jit(values_of, static_argnames=("mode",))
+_values = jax.jit(stacked_values_of, static_argnames=("mode",))
 
 
 _alone = jax.jit(alone_of, static_argnames=("mode",))
+
+
+def _all_of(side: Side, mode: Any, inputs: dict[str, Array]) -> dict[str, Any]:
+    return parted(jax.block_until_ready(_values(side, mode, inputs)), side.model.plan.graph.values)
 
 
 def evaluated(
@@ -36,7 +41,7 @@ def evaluated(
         both = []
         for name, mode, side, arrays in zip(names, modes, sides, given, strict=False):
             begin(name)
-            both.append(jax.block_until_ready(_values(side, mode, inputs)) if arrays is None else arrays)
+            both.append(_all_of(side, mode, inputs) if arrays is None else arrays)
         begin(names[2])
         alone = to_host(_alone(sides[0], modes[0], dict(both[1])) if given[0] is None else {})
         return Values(to_host(both[0]), to_host(both[1]), alone)

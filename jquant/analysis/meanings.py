@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jquant.graph.operator import eval_integer
+from jquant.graph.rolled import Stacked
 from jquant.meanings.meaning import Mode, meaning_of
+from jquant.meanings.rolled import stacked_values
 from jquant.numerics.rounding import quantize, to_float16
-from jquant.program.integers import dequantize_values, quantize_inputs, run_integers, run_island
+from jquant.program.integers import dequantize_values, quantize_inputs, run_integers, run_island, stacked_reals
 from jquant.program.lower import lower
 from jquant.types import Array, Model, Node, Program
 
@@ -28,6 +30,16 @@ def values_of(side: Side, mode: Mode, inputs: Mapping[str, Array]) -> dict[str, 
         assert side.program is not None
         return dequantize_values(side.program, run_integers(side.program, quantize_inputs(side.program, inputs)))
     return meaning_of(side.model, mode).values(inputs)
+
+
+def stacked_values_of(side: Side, mode: Mode, inputs: Mapping[str, Array]) -> dict[str, Array | Stacked]:
+    """`values_of`, as `jquant.graph.rolled.parted` takes them: a program that hardly grows with equal blocks."""
+    if mode == "bit_true":
+        assert side.program is not None
+        return stacked_reals(side.program, quantize_inputs(side.program, inputs))
+    if mode == "tables":
+        return dict(meaning_of(side.model, mode).values(inputs))
+    return stacked_values(side.model, mode, inputs)
 
 
 def node_rule(side: Side, mode: Mode) -> Callable[..., Array]:

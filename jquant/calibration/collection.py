@@ -12,12 +12,22 @@ from jax.sharding import Mesh
 from jquant.calibration.batches import SMALLER, bound_batches, slices_of
 from jquant.calibration.devices import check_mesh, collect_on_mesh
 from jquant.calibration.masks import check_added_masks
-from jquant.calibration.observe import Stats, checked_finite, finalize_with, init_stats, merges_of, update_jitted
+from jquant.calibration.observe import (
+    Stats,
+    checked_finite,
+    finalize_with,
+    init_stats,
+    joined,
+    merges_of,
+    update_joined,
+)
 from jquant.calibration.outliers import warn_of_outliers
 from jquant.calibration.tables import warn_of_tables
 from jquant.graph.axes import automatic_axes, automatic_mesh
 from jquant.graph.memory import fitting
+from jquant.graph.rolled import parted
 from jquant.host.progress import stages
+from jquant.numerics.namespace import to_device
 from jquant.plan.scales import check_model
 from jquant.types import InputError, Model
 
@@ -114,12 +124,12 @@ def collect(
 
 def _collect_here(model: Model, batches: Iterable[Any], microbatch: int | None) -> Stats:
     plan, stats = model.plan, init_stats(model)
-    model = Model(plan, dict(model.params))
+    model, joint = Model(plan, dict(model.params)), None
     for inputs in bound_batches(plan, batches):
         for part in [inputs] if microbatch is None else slices_of(plan, inputs, 0, microbatch):
             with fitting(plan.graph, model.params, part, SMALLER):
-                stats = update_jitted(model, stats, part)
-    return stats
+                joint = update_joined(model, joined(model, stats, part) if joint is None else joint, part)
+    return stats if joint is None else to_device(parted(joint, stats))
 
 
 @automatic_axes()

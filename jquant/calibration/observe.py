@@ -4,7 +4,7 @@ Statistics kept apart can be merged (`merge_stats`), and scales derived from the
 (`reset_scale`), without touching the data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,17 @@ import jax.numpy as jnp
 from jquant.calibration.samples import batch_axes, by_sample
 from jquant.config.qconfig import matches
 from jquant.graph.checks import is_finite
-from jquant.graph.evaluate import evaluate
-from jquant.graph.float import float_rule
+from jquant.graph.evaluate import Rule
+from jquant.graph.float import float_rule, value_shapes
+from jquant.graph.loops import FEW_BLOCKS, Loop, find_loops
+from jquant.graph.rolled import Keep, Own, Rolled, Stacked, columns_of, evaluate_rolled, parted, stacked, with_own
 from jquant.numerics.namespace import to_device, to_host
 from jquant.observers import HistogramState, RangeState
 from jquant.plan.batch_norm import raise_collapsed, weights_to_quantize
 from jquant.plan.fills import raise_filled_scales
 from jquant.plan.scales import observer_of, quantizer_of, weight_observer_of
 from jquant.text import near_or_known
-from jquant.types import Array, CalibrationError, Model, Observer, Plan, QuantSpec
+from jquant.types import Array, CalibrationError, Model, Node, Observer, Params, Plan, QuantSpec
 
 Stats = dict[str, Any]
 
@@ -72,21 +74,78 @@ def _form(state: Any) -> Any:
 
 def update_stats(model: Model, stats: Stats, inputs: Mapping[str, Array]) -> Stats:
     """Observes one batch: a pure function for jit, scan or shard_map. The model runs in float."""
+    names, loops = frozenset(stats), _loops(model, stats, inputs)
+    return parted(_observed(model, _joined(loops, stats), inputs, loops), names)
+
+
+def joined(model: Model, stats: Stats, inputs: Mapping[str, Array]) -> Stats:
+    """Statistics on the host, those of equal blocks `Stacked`: as `update_joined` takes and returns them.
+
+    In a compiled update, each that is joined or parted costs a kernel.
+    """
+    return to_device(_joined(_loops(model, stats, inputs), stats))
+
+
+@jax.jit
+def update_joined(model: Model, stats: Stats, inputs: Mapping[str, Array]) -> Stats:
+    """`update_stats`, from and to what `joined` returns."""
+    return _observed(model, stats, inputs, _loops(model, parted(stats, observed_values(model.plan)), inputs))
+
+
+def _joined(loops: Sequence[Loop], stats: Stats) -> Stats:
+    joint = [columns for loop in loops for columns in columns_of(loop).items() if columns[0] in stats]
+    inside = {name for _, names in joint for name in names}
+    alone = {name: state for name, state in stats.items() if name not in inside}
+    return alone | {body: Stacked(stacked(stats, {body: names})[body], names) for body, names in joint}
+
+
+def _loops(model: Model, stats: Stats, inputs: Mapping[str, Array]) -> list[Loop]:
+    """Equal blocks whose values are observed alike."""
     plan, params = model.plan, model.params
-    new: Stats = {}
-    observers = {name: observer_of(plan.spec(name)) for name in stats}
-    apart = any(observer.per_sample for observer in observers.values())
-    axes = batch_axes(plan, params, inputs) if apart else {}
+    free = [entry.name for entry in plan.graph.inputs if entry.shape and entry.shape[0] is None]
+    shapes = value_shapes(plan.graph, params, inputs[free[0]].shape[0] if free else 1)
+    axes = _axes(plan, params, stats, inputs)
 
-    def observe(name: str, value: Array) -> Array:
-        if name in stats:
-            each = observers[name].per_sample
-            data = by_sample(value, axes.get(name)) if each else value.reshape(1, -1)
-            new[name] = updated(observers[name], stats[name], data)
-        return value
+    def kind(node: Node) -> Hashable:
+        name, weights = node.name, tuple((role, params[key].shape) for role, key in node.params.items())
+        own = node.op, weights, *(shapes[value] for value in (name, *node.inputs))
+        if name not in stats:
+            return own
+        leaves, structure = jax.tree.flatten(stats[name])
+        form = structure, *((jnp.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
+        return own, observer_of(plan.spec(name)), form, axes.get(name)
 
-    evaluate(plan.graph, inputs, float_rule(plan.graph, params), observe)
-    return new
+    return find_loops(plan.graph, kind, FEW_BLOCKS, recurrences=False)
+
+
+def _axes(plan: Plan, params: Params, names: Iterable[str], inputs: Mapping[str, Array]) -> dict[str, tuple[int, int]]:
+    """`batch_axes`, where an observer looks at each sample by itself."""
+    apart = any(observer_of(plan.spec(name)).per_sample for name in names)
+    return batch_axes(plan, params, inputs) if apart else {}
+
+
+def _observed(model: Model, stats: Stats, inputs: Mapping[str, Array], loops: Sequence[Loop]) -> Stats:
+    """The model runs in float; statistics of the values in `loops` are `Stacked`."""
+    plan, params = model.plan, model.params
+    names = frozenset(
+        name for key, each in stats.items() for name in (each.names if isinstance(each, Stacked) else (key,))
+    )
+    observers = {name: observer_of(plan.spec(name)) for name in names}
+    axes = _axes(plan, params, names, inputs)
+
+    def observe(name: str, value: Array, own: Own) -> Any:
+        each = observers[name].per_sample
+        data = by_sample(value, axes.get(name)) if each else value.reshape(1, -1)
+        return updated(observers[name], own["stats"][name] if own else stats[name], data)
+
+    def meaning(own: Own | None) -> tuple[Rule, None]:
+        return float_rule(plan.graph, with_own(params, own or {})), None
+
+    rolled = []
+    for loop in loops:
+        of_loop = {body: stats[body].tree for body in columns_of(loop) if body in names}
+        rolled.append(Rolled(loop, {"params": stacked(params, loop.params), "stats": of_loop}))
+    return evaluate_rolled(plan.graph, inputs, meaning, rolled, Keep(names, observe))[1]
 
 
 def merge_stats(model: Model, a: Stats, b: Stats) -> Stats:
@@ -151,16 +210,34 @@ def finalize_with(model: Model, stats: Stats, methods: Mapping[str, Observer]) -
     """Statistics to scales; `methods`, {value: observer}, finalize in place of the values' own observers."""
     plan, params = model.plan, {key: model.params[key] for key in model.plan.graph.param_names}
     weights = _scales_of_weights(Model(plan, params))  # compiled once, whatever the methods
-    qparams = to_host({**_scales_of_values(Model(plan, {}), stats, tuple(methods.items())), **weights})
+    qparams = to_host({**_scales_of_values(plan, stats, methods), **weights})
     qparams = raise_collapsed(plan, to_host(params), raise_filled_scales(plan, qparams))
     return model.replace(qparams=to_device(qparams))
 
 
-@partial(jax.jit, static_argnames=("methods",))
-def _scales_of_values(model: Model, stats: Stats, methods: tuple[tuple[str, Observer], ...]) -> dict[str, Array]:
-    plan, given = model.plan, dict(methods)
-    scales = _scales({n: given.get(n, observer_of(plan.spec(n))) for n in stats}, plan, stats)
-    return {name: quantizer_of(plan.spec(name)).init(scale, plan.spec(name)) for name, scale in scales.items()}
+def _scales_of_values(plan: Plan, stats: Stats, methods: Mapping[str, Observer]) -> dict[str, Array]:
+    """Values of one format are one loop, joined on the host, so that the program hardly grows with their number."""
+    alike: dict[tuple[Observer, QuantSpec, Any], list[str]] = {}
+    for name, state in stats.items():
+        shapes = jax.tree.structure(state), *(jnp.shape(leaf) for leaf in jax.tree.leaves(state))
+        spec = plan.spec(name)
+        alike.setdefault((methods.get(name, observer_of(spec)), spec, shapes), []).append(name)
+    states = [stacked(stats, {"": names})[""] for names in alike.values()]
+    scales = _finalized(states, tuple((observer, spec) for observer, spec, _ in alike))
+    columns = zip(scales, alike.values(), strict=True)
+    found = parted({names[0]: Stacked(scale, tuple(names)) for scale, names in columns}, stats)
+    return {name: found[name] for name in stats}
+
+
+@partial(jax.jit, static_argnames=("formats",))
+def _finalized(states: list[Any], formats: tuple[tuple[Observer, QuantSpec], ...]) -> list[Array]:
+    """The parameters of the quantizers of groups of values [values, ...]."""
+
+    def one(state: Any, observer: Observer, spec: QuantSpec) -> Array:
+        return quantizer_of(spec).init(observer.finalize(state, spec)[0], spec)
+
+    pairs = zip(states, formats, strict=True)
+    return [jax.lax.map(partial(one, observer=observer, spec=spec), state) for state, (observer, spec) in pairs]
 
 
 @jax.jit
@@ -171,20 +248,6 @@ def _scales_of_weights(model: Model) -> dict[str, Array]:
             scale = weight_scale_from_data(weights[key], spec, plan.weight_axis.get(key))
             found[key] = quantizer_of(spec).init(scale, spec)
     return found
-
-
-def _scales(observers: Mapping[str, Observer], plan: Plan, stats: Stats) -> dict[str, Array]:
-    """{value: its scale}. Values of one format are one loop, so that a program hardly grows with their number."""
-    alike: dict[tuple[Observer, QuantSpec, Any], list[str]] = {}
-    for name, state in stats.items():
-        shapes = jax.tree.structure(state), *(jnp.shape(leaf) for leaf in jax.tree.leaves(state))
-        alike.setdefault((observers[name], plan.spec(name), shapes), []).append(name)
-    found: dict[str, Array] = {}
-    for (observer, spec, _), names in alike.items():
-        states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(stats[name] for name in names))
-        scales = jax.lax.map(lambda state, o=observer, s=spec: o.finalize(state, s)[0], states)
-        found |= {name: scales[i] for i, name in enumerate(names)}
-    return {name: found[name] for name in stats}
 
 
 @partial(jax.jit, static_argnames=("spec", "axis"))

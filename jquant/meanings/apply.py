@@ -9,6 +9,7 @@ import jax
 from jquant.config.qconfig import matches
 from jquant.graph.axes import with_automatic_axes
 from jquant.graph.evaluate import bind_inputs
+from jquant.graph.loops import LEAST_BLOCKS
 from jquant.graph.memory import fitting
 from jquant.graph.structure import nested_outputs
 from jquant.meanings.bit_true import bit_true_values, select_nodes
@@ -29,21 +30,22 @@ def mode_values(
     rng: Array | None = None,
     selected: tuple[str, ...] | None = None,
     outputs_alone: bool = False,
+    blocks: int = LEAST_BLOCKS,
 ) -> dict[str, Array]:
     """All values of the model's graph by name. `rng` activates stochastic operators.
 
     `selected` are the nodes that mode "bit_true" takes from the integer program; None for all. `outputs_alone` leaves
-    other values out, as far as that saves time.
+    other values out, as far as that saves time: then so many equal `blocks` run as a loop.
     """
     if mode == "bit_true" and selected is None:
         values = meaning_of(model, "fake_quant", rng=rng).values(inputs)
         return bit_true_values(lower_traced(fold_kept(model)), inputs, values)
     if outputs_alone and mode in ("float", "fake_quant"):
-        return output_values(model, mode, inputs, rng)
+        return output_values(model, mode, inputs, rng, blocks)
     return meaning_of(model, mode, rng=rng, selected=selected or ()).values(inputs)
 
 
-evaluate_mode = jax.jit(mode_values, static_argnames=("mode", "selected", "outputs_alone"))
+evaluate_mode = jax.jit(mode_values, static_argnames=("mode", "selected", "outputs_alone", "blocks"))
 
 
 def _evaluated(

@@ -22,12 +22,13 @@ def apart(v: Array) -> Array:
 
 
 def held(v: Array, certain: Array) -> Array:
-    """An integer v behind a branch on `certain`, a scalar that is true and that XLA cannot know.
+    """v behind a branch on `certain`, a scalar that is true and that XLA cannot know.
 
     For integers that are read several times along a long chain, as those of residual blocks: XLA would compute each
     from the start of the chain in every reader, in a program that grows with the square of the depth.
     """
-    return jax.lax.cond(certain, lambda u: u, lambda u: ~u, v)
+    other = jax.lax.neg if jnp.issubdtype(v.dtype, jnp.inexact) else jax.lax.bitwise_not
+    return jax.lax.cond(certain, lambda u: u, other, v)
 
 
 def computed_once(x: Array) -> Array:

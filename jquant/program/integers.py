@@ -1,6 +1,6 @@
 """The jitted interpreter of integer programs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jquant.graph.axes import with_automatic_axes
-from jquant.graph.evaluate import bind_inputs, evaluate
+from jquant.graph.evaluate import Rule, bind_inputs, evaluate
+from jquant.graph.loops import FEW_BLOCKS, LEAST_BLOCKS, find_loops
 from jquant.graph.memory import Need, batch_of, largest_need, naming_memory
 from jquant.graph.operator import eval_float, eval_integer
+from jquant.graph.rolled import Keep, Own, Rolled, Stacked, columns_of, evaluate_rolled, stacked
 from jquant.graph.structure import nested_outputs
 from jquant.numerics.fusion import held
 from jquant.numerics.platform import platform
@@ -21,23 +23,69 @@ from jquant.types import Array, InputError, Node, NodeFormat, Program, Target, s
 
 def run_integers(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """All values of a program as integers, by name. No float dtype appears in its jaxpr, except for float islands."""
-    readers = program.graph.consumers
+    return evaluate(program.graph, inputs, _rule(program, program.constants))
 
-    def is_held(node: Node) -> bool:
-        """Whether a value is finished before its readers begin: one that several read, or that joins others.
 
-        A loop of a CPU that joins values in its middle decides at each element which one it reads, and is not
-        vectorized.
-        """
-        several = len(readers[node.name]) > 1 or (isinstance(node.op, Cat | Stack) and platform() == "cpu")
-        return len(node.inputs) > 1 and several and "post" in program.constants[node.name]
+def run_outputs(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs of a program as integers, by name. Equal blocks run as a loop, which is compiled once."""
+    values, _ = _run_rolled(program, inputs, None)
+    return {name: values[name] for name in program.graph.outputs}
+
+
+def stacked_reals(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array | Stacked]:
+    """All values by name, real, as `jquant.graph.rolled.parted` takes them; those of equal blocks are `Stacked`."""
+
+    def real_of(name: str, value: Array, own: Own) -> Array:
+        scales = own["scales"] if own else program.scales
+        return dequantize(value, scales[name]) if name in scales else value
+
+    return _run_rolled(program, inputs, Keep(frozenset(program.graph.values), real_of))[1]
+
+
+def _run_rolled(
+    program: Program, inputs: Mapping[str, Array], keep: Keep | None
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    blocks = LEAST_BLOCKS if keep is None else FEW_BLOCKS
+    loops = find_loops(program.graph, lambda node: _kind(node, program), blocks, recurrences=False)
+    rolled = []
+    for loop in loops:
+        columns = columns_of(loop)
+        scaled = {body: names for body, names in columns.items() if body in program.scales} if keep else {}
+        own = {"constants": stacked(program.constants, columns), "scales": stacked(program.scales, scaled)}
+        rolled.append(Rolled(loop, own))
+
+    def meaning(own: Own | None) -> tuple[Rule, None]:
+        return _rule(program, {**program.constants, **(own or {}).get("constants", {})}), None
+
+    return evaluate_rolled(program.graph, inputs, meaning, rolled, keep)
+
+
+def _kind(node: Node, program: Program) -> Hashable:
+    """What has to be equal for two nodes to be the same computation on constants of their own."""
+    constants = tuple((role, c.shape, str(c.dtype)) for role, c in sorted(program.constants[node.name].items()))
+    scale = program.scales[node.name].shape if node.name in program.scales else None
+    return node.op, program.formats[node.name], constants, scale, _is_held(node, program)
+
+
+def _rule(program: Program, constants: Mapping[str, Mapping[str, Array]]) -> Rule:
+    held_nodes = {node.name for node in program.graph.nodes if _is_held(node, program)}
 
     def rule(node: Node, *operands: Array) -> Array:
-        constants = program.constants[node.name]
-        value = run_node(node, program.formats[node.name], program.target, operands, constants)
-        return held(value, constants["post"].ravel()[0] >= 0) if is_held(node) else value  # a shift to the right
+        of_node = constants[node.name]
+        value = run_node(node, program.formats[node.name], program.target, operands, of_node)
+        return held(value, of_node["post"].ravel()[0] >= 0) if node.name in held_nodes else value  # a shift
 
-    return evaluate(program.graph, inputs, rule)
+    return rule
+
+
+def _is_held(node: Node, program: Program) -> bool:
+    """Whether a value is finished before its readers begin: one that several read, or that joins others.
+
+    A loop of a CPU that joins values in its middle decides at each element which one it reads, and is not vectorized.
+    """
+    several = len(program.graph.consumers[node.name]) > 1
+    joins = isinstance(node.op, Cat | Stack) and platform() == "cpu"
+    return len(node.inputs) > 1 and (several or joins) and "post" in program.constants[node.name]
 
 
 def run_node(
@@ -88,9 +136,7 @@ def dequantize_values(program: Program, values: Mapping[str, Array]) -> dict[str
 
 @partial(jax.jit, static_argnames=("raw", "tapped"))
 def _run(program: Program, inputs: dict[str, Array], raw: bool, tapped: bool) -> dict[str, Array]:
-    values = run_integers(program, inputs if raw else quantize_inputs(program, inputs))
-    if not tapped:
-        values = {name: values[name] for name in program.graph.outputs}
+    values = (run_integers if tapped else run_outputs)(program, inputs if raw else quantize_inputs(program, inputs))
     return values if raw or tapped else dequantize_values(program, values)
 
 

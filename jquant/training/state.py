@@ -12,6 +12,7 @@ from jquant.calibration.samples import batch_axes
 from jquant.config.qconfig import matches
 from jquant.graph.evaluate import bind_inputs
 from jquant.graph.float import float_rule
+from jquant.graph.loops import MANY_BLOCKS
 from jquant.graph.structure import nested_outputs
 from jquant.meanings.apply import Outputs, evaluate_mode, selected_values
 from jquant.meanings.bit_true import replaced, select_nodes
@@ -131,7 +132,7 @@ def apply_train_with_taps(
             selected_values(plan.graph, values, taps),
         )
     if all(norm.statistics == "running" for node in kept_nodes(plan) if (norm := kept_batch_norm(node))):
-        values = evaluate_mode(model, mode, bound, rngs, selected, outputs_alone=taps is None)
+        values = evaluate_mode(model, mode, bound, rngs, selected, outputs_alone=taps is None, blocks=MANY_BLOCKS)
         moved = dict[str, Array]()
     else:
         values, moved = evaluate_training(model, mode, bound, rngs, selected)

@@ -45,7 +45,7 @@ class Net(NamedTuple):
         return self.model.plan
 
     def loops(self) -> list[Loop]:
-        return find_loops(self.plan.graph, lambda node: rolled._kind(node, self.plan))
+        return find_loops(self.plan.graph, lambda node: rolled._kind(node, self.model))
 
     def step_by_step(self, *inputs: jax.Array, **options: Any) -> list[jax.Array]:
         named = dict(zip((entry.name for entry in self.plan.graph.inputs), inputs or self.inputs, strict=True))
@@ -138,7 +138,7 @@ def test_the_loop_of_an_lstm_has_whole_steps() -> None:
     net = jax_nets.linen(jax_nets.LstmClassifier(8, 8), ids)
     graph, params = jq.trace(net.fn, net.params, ids)
     model = jq.prepare(graph, params, ALL, target=NASH_E)
-    (loop,) = find_loops(model.plan.graph, lambda node: rolled._kind(node, model.plan))
+    (loop,) = find_loops(model.plan.graph, lambda node: rolled._kind(node, model))
     assert len(loop.steps) >= 7
     assert sum(type(node.op).__name__ == "Linear" for node in loop.body) == 2
     assert len(loop.carried) == 2  # the cell, and what is multiplied by the weights
