@@ -61,16 +61,29 @@ WORKLOADS = (
 )
 
 
-def contenders_of(workload: Workload) -> list[Contender]:
-    """Our integers, which every other one is a base of."""
+class Made(NamedTuple):
+    """A workload as torch has it, as a calibrated model and as integers, and its batch."""
+
+    net: torch.nn.Module
+    model: jq.Model
+    program: jq.Program
+    data: np.ndarray
+
+
+def made_of(workload: Workload) -> Made:
     data = np.random.default_rng(0).normal(size=workload.shape).astype(np.float32)
     torch.manual_seed(0)
     net = workload.net().eval()
     graph, raw = from_torch(net, (torch.from_numpy(data[:1]),))
     config = jq.QConfig({"*": jq.Policy(weight=jq.int8(axis="out"), output=jq.int8(observer=jq.observers.min_max()))})
+    model = jq.calibrate(jq.prepare(graph, raw, config, target=jq.targets.NASH_E), [jnp.asarray(data)[:1]])
+    return Made(net, model, jq.lower(model), data)
+
+
+def contenders_of(workload: Workload, made: Made) -> list[Contender]:
+    """Our integers, which every other one is a base of."""
+    net, model, program, data = made
     x = jnp.asarray(data)
-    model = jq.calibrate(jq.prepare(graph, raw, config, target=jq.targets.NASH_E), [x[:1]])
-    program = jq.lower(model)
     own = jax.jit(lambda p, x: jq.apply(model.replace(params=p), x, mode="float"))
     steps: dict[str, Step] = {OWN: _waited(lambda: own(model.params, x))}
     if jax.default_backend() == "cpu":
@@ -172,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     found = []
     for workload in WORKLOADS:
         if workload.name.startswith(options.nets):
-            contenders = contenders_of(workload)
+            contenders = contenders_of(workload, made_of(workload))
             rows = integers_over(contenders, measure(contenders, options.rounds))
             print("\n".join(" | ".join(row) for row in rows), flush=True)
             found += rows

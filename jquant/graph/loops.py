@@ -15,8 +15,7 @@ import numpy as np
 from jquant.types import Graph, Node
 
 LEAST_STEPS = 6  # of a recurrence; fewer, in a program that is small anyway, stay one after the other
-# Of equal blocks, whose weights a loop has to gather in each call. A transformer of 18 layers is compiled in a third of
-# the time; as a loop its integers take as long as before, and its training step a quarter longer.
+# Of equal blocks, whose weights a loop has to gather in each call: docs/decisions/equal-blocks-run-as-a-loop.md.
 FEW_BLOCKS = 8  # where it runs a few times
 LEAST_BLOCKS = 16
 MANY_BLOCKS = 48  # where it is trained
