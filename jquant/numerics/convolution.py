@@ -40,7 +40,7 @@ Axes = tuple[int, ...]
 
 _EXACT_PRODUCTS = 512  # of two int8: each at most 2^14, together at most 2^23
 _LANES = 4  # the fast library takes input channels in fours
-_CHANNELS = 17  # and no convolution of integers that has fewer than these both in and out
+_CHANNELS = 17  # of the result, from which on repeating as many or more inputs pays
 _MERGED = (16, 64)  # input channels of merged groups: fewer are slow, more are mostly zeros
 
 
@@ -226,6 +226,10 @@ def _planar(x: Array, weight: Array, window: Window, groups: int) -> Array:
         return _planar(x[:, None], weight[None], window, groups)[:, 0]
     if axes == 3:
         return _fold_depth(x, weight, window, groups)
+    weight, groups = _merge_groups(weight, groups)
+    *_, channels, out = weight.shape
+    if is_integer(x) and groups == 1 and (out >= _CHANNELS or channels < _CHANNELS):
+        return _columns(x, weight, window)
     if is_integer(x):
         if any(sum(p) > d * (k - 1) for p, d, k in zip(*window[1:], weight.shape, strict=False)):
             x = pad_spatial(x, window.padding)  # beyond "same" the fast library takes none
@@ -233,12 +237,31 @@ def _planar(x: Array, weight: Array, window: Window, groups: int) -> Array:
         # XLA would move a padding that made x into the convolution, whoever asked for it, and where that is beyond
         # "same" its own integer convolution is silently wrong: most outputs, as soon as 17 channels go in or out.
         x = apart(x)
-    weight, groups = _merge_groups(weight, groups)
-    x, weight = _pad_channels(x, weight, groups)
-    out = weight.shape[-1]
-    if is_integer(x) and groups == 1 and max(weight.shape[-2:]) < _CHANNELS:  # float is fast with few channels too
-        weight = jnp.pad(weight, [*((0, 0),) * (weight.ndim - 1), (0, _CHANNELS - out)])
-    return _native(x, weight, window, groups)[..., :out]
+    return _native(*_pad_channels(x, weight, groups), window, groups)
+
+
+def _columns(x: Array, weight: Array, window: Window) -> Array:
+    """Windows of two axes as the rows of a matrix. The fast library takes longer for the same convolution.
+
+    Inputs are repeated along the second axis, and the result along the first: XLA compiles that faster than all at
+    once, and in this order the weight stays as it is.
+    """
+    (high, wide), out = weight.shape[:-2], weight.shape[-1]
+    along, across = zip(window.strides, window.dilation, strict=True)
+    x = pad_spatial(x, window.padding)
+    x = jnp.concatenate(taps(x, (1, wide), Window((1, across[0]), ((0, 0),) * 2, (1, across[1]))), axis=-1)
+    x = apart(x) if min(high, wide) > 1 else x
+    x = jnp.concatenate(taps(x, (high, 1), Window((along[0], 1), ((0, 0),) * 2, (along[1], 1))), axis=-1)
+    columns = weight.reshape(-1, out)
+    if out == 1:  # one column is no product of matrices for XLA
+        columns = jnp.pad(columns, ((0, 0), (0, 1)))
+    return matmul(x, columns)[..., :out]
+
+
+def repeated_bytes(x: Array, weight: Array) -> int:
+    """Bytes of the operand that a CPU writes down for each sum of an integer convolution, x [N, *S, C] as integers."""
+    *kernel, per_group, out = weight.shape
+    return -(-prod(kernel) * per_group * x.dtype.itemsize // out) if prod(kernel) > 1 else 0
 
 
 def _fold_depth(x: Array, weight: Array, window: Window, groups: int) -> Array:

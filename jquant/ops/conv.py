@@ -30,6 +30,7 @@ from jquant.numerics.convolution import (
     kernel_of,
     matmul,
     pad_spatial,
+    repeated_bytes,
 )
 from jquant.numerics.fused_convolution import Layer, fits, fused_convolution, is_chosen, layer_of
 from jquant.numerics.limbs import Limbs
@@ -213,7 +214,8 @@ def _(
 
     if isinstance(op, ConvTranspose) or node_format.kernel == "depthwise" or not are_parts_of_use():
         return compute(op, x, addend)
-    shape, width = jax.eval_shape(partial(compute, op), x, addend).shape, _accumulated_bytes(x, weight)
+    shape = jax.eval_shape(partial(compute, op), x, addend).shape
+    width = _accumulated_bytes(x, weight) + (repeated_bytes(x, weight) if op.groups == 1 else 0)
     if (parts := parts_of_examples(shape, width)) is not None:
         return in_parts(partial(compute, op), parts, x, addend)
     if len(op.strides) != 2:

@@ -198,7 +198,7 @@ def test_weights_are_quantized_as_the_function_stores_them(
 
 def test_the_work_of_an_unrolled_recurrence_grows_with_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What XLA computes for a step of training: with states that it repeats, it would grow with their square."""
-    monkeypatch.setattr(rolled, "find_loops", lambda *_: [])
+    monkeypatch.setattr(rolled, "find_loops", lambda *_, **__: [])
 
     def work(steps: int) -> float:
         def fn(params, x):
