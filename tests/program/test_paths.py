@@ -76,7 +76,7 @@ def test_paths_say_how_a_net_computes(program: jq.Program) -> None:
     assert texts["cuda"]["Linear"] == "product f32 x f32 -> f32"
     assert texts["cpu"]["Sigmoid"] == "gather, 1 x the larger of operand and result"
     kinds = {p: [path for path in jq.program.node_paths(program, p) if path.operator == "Conv"] for p in texts}
-    assert [path.text for path in kinds["cpu"]] == ["convolution s8 x s8 -> s32", "sum of shifted products"]
+    assert [path.text for path in kinds["cpu"]] == ["product s8 x s8 -> s32", "sum of shifted products"]
     assert [path.text for path in kinds["tpu"]] == ["product s8 x s8 -> s32", "sum of shifted products"]
     assert [path.kernel for path in kinds["cuda"]] == ["dense", "depthwise"]
     assert kinds["cpu"][1].largest == 4 * 8 * 8 * 8  # an accumulator in int32
