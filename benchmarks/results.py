@@ -3,7 +3,10 @@
 from pathlib import Path
 
 PATH = Path(__file__).parent / "RESULTS.md"
-HEAD = "# What takes how long\n\nMedian ratios of alternating rounds in one process; below 15 % nothing is resolved.\n"
+HEAD = (
+    "# What takes how long\n\nMedian ratios of alternating rounds in one process; below 15 % nothing is resolved. "
+    "Sections may be of different machines.\n"
+)
 
 
 def write_section(name: str, text: str) -> None:
