@@ -89,7 +89,8 @@ $(BENCH)/.installed: requirements-dev.txt requirements-data.txt benchmarks/requi
 	@touch $@
 
 bench: $(BENCH)/.installed  ## time everything against peers and goals, write benchmarks/RESULTS.md (an hour)
-	@for part in run_integers memory first_integer evaluation loading depth equal_blocks qat_step peers_in_jax goals; do \
+	@for part in run_integers memory first_integer evaluation loading depth equal_blocks floors qat_step peers_in_jax \
+	  goals; do \
 	  echo "benchmarks/$$part.py"; $(BENCH)/bin/python -W ignore benchmarks/$$part.py || exit 1; \
 	done
 

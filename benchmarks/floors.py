@@ -5,7 +5,7 @@ python benchmarks/floors.py [--rounds 15] [--nets ResNet-18] [--no-write]
 The products of a layer, int8 to int32 without a rescale, are timed as jquant runs them, as one matrix product of
 patches, as a product for each position of the kernel, and in float32. The sum over all layers of the fastest exact way
 is what these kernels of XLA leave possible: a goal below it wants other kernels. A call that computes nothing is taken
-off each. The peer of a goal runs in the same rounds.
+off each. The whole net and the peers of its goals alternate, and the products do among themselves.
 """
 
 import argparse
@@ -166,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
             found += rows
     if not options.no_write:
         text = "\n".join(__doc__.splitlines()[4:])
-        how = f"`python benchmarks/floors.py`: medians of {options.rounds} rounds, {THREADS} threads."
+        nets = f" --nets {options.nets}" if options.nets else ""
+        how = f"`python benchmarks/floors.py{nets}`: medians of {options.rounds} rounds, {THREADS} threads."
         head = f"## Floors\n\n{how}\n{text}\n\n"
         write_section("floors", head + markdown_table(COLUMNS, found, left=2))
 

@@ -18,7 +18,18 @@ from jquant.graph.checks import is_finite
 from jquant.graph.evaluate import Rule
 from jquant.graph.float import float_rule, value_shapes
 from jquant.graph.loops import FEW_BLOCKS, Loop, find_loops
-from jquant.graph.rolled import Keep, Own, Rolled, Stacked, columns_of, evaluate_rolled, parted, stacked, with_own
+from jquant.graph.rolled import (
+    Keep,
+    Own,
+    Rolled,
+    Stacked,
+    columns_of,
+    evaluate_rolled,
+    parted,
+    stack_trees,
+    stacked,
+    with_own,
+)
 from jquant.numerics.namespace import to_device, to_host
 from jquant.observers import HistogramState, RangeState
 from jquant.plan.batch_norm import raise_collapsed, weights_to_quantize
@@ -96,7 +107,7 @@ def _joined(loops: Sequence[Loop], stats: Stats) -> Stats:
     joint = [columns for loop in loops for columns in columns_of(loop).items() if columns[0] in stats]
     inside = {name for _, names in joint for name in names}
     alone = {name: state for name, state in stats.items() if name not in inside}
-    return alone | {body: Stacked(stacked(stats, {body: names})[body], names) for body, names in joint}
+    return alone | {body: Stacked(stack_trees([stats[name] for name in names]), names) for body, names in joint}
 
 
 def _loops(model: Model, stats: Stats, inputs: Mapping[str, Array]) -> list[Loop]:
@@ -222,11 +233,10 @@ def _scales_of_values(plan: Plan, stats: Stats, methods: Mapping[str, Observer])
         shapes = jax.tree.structure(state), *(jnp.shape(leaf) for leaf in jax.tree.leaves(state))
         spec = plan.spec(name)
         alike.setdefault((methods.get(name, observer_of(spec)), spec, shapes), []).append(name)
-    states = [stacked(stats, {"": names})[""] for names in alike.values()]
+    states = [stack_trees([stats[name] for name in names]) for names in alike.values()]
     scales = _finalized(states, tuple((observer, spec) for observer, spec, _ in alike))
     columns = zip(scales, alike.values(), strict=True)
-    found = parted({names[0]: Stacked(scale, tuple(names)) for scale, names in columns}, stats)
-    return {name: found[name] for name in stats}
+    return parted({names[0]: Stacked(scale, tuple(names)) for scale, names in columns}, stats)
 
 
 @partial(jax.jit, static_argnames=("formats",))

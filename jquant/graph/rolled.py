@@ -66,10 +66,12 @@ def parted(kept: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
 
 def stacked(arrays: Mapping[str, Any], columns: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """{name in the body: the arrays, or trees of arrays, of all steps, [steps, ...]}."""
-    return {
-        key: jax.tree.map(lambda *each: stack(each), *(arrays[name] for name in names))
-        for key, names in columns.items()
-    }
+    return {key: stack_trees([arrays[name] for name in names]) for key, names in columns.items()}
+
+
+def stack_trees(trees: Sequence[Any]) -> Any:
+    """Trees of one structure as a tree of leaves [trees, ...]."""
+    return jax.tree.map(lambda *each: stack(each), *trees)
 
 
 def stack(arrays: Sequence[Array]) -> Array:
@@ -85,7 +87,10 @@ def stack(arrays: Sequence[Array]) -> Array:
 
 
 def unstack(array: Array) -> list[Array]:
-    """The entries along the first axis. XLA compiles a kernel for each part of one array, and one for those of many."""
+    """The entries along the first axis.
+
+    XLA compiles a kernel for each part of one array, but a single kernel for equal parts of many arrays.
+    """
     if _is_here(array):
         return list(np.asarray(array))
     groups = [_finished(array[i : i + _GROUP]) for i in range(0, len(array), _GROUP)]

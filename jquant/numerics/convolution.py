@@ -40,7 +40,7 @@ Axes = tuple[int, ...]
 
 _EXACT_PRODUCTS = 512  # of two int8: each at most 2^14, together at most 2^23
 _LANES = 4  # the fast library takes input channels in fours
-_CHANNELS = 17  # of the result, from which on repeating as many or more inputs pays
+_CHANNELS = 17  # and no convolution of integers with fewer both in and out; fewer out of more in stay a convolution
 _MERGED = (16, 64)  # input channels of merged groups: fewer are slow, more are mostly zeros
 
 
@@ -259,7 +259,7 @@ def _columns(x: Array, weight: Array, window: Window) -> Array:
 
 
 def repeated_bytes(x: Array, weight: Array) -> int:
-    """Bytes of the operand that a CPU writes down for each sum of an integer convolution, x [N, *S, C] as integers."""
+    """At most so many bytes of repeated inputs does a CPU write to memory for each sum of an integer convolution."""
     *kernel, per_group, out = weight.shape
     return -(-prod(kernel) * per_group * x.dtype.itemsize // out) if prod(kernel) > 1 else 0
 
