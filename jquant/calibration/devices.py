@@ -13,12 +13,14 @@ from jquant.calibration.observe import (
     Stats,
     check_stats,
     init_stats,
+    joined,
     merge_jitted,
     merges_of,
-    update_jitted,
-    update_stats,
+    observed_values,
+    update_joined,
 )
 from jquant.graph.memory import fitting
+from jquant.graph.rolled import parted
 from jquant.text import did_you_mean
 from jquant.types import InputError, Model, Plan
 
@@ -40,17 +42,21 @@ def collect_on_mesh(model: Model, batches: Iterable[Any], microbatch: int | None
     plan, model = model.plan, Model(model.plan, dict(model.params))
     devices, first = mesh.shape[axis], mesh.devices.flat[0]
     here, everywhere = (jax.device_put(model, at) for at in (first, NamedSharding(mesh, PartitionSpec())))
-    split, rest = NamedSharding(mesh, PartitionSpec(axis)), jax.device_put(init_stats(model), first)
-    stats = jax.device_put(jax.tree.map(lambda s: np.stack([s] * devices), jax.device_get(rest)), split)
+    split, empty = NamedSharding(mesh, PartitionSpec(axis)), init_stats(model)
+    stats, rest = empty, empty
     for inputs in bound_batches(plan, batches):
         count = samples_of(plan, inputs)
+        if stats is empty:
+            joint = jax.device_get(joined(model, empty, inputs))
+            stats = jax.device_put(jax.tree.map(lambda s: np.stack([s] * devices), joint), split)
+            rest = jax.device_put(joint, first)
         microbatch = microbatch or max(1, count // devices)
         whole = count - count % (devices * microbatch)
         for part in slices_of(plan, {k: v[:whole] for k, v in inputs.items()}, 0, devices * microbatch):
             with fitting(plan.graph, model.params, part, SMALLER, list(mesh.devices.flat)):
                 stats = _update_on_mesh(everywhere, stats, jax.device_put(part, split), mesh, axis)
         for part in slices_of(plan, inputs, whole, microbatch):
-            rest = update_jitted(here, rest, jax.device_put(part, first))
+            rest = update_joined(here, rest, jax.device_put(part, first))
     return _fold(plan, *jax.device_get((stats, rest)))
 
 
@@ -60,7 +66,7 @@ def _update_on_mesh(model: Model, stats: Stats, inputs: Inputs, mesh: Mesh, axis
 
     def local(model: Model, stats: Stats, inputs: Inputs) -> Stats:
         own = jax.tree.map(lambda s: s[0], stats)
-        return jax.tree.map(lambda s: s[None], update_stats(model, own, inputs))
+        return jax.tree.map(lambda s: s[None], update_joined(model, own, inputs))
 
     row = PartitionSpec(axis)
     # No check of what varies over the mesh: a loop inside an operator may start from a constant.
@@ -71,8 +77,8 @@ def _update_on_mesh(model: Model, stats: Stats, inputs: Inputs, mesh: Mesh, axis
 def _fold(plan: Plan, rows: Stats, *more: Stats) -> Stats:
     """Statistics [shards, ...] on the host, one after the other, as one."""
     shards = len(jax.tree.leaves(rows)[0]) if rows else 0
-    parts = [jax.tree.map(lambda s, i=i: s[i], rows) for i in range(shards)]
-    return reduce(partial(merge_jitted, plan), [*parts, *more])
+    parts = [*(jax.tree.map(lambda s, i=i: s[i], rows) for i in range(shards)), *more]
+    return reduce(partial(merge_jitted, plan), [parted(part, observed_values(plan)) for part in parts])
 
 
 def gather_stats(model: Model, stats: Stats) -> Stats:

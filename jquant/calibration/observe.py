@@ -213,7 +213,6 @@ def check_stats(plan: Plan, stats: Stats) -> None:
             raise CalibrationError(f"the statistics of {name!r} are not those of {observer.name}; collect them again")
 
 
-update_jitted = jax.jit(update_stats)
 merge_jitted = jax.jit(merged, static_argnames=("plan",))
 
 
